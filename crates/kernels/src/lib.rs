@@ -1,0 +1,1 @@
+//! Every CPU instruction-set line of Tegula. See `docs/ARCHITECTURE.md`.
