@@ -2,7 +2,20 @@
 //! (de)quantisers, tokenizers and chat templates.
 //!
 //! Knows nothing of kernels or devices. No input makes it panic.
+#![deny(unsafe_code)]
 
+mod bytes;
+mod error;
+pub mod metadata;
+mod mmap;
+mod parse;
+mod read;
 pub mod types;
 
+pub use bytes::Bytes;
+pub use error::{Error, Result};
+pub use metadata::{Array, Metadata, Value, ValueType};
+pub use mmap::Advice;
+pub use parse::TensorInfo;
+pub use read::{FileInfo, Gguf, OpenOptions};
 pub use types::GgmlType;
