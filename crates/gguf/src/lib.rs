@@ -4,6 +4,7 @@
 //! Knows nothing of kernels or devices. No input makes it panic.
 #![deny(unsafe_code)]
 
+pub mod blocks;
 mod bytes;
 mod error;
 pub mod metadata;
