@@ -12,6 +12,7 @@ mod mmap;
 mod parse;
 mod read;
 pub mod types;
+pub mod writer;
 
 pub use bytes::Bytes;
 pub use error::{Error, Result};

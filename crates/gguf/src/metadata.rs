@@ -226,7 +226,11 @@ impl Metadata {
 
     /// The name of the file that errors mention.
     pub fn origin(&self) -> &str {
-        &self.origin
+        if self.origin.is_empty() {
+            "(new file)"
+        } else {
+            &self.origin
+        }
     }
 
     /// Number of entries.
@@ -299,7 +303,7 @@ impl Metadata {
             return Ok(None);
         };
         convert(value).map(Some).ok_or_else(|| Error::WrongType {
-            file: self.origin.clone(),
+            file: self.origin().to_owned(),
             key: key.to_owned(),
             expected,
             found: value.describe(),
@@ -309,7 +313,7 @@ impl Metadata {
     /// `value`, or the error that `key` is missing: `md.require(k, md.u32(k)?)`.
     pub fn require<T>(&self, key: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| Error::MissingKey {
-            file: self.origin.clone(),
+            file: self.origin().to_owned(),
             key: key.to_owned(),
         })
     }

@@ -14,18 +14,21 @@ pub(crate) const DEFAULT_ALIGNMENT: u64 = 32;
 /// Where the alignment of tensor data is kept.
 pub(crate) const ALIGNMENT_KEY: &str = "general.alignment";
 
+/// Largest alignment that is believed; it bounds padding.
+const MAX_ALIGNMENT: u32 = 16 << 20;
+
 /// No header comes near this: large vocabularies take some 10 MiB. It bounds what a hostile
 /// (for example sparse) file can make us allocate.
 const MAX_HEADER: u64 = 256 << 20;
 
 /// Longest key or tensor name; the format's own limit for keys.
-const MAX_NAME: u64 = 65_535;
+pub(crate) const MAX_NAME: u64 = 65_535;
 
 /// ggml tensors have at most four dimensions.
 const MAX_DIMS: u32 = 4;
 
 /// Arrays may hold arrays, so deep.
-const MAX_NESTING: u32 = 4;
+pub(crate) const MAX_NESTING: u32 = 4;
 
 /// A tensor's name, type, shape and place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,7 +166,7 @@ pub(crate) fn header(buf: &[u8], file_len: u64, file: &str, index: usize) -> Par
         tensors.push(tensor);
     }
 
-    // Cannot overflow: the position is at most MAX_HEADER, the alignment at most 2^31.
+    // Cannot overflow: the position is at most MAX_HEADER, the alignment at most 2^24.
     let data_offset = (c.pos as u64).next_multiple_of(alignment);
     place(&mut tensors, data_offset, file_len, file)?;
     Ok(Header {
@@ -174,16 +177,16 @@ pub(crate) fn header(buf: &[u8], file_len: u64, file: &str, index: usize) -> Par
     })
 }
 
-/// The alignment that the metadata ask for: a power of two.
+/// The alignment that the metadata ask for: a power of two, at most 16 MiB.
 pub(crate) fn alignment(metadata: &Metadata) -> Result<u64, Error> {
     let Some(a) = metadata.u32(ALIGNMENT_KEY)? else {
         return Ok(DEFAULT_ALIGNMENT);
     };
-    if !a.is_power_of_two() {
+    if !a.is_power_of_two() || a > MAX_ALIGNMENT {
         return Err(Error::WrongType {
             file: metadata.origin().to_owned(),
             key: ALIGNMENT_KEY.to_owned(),
-            expected: "a power of two",
+            expected: "a power of two of at most 16 MiB",
             found: a.to_string(),
         });
     }

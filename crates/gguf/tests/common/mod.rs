@@ -1,0 +1,92 @@
+//! Small models for several tests.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+
+use tegula_gguf::{Array, GgmlType, Metadata, Value, writer::GgufWriter};
+
+/// Metadata with every value type, among them nested arrays.
+pub fn every_value() -> Metadata {
+    let mut m = Metadata::new("sample");
+    m.set("general.architecture", "llama");
+    m.set("u8", 200u8);
+    m.set("i8", -100i8);
+    m.set("u16", 60_000u16);
+    m.set("i16", -30_000i16);
+    m.set("u32", 4_000_000_000u32);
+    m.set("i32", -2_000_000_000i32);
+    m.set("u64", u64::MAX);
+    m.set("i64", i64::MIN);
+    m.set("f32", 1.5f32);
+    m.set("f64", -0.1f64);
+    m.set("bool", true);
+    m.set("text", "häuser ∮ 🦀");
+    m.set("a.u8", vec![1u8, 2, 3]);
+    m.set("a.i8", vec![-1i8]);
+    m.set("a.u16", vec![1u16, 2]);
+    m.set("a.i16", vec![-5i16]);
+    m.set("a.u32", vec![7u32; 3]);
+    m.set("a.i32", vec![-7i32, 8]);
+    m.set("a.u64", vec![1u64 << 40]);
+    m.set("a.i64", vec![-1i64]);
+    m.set("a.f32", vec![0.25f32, -8.0]);
+    m.set("a.f64", vec![1e300f64]);
+    m.set("a.bool", vec![true, false]);
+    m.set(
+        "a.string",
+        vec!["a".to_owned(), String::new(), "ü".to_owned()],
+    );
+    m.set("a.empty", Vec::<String>::new());
+    m.set(
+        "a.nested",
+        vec![Array::I32(vec![1, 2]), Array::String(vec!["x".to_owned()])],
+    );
+    m
+}
+
+/// A model of `tensors` (name, type, shape) over `metadata`, its data counting bytes.
+pub fn model(metadata: Metadata, tensors: &[(&str, GgmlType, &[u64])]) -> Vec<u8> {
+    let mut writer = GgufWriter::new(metadata);
+    for (name, ty, shape) in tensors {
+        writer.add_tensor(name, *ty, shape).unwrap();
+    }
+    let data: Vec<Vec<u8>> = writer
+        .tensors()
+        .iter()
+        .enumerate()
+        .map(|(i, t)| (0..t.bytes).map(|b| (b as usize * 7 + i) as u8).collect())
+        .collect();
+    writer
+        .to_bytes(&data.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        .unwrap()
+}
+
+/// A file with every value type and a tensor of several types and shapes each; about 3 KiB.
+pub fn sample() -> Vec<u8> {
+    model(
+        every_value(),
+        &[
+            ("token_embd.weight", GgmlType::Q8_0, &[64, 5]),
+            ("blk.0.attn_q.weight", GgmlType::Q4_K, &[256, 2]),
+            ("blk.0.attn_norm.weight", GgmlType::F32, &[3]),
+            ("blk.0.experts", GgmlType::MXFP4, &[32, 2, 3]),
+            ("scalar", GgmlType::F16, &[]),
+            ("last", GgmlType::BF16, &[5, 1, 1, 1]),
+        ],
+    )
+}
+
+/// A plain model without metadata but the alignment.
+pub fn with_alignment(alignment: u32) -> Vec<u8> {
+    let mut m = Metadata::default();
+    m.set("general.alignment", Value::U32(alignment));
+    model(m, &[("a", GgmlType::F32, &[3]), ("b", GgmlType::F32, &[1])])
+}
+
+/// The directory of shared data: `TEGULA_SHARED` or `shared` beside the workspace.
+pub fn shared() -> PathBuf {
+    std::env::var_os("TEGULA_SHARED").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        PathBuf::from,
+    )
+}
