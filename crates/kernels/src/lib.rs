@@ -1,1 +1,13 @@
-//! Every CPU instruction-set line of Tegula. See `docs/ARCHITECTURE.md`.
+//! Every CPU instruction-set line of Tegula, the threads that run them, and the memory that
+//! they work on. Engine code names operations and formats; only this crate knows ISAs.
+
+pub mod mem;
+pub mod ops;
+pub mod pool;
+pub mod table;
+pub mod tier;
+
+pub use ops::Compute;
+pub use pool::{Pool, PoolConfig};
+pub use table::Kernels;
+pub use tier::{Avx2, Avx512, Features, Tier};

@@ -1,0 +1,150 @@
+//! Memory for weights and scratch: cache-line aligned, on huge pages when it is large.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    fmt,
+    ops::{Deref, DerefMut},
+    ptr::NonNull,
+    slice,
+};
+
+/// Alignment of every buffer: a cache line, and a tile row.
+pub const ALIGN: usize = 64;
+
+/// Size of a transparent huge page.
+const HUGE: usize = 2 << 20;
+
+/// Zeroed bytes aligned to [`ALIGN`].
+///
+/// From 2 MiB on the memory comes straight from the kernel, aligned to and advised for huge
+/// pages, and untouched: the thread that writes a page first decides its NUMA node.
+pub struct AlignedBuf {
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: owns its memory like a Vec<u8>.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: as above; shared access is read-only.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// `len` zero bytes.
+    ///
+    /// Ends the process when memory is exhausted, as all allocation in Rust does.
+    pub fn zeroed(len: usize) -> AlignedBuf {
+        let ptr = if len == 0 {
+            NonNull::without_provenance(const { std::num::NonZero::new(ALIGN).unwrap() })
+        } else if len < HUGE {
+            let layout = Self::small(len);
+            // SAFETY: the layout's size is not zero.
+            let ptr = unsafe { alloc_zeroed(layout) };
+            NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout))
+        } else {
+            map(len).unwrap_or_else(|| handle_alloc_error(Self::small(len)))
+        };
+        AlignedBuf { ptr, len }
+    }
+
+    fn small(len: usize) -> Layout {
+        Layout::from_size_align(len, ALIGN).expect("lengths stay far below isize::MAX")
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        if self.len >= HUGE {
+            // SAFETY: `map` reserved exactly this range.
+            unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len.next_multiple_of(HUGE)) };
+        } else if self.len != 0 {
+            // SAFETY: allocated in `zeroed` with this layout.
+            unsafe { dealloc(self.ptr.as_ptr(), Self::small(self.len)) };
+        }
+    }
+}
+
+impl Deref for AlignedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` initialised bytes that we own.
+        unsafe { slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl fmt::Debug for AlignedBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AlignedBuf({} bytes)", self.len)
+    }
+}
+
+/// Maps whole huge pages at a huge-page boundary.
+fn map(len: usize) -> Option<NonNull<u8>> {
+    let size = len.checked_next_multiple_of(HUGE)?;
+    let reserved = size.checked_add(HUGE)?;
+    // SAFETY: a fresh anonymous mapping; the parts cut off below are inside it and unused.
+    unsafe {
+        let base = libc::mmap(
+            std::ptr::null_mut(),
+            reserved,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        );
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let base = base.cast::<u8>();
+        let before = base.addr().next_multiple_of(HUGE) - base.addr();
+        let start = base.add(before);
+        if before != 0 {
+            libc::munmap(base.cast(), before);
+        }
+        if before != HUGE {
+            libc::munmap(start.add(size).cast(), HUGE - before);
+        }
+        // Advice only: without huge pages everything works, a little slower.
+        libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
+        NonNull::new(start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zero_aligned_and_writable() {
+        for len in [0, 1, 63, 64, 4096, HUGE - 1, HUGE, HUGE + 1, 3 * HUGE + 77] {
+            let mut buf = AlignedBuf::zeroed(len);
+            assert_eq!(buf.len(), len);
+            assert_eq!(buf.as_ptr().addr() % ALIGN, 0);
+            if len >= HUGE {
+                assert_eq!(buf.as_ptr().addr() % HUGE, 0);
+            }
+            assert!(buf.iter().all(|&b| b == 0));
+            if let Some(last) = buf.last_mut() {
+                *last = 9;
+                assert_eq!(buf[len - 1], 9);
+            }
+        }
+    }
+}
