@@ -133,6 +133,15 @@ pub enum Error {
         found: String,
     },
 
+    /// The vocabulary can't be used.
+    #[error("{file}: {source}")]
+    Tokenizer {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        source: crate::tokenizer::TokenizerError,
+    },
+
     /// Something this crate has no way to do, such as quantising to a read-only type.
     #[error("{0}")]
     Unsupported(String),

@@ -11,6 +11,7 @@ pub mod metadata;
 mod mmap;
 mod parse;
 mod read;
+pub mod tokenizer;
 pub mod types;
 pub mod writer;
 
@@ -20,4 +21,5 @@ pub use metadata::{Array, Metadata, Value, ValueType};
 pub use mmap::Advice;
 pub use parse::TensorInfo;
 pub use read::{FileInfo, Gguf, OpenOptions};
+pub use tokenizer::{Tokenizer, TokenizerError};
 pub use types::GgmlType;
