@@ -7,6 +7,8 @@
 pub mod blocks;
 mod bytes;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod metadata;
 mod mmap;
 mod parse;

@@ -19,7 +19,7 @@ const MAX_ALIGNMENT: u32 = 16 << 20;
 
 /// No header comes near this: large vocabularies take some 10 MiB. It bounds what a hostile
 /// (for example sparse) file can make us allocate.
-const MAX_HEADER: u64 = 256 << 20;
+const MAX_HEADER: u64 = 128 << 20;
 
 /// Longest key or tensor name; the format's own limit for keys.
 pub(crate) const MAX_NAME: u64 = 65_535;

@@ -90,3 +90,45 @@ pub fn shared() -> PathBuf {
         PathBuf::from,
     )
 }
+
+/// The fuzzers' first inputs, by name: small files that together use all of the format.
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let mut version_2 = sample();
+    version_2[4] = 2;
+    let names: Vec<String> = GgmlType::ALL
+        .iter()
+        .map(|t| t.name().to_lowercase())
+        .collect();
+    let shapes: Vec<[u64; 1]> = GgmlType::ALL
+        .iter()
+        .map(|t| [t.block_len() as u64])
+        .collect();
+    let types: Vec<(&str, GgmlType, &[u64])> = GgmlType::ALL
+        .iter()
+        .zip(&names)
+        .zip(&shapes)
+        .map(|((&t, name), shape)| (name.as_str(), t, &shape[..]))
+        .collect();
+    let mut part = Metadata::default();
+    part.set("split.no", 0u16);
+    part.set("split.count", 2u16);
+    let mut vocabulary = Metadata::default();
+    vocabulary.set("general.architecture", "llama");
+    vocabulary.set("tokenizer.ggml.model", "gpt2");
+    vocabulary.set(
+        "tokenizer.ggml.tokens",
+        ["a", "b", "ab"].map(String::from).to_vec(),
+    );
+    vocabulary.set("tokenizer.ggml.merges", vec!["a b".to_owned()]);
+    vocabulary.set("tokenizer.ggml.token_type", vec![1i32; 3]);
+    vec![
+        ("aligned-1.gguf", with_alignment(1)),
+        ("aligned-64.gguf", with_alignment(64)),
+        ("empty.gguf", model(Metadata::default(), &[])),
+        ("every-type.gguf", model(Metadata::default(), &types)),
+        ("every-value.gguf", sample()),
+        ("part.gguf", model(part, &[])),
+        ("version-2.gguf", version_2),
+        ("vocabulary.gguf", model(vocabulary, &[])),
+    ]
+}
