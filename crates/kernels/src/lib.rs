@@ -1,13 +1,20 @@
 //! Every CPU instruction-set line of Tegula, the threads that run them, and the memory that
 //! they work on. Engine code names operations and formats; only this crate knows ISAs.
 
+pub mod acts;
+mod disjoint;
 pub mod mem;
 pub mod ops;
 pub mod pool;
+mod scalar;
+pub mod strip;
 pub mod table;
 pub mod tier;
+pub mod weights;
 
+pub use acts::{Acts, Forms};
 pub use ops::Compute;
 pub use pool::{Pool, PoolConfig};
 pub use table::Kernels;
 pub use tier::{Avx2, Avx512, Features, Tier};
+pub use weights::{Encoding, Weights};

@@ -1,13 +1,15 @@
 //! One table of kernels per tier: function pointers and block sizes, filled from scalar and
 //! overwritten tier by tier.
 
-use crate::tier::Tier;
+use crate::{strip::kernels::MatmulKernels, tier::Tier};
 use std::sync::OnceLock;
 
 /// The kernels of one tier.
 pub struct Kernels {
     /// The tier that was asked for and that the CPU has.
     pub tier: Tier,
+    /// Matrix products.
+    pub matmul: MatmulKernels,
 }
 
 impl Kernels {
@@ -19,6 +21,9 @@ impl Kernels {
     }
 
     fn build(tier: Tier) -> Kernels {
-        Kernels { tier }
+        Kernels {
+            tier,
+            matmul: MatmulKernels::for_tier(tier),
+        }
     }
 }

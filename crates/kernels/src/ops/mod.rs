@@ -1,5 +1,8 @@
 //! The operations that the engine calls: safe, parallel over a pool, dispatched by a table.
 
+pub mod matmul;
+pub mod moe;
+
 use crate::pool::PoolConfig;
 use crate::{pool::Pool, table::Kernels, tier::Tier};
 

@@ -1,0 +1,430 @@
+//! Activations in the forms that the matrix products multiply with.
+//!
+//! # The q8 form
+//!
+//! Activations that meet quantised weights are quantised themselves, 32 along k at a time:
+//! with `a` the largest magnitude of the 32, the scale is `d = a / 127`, the codes are
+//! `x * (127 / a)` rounded to the nearest integer, ties to even. A group with `a < 1e-30` is
+//! all zero (`d = 0`); a group with a NaN or an infinity gets `d = NaN` and zero codes, so
+//! that every product with it is NaN. Every tier computes exactly this.
+//!
+//! # Order in memory
+//!
+//! Tokens stand in groups of [`GROUP`]; the last group is as small as it must be. Inside a
+//! group the tokens are interleaved along k: first the 32 codes of each token, then the next
+//! 32 of each, and so on, and the same for scales and sums. One pointer then serves all
+//! tokens of a group, and a single token is simply contiguous. All arrays are linear in the
+//! number of tokens, so that a run of whole groups, or several independent segments (the
+//! tokens of each expert), are slices.
+
+use std::marker::PhantomData;
+
+use half::bf16;
+
+use crate::strip::kernels::MatmulKernels;
+
+/// Tokens that are interleaved.
+pub const GROUP: usize = 8;
+
+/// A set of activation forms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Forms(u8);
+
+impl Forms {
+    /// No form.
+    pub const NONE: Forms = Forms(0);
+    /// 8-bit codes with a scale per 32; for quantised weights.
+    pub const Q8: Forms = Forms(1);
+    /// f32; for F32 and F16 weights, and BF16 ones where there is no bf16 dot product.
+    pub const F32: Forms = Forms(2);
+    /// Pairs of bf16, rounded to nearest even; for BF16 weights with `vdpbf16ps`.
+    pub const BF16: Forms = Forms(4);
+
+    /// True if every form of `other` is in `self`.
+    pub const fn has(self, other: Forms) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl std::ops::BitOr for Forms {
+    type Output = Forms;
+
+    fn bitor(self, other: Forms) -> Forms {
+        Forms(self.0 | other.0)
+    }
+}
+
+impl std::ops::BitOrAssign for Forms {
+    fn bitor_assign(&mut self, other: Forms) {
+        self.0 |= other.0;
+    }
+}
+
+/// Activations of `[m][k]` in one or more [`Forms`]. Reused from call to call, its buffers
+/// grow to the largest batch and stay.
+#[derive(Debug, Default)]
+pub struct Acts {
+    m: usize,
+    k: usize,
+    forms: Forms,
+    q: Vec<i8>,
+    d: Vec<f32>,
+    nsum32: Vec<i32>,
+    nsum16: Vec<i32>,
+    fsum32: Vec<f32>,
+    fsum16: Vec<f32>,
+    floats: Vec<f32>,
+    pairs: Vec<u32>,
+}
+
+impl Acts {
+    /// Empty activations.
+    pub fn new() -> Acts {
+        Acts::default()
+    }
+
+    /// Tokens.
+    pub fn m(&self) -> usize {
+        self.m
+    }
+
+    /// Values per token.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// The forms held.
+    pub fn forms(&self) -> Forms {
+        self.forms
+    }
+
+    /// Makes room for `m` tokens of `k` values; what is held afterwards is unspecified until
+    /// every token is written through the returned writer.
+    ///
+    /// # Panics
+    /// When [`Forms::Q8`] is asked for and `k` is no multiple of 32.
+    pub fn begin(&mut self, m: usize, k: usize, forms: Forms) -> ActsWriter<'_> {
+        fn fit<T: Copy + Default>(v: &mut Vec<T>, wanted: bool, len: usize) {
+            if wanted && v.len() < len {
+                v.resize(len, T::default());
+            }
+        }
+        let q8 = forms.has(Forms::Q8);
+        assert!(
+            !q8 || k.is_multiple_of(32),
+            "q8 activations of {k} values: no multiple of 32"
+        );
+        let len = m.checked_mul(k).expect("activations fit the address space");
+        self.m = m;
+        self.k = k;
+        self.forms = forms;
+        fit(&mut self.q, q8, len);
+        fit(&mut self.d, q8, len / 32);
+        fit(&mut self.nsum32, q8, len / 32);
+        fit(&mut self.nsum16, q8, len / 16);
+        fit(&mut self.fsum32, q8, len / 32);
+        fit(&mut self.fsum16, q8, len / 16);
+        fit(&mut self.floats, forms.has(Forms::F32), len);
+        fit(&mut self.pairs, forms.has(Forms::BF16), m * k.div_ceil(2));
+        ActsWriter {
+            m,
+            k,
+            forms,
+            q: self.q.as_mut_ptr(),
+            d: self.d.as_mut_ptr(),
+            nsum32: self.nsum32.as_mut_ptr(),
+            nsum16: self.nsum16.as_mut_ptr(),
+            fsum32: self.fsum32.as_mut_ptr(),
+            fsum16: self.fsum16.as_mut_ptr(),
+            floats: self.floats.as_mut_ptr(),
+            pairs: self.pairs.as_mut_ptr(),
+            acts: PhantomData,
+        }
+    }
+
+    /// All tokens as one segment.
+    pub(crate) fn view(&self) -> ActsView<'_> {
+        self.segment(0, self.m)
+    }
+
+    /// The segment of `m` tokens that was written at token `start`.
+    pub(crate) fn segment(&self, start: usize, m: usize) -> ActsView<'_> {
+        assert!(start + m <= self.m);
+        let whole = ActsView {
+            m: self.m,
+            k: self.k,
+            forms: self.forms,
+            q: self.q.as_ptr(),
+            d: self.d.as_ptr(),
+            nsum32: self.nsum32.as_ptr(),
+            nsum16: self.nsum16.as_ptr(),
+            fsum32: self.fsum32.as_ptr(),
+            fsum16: self.fsum16.as_ptr(),
+            floats: self.floats.as_ptr(),
+            pairs: self.pairs.as_ptr(),
+            acts: PhantomData,
+        };
+        whole.advance(start, m)
+    }
+}
+
+/// A segment of activations as kernels see it: the arrays of [`Acts`] from the segment's
+/// first token on.
+#[derive(Clone, Copy)]
+pub struct ActsView<'a> {
+    /// Tokens of the segment.
+    pub m: usize,
+    /// Values per token.
+    pub k: usize,
+    /// The forms that are present; the other pointers must not be read.
+    pub forms: Forms,
+    /// Codes: per group `[k / 32][tokens][32]`.
+    pub q: *const i8,
+    /// Scales: per group `[k / 32][tokens]`.
+    pub d: *const f32,
+    /// Minus the sums of 32 codes: per group `[k / 32][tokens]`.
+    pub nsum32: *const i32,
+    /// Minus the sums of 16 codes: per group `[k / 16][tokens]`.
+    pub nsum16: *const i32,
+    /// Sums of 32 codes times the scale, one rounding.
+    pub fsum32: *const f32,
+    /// Sums of 16 codes times the scale, one rounding.
+    pub fsum16: *const f32,
+    /// Values: per group `[k][tokens]`.
+    pub floats: *const f32,
+    /// Pairs of bf16, the even one low: per group `[⌈k / 2⌉][tokens]`.
+    pub pairs: *const u32,
+    acts: PhantomData<&'a Acts>,
+}
+
+// SAFETY: a view is a shared borrow of vectors of plain numbers.
+unsafe impl Send for ActsView<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for ActsView<'_> {}
+
+impl<'a> ActsView<'a> {
+    fn advance(self, start: usize, m: usize) -> ActsView<'a> {
+        let k = self.k;
+        // Absent forms have dangling pointers that nobody reads: hence wrapping arithmetic.
+        ActsView {
+            m,
+            q: self.q.wrapping_add(start * k),
+            d: self.d.wrapping_add(start * (k / 32)),
+            nsum32: self.nsum32.wrapping_add(start * (k / 32)),
+            nsum16: self.nsum16.wrapping_add(start * (k / 16)),
+            fsum32: self.fsum32.wrapping_add(start * (k / 32)),
+            fsum16: self.fsum16.wrapping_add(start * (k / 16)),
+            floats: self.floats.wrapping_add(start * k),
+            pairs: self.pairs.wrapping_add(start * k.div_ceil(2)),
+            ..self
+        }
+    }
+
+    /// Tokens `start .. start + m` of the segment; `start` must be a multiple of [`GROUP`],
+    /// and the end too unless it is the segment's end.
+    pub fn slice(self, start: usize, m: usize) -> ActsView<'a> {
+        assert!(start.is_multiple_of(GROUP) && start + m <= self.m);
+        assert!((start + m).is_multiple_of(GROUP) || start + m == self.m);
+        self.advance(start, m)
+    }
+}
+
+/// Where one token's q8 form goes: pointers to its first element of each array, and the
+/// number of interleaved tokens.
+#[derive(Clone, Copy)]
+pub struct Q8Dest {
+    /// Tokens in the group: the stride of the scales, and 1/32 of the stride of the codes.
+    pub tokens: usize,
+    /// Codes, 32 at a time, `32 * tokens` apart.
+    pub q: *mut i8,
+    /// Scales, `tokens` apart.
+    pub d: *mut f32,
+    /// Minus the sums of 32, `tokens` apart.
+    pub nsum32: *mut i32,
+    /// Minus the sums of 16, `tokens` apart.
+    pub nsum16: *mut i32,
+    /// Scaled sums of 32, `tokens` apart.
+    pub fsum32: *mut f32,
+    /// Scaled sums of 16, `tokens` apart.
+    pub fsum16: *mut f32,
+}
+
+impl Q8Dest {
+    /// Writes scale and sums of the 32 values at `kb` (in units of 32).
+    ///
+    /// # Safety
+    /// The pointers are valid for `kb + 1` groups of 32.
+    #[inline(always)]
+    pub unsafe fn put_sums(&self, kb: usize, d: f32, low: i32, high: i32) {
+        // SAFETY: the caller vouches for the range.
+        unsafe {
+            let at = kb * self.tokens;
+            *self.d.add(at) = d;
+            *self.nsum32.add(at) = -(low + high);
+            *self.fsum32.add(at) = (low + high) as f32 * d;
+            *self.nsum16.add(2 * at) = -low;
+            *self.nsum16.add(2 * at + self.tokens) = -high;
+            *self.fsum16.add(2 * at) = low as f32 * d;
+            *self.fsum16.add(2 * at + self.tokens) = high as f32 * d;
+        }
+    }
+}
+
+/// Writes tokens of an [`Acts`], from several threads if need be.
+pub struct ActsWriter<'a> {
+    m: usize,
+    k: usize,
+    forms: Forms,
+    q: *mut i8,
+    d: *mut f32,
+    nsum32: *mut i32,
+    nsum16: *mut i32,
+    fsum32: *mut f32,
+    fsum16: *mut f32,
+    floats: *mut f32,
+    pairs: *mut u32,
+    acts: PhantomData<&'a mut Acts>,
+}
+
+// SAFETY: `put` is unsafe and asks that concurrent calls write different tokens or columns.
+unsafe impl Send for ActsWriter<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for ActsWriter<'_> {}
+
+impl ActsWriter<'_> {
+    /// Writes columns `col ..` of token `t` of the segment of `seg_m` tokens that starts at
+    /// token `seg`. With one segment that is `(0, m)`.
+    ///
+    /// # Safety
+    /// No two calls that overlap in time write the same token and column. Every token is
+    /// written under one division into segments.
+    ///
+    /// # Panics
+    /// When the range is outside, or `col` or the length is no multiple of 32 with
+    /// [`Forms::Q8`], or `col` is odd with [`Forms::BF16`].
+    pub unsafe fn put(
+        &self,
+        kernels: &MatmulKernels,
+        (seg, seg_m): (usize, usize),
+        t: usize,
+        col: usize,
+        x: &[f32],
+    ) {
+        let k = self.k;
+        assert!(t < seg_m && seg + seg_m <= self.m && col + x.len() <= k);
+        let group = t / GROUP;
+        let tokens = GROUP.min(seg_m - group * GROUP);
+        let start = seg + group * GROUP;
+        let t = t % GROUP;
+        if self.forms.has(Forms::Q8) {
+            assert!(col.is_multiple_of(32) && x.len().is_multiple_of(32));
+            let kb = col / 32;
+            // SAFETY: `start + tokens <= m` and the columns are inside, so every offset is
+            // inside the vectors that `begin` sized; the caller excludes overlapping writes.
+            unsafe {
+                let at32 = start * (k / 32) + kb * tokens + t;
+                let at16 = start * (k / 16) + 2 * kb * tokens + t;
+                let dest = Q8Dest {
+                    tokens,
+                    q: self.q.add(start * k + (kb * tokens + t) * 32),
+                    d: self.d.add(at32),
+                    nsum32: self.nsum32.add(at32),
+                    nsum16: self.nsum16.add(at16),
+                    fsum32: self.fsum32.add(at32),
+                    fsum16: self.fsum16.add(at16),
+                };
+                (kernels.quantize_q8)(x, &dest);
+            }
+        }
+        if self.forms.has(Forms::F32) {
+            for (i, &v) in x.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { *self.floats.add(start * k + (col + i) * tokens + t) = v };
+            }
+        }
+        if self.forms.has(Forms::BF16) {
+            assert!(col.is_multiple_of(2));
+            assert!(x.len().is_multiple_of(2) || col + x.len() == k);
+            for (i, pair) in x.chunks(2).enumerate() {
+                let low = bf16::from_f32(pair[0]).to_bits();
+                let high = pair.get(1).map_or(0, |&v| bf16::from_f32(v).to_bits());
+                let at = start * k.div_ceil(2) + (col / 2 + i) * tokens + t;
+                // SAFETY: as above.
+                unsafe { *self.pairs.add(at) = u32::from(low) | u32::from(high) << 16 };
+            }
+        }
+    }
+
+    /// Copies token `from` of `src`'s only segment to token `t` of a segment.
+    ///
+    /// # Safety
+    /// As for [`ActsWriter::put`].
+    ///
+    /// # Panics
+    /// When a token is outside, or `src` lacks a form that `self` has, or k differs.
+    pub(crate) unsafe fn copy(
+        &self,
+        (seg, seg_m): (usize, usize),
+        t: usize,
+        src: &ActsView<'_>,
+        from: usize,
+    ) {
+        let k = self.k;
+        assert!(t < seg_m && seg + seg_m <= self.m && from < src.m);
+        assert!(src.k == k && src.forms.has(self.forms));
+        let place = |start: usize, m: usize, t: usize| {
+            let group = t / GROUP;
+            (
+                start + group * GROUP,
+                GROUP.min(m - group * GROUP),
+                t % GROUP,
+            )
+        };
+        let (s0, st, s) = place(0, src.m, from);
+        let (d0, dt, d) = place(seg, seg_m, t);
+        /// Copies `n` elements, `from + i * fs` to `to + i * ts`.
+        ///
+        /// # Safety
+        /// Both ranges are valid and distinct.
+        unsafe fn strided<T: Copy>(from: *const T, fs: usize, to: *mut T, ts: usize, n: usize) {
+            for i in 0..n {
+                // SAFETY: the caller vouches for the range.
+                unsafe { *to.add(i * ts) = *from.add(i * fs) };
+            }
+        }
+        // SAFETY: offsets are inside the arrays by the assertions; `src` is another `Acts`.
+        unsafe {
+            if self.forms.has(Forms::Q8) {
+                let n = k / 32;
+                let from = src.q.add(s0 * k + s * 32).cast::<[i8; 32]>();
+                strided(from, st, self.q.add(d0 * k + d * 32).cast(), dt, n);
+                let (f, t) = (s0 * n + s, d0 * n + d);
+                strided(src.d.add(f), st, self.d.add(t), dt, n);
+                strided(src.nsum32.add(f), st, self.nsum32.add(t), dt, n);
+                strided(src.fsum32.add(f), st, self.fsum32.add(t), dt, n);
+                let (f, t) = (s0 * 2 * n + s, d0 * 2 * n + d);
+                strided(src.nsum16.add(f), st, self.nsum16.add(t), dt, 2 * n);
+                strided(src.fsum16.add(f), st, self.fsum16.add(t), dt, 2 * n);
+            }
+            if self.forms.has(Forms::F32) {
+                strided(
+                    src.floats.add(s0 * k + s),
+                    st,
+                    self.floats.add(d0 * k + d),
+                    dt,
+                    k,
+                );
+            }
+            if self.forms.has(Forms::BF16) {
+                let n = k.div_ceil(2);
+                strided(
+                    src.pairs.add(s0 * n + s),
+                    st,
+                    self.pairs.add(d0 * n + d),
+                    dt,
+                    n,
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Matrix products over the pool.
+
+use std::cell::RefCell;
+
+use tegula_gguf::GgmlType;
+
+use super::Compute;
+use crate::{
+    acts::{Acts, ActsView, Forms},
+    disjoint::DisjointMut,
+    mem::AlignedBuf,
+    strip::{
+        ROWS,
+        kernels::{MatmulKernels, PANEL_BYTES, StripArgs},
+    },
+    weights::Weights,
+};
+
+/// Strips that a task multiplies with the same chunk of activations.
+const MAX_STRIPS: usize = 4;
+
+/// Tokens whose activations are kept in the second-level cache: larger batches decode the
+/// weights once per this many.
+pub(crate) const TOKEN_BLOCK: usize = 512;
+
+/// What a worker keeps between tasks.
+pub(crate) struct Scratch {
+    panel: AlignedBuf,
+    /// Strips packed on the fly from raw weights.
+    packed: Vec<u8>,
+    /// Results of the kernels.
+    pub(crate) tile: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        panel: AlignedBuf::zeroed(PANEL_BYTES),
+        packed: Vec::new(),
+        tile: Vec::new(),
+    });
+}
+
+/// Runs `f` with this thread's scratch.
+pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    SCRATCH.with(|s| f(&mut s.borrow_mut()))
+}
+
+impl Scratch {
+    /// Makes the tile at least `len` long.
+    pub(crate) fn fit_tile(&mut self, len: usize) {
+        if self.tile.len() < len {
+            self.tile.resize(len, 0.0);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    /// Multiplies strips `first .. first + count` (`count` ≤ 4) of matrix `expert` with the
+    /// tokens of `acts`; `tile[at..]` receives `[count][acts.m][16]`.
+    ///
+    /// # Panics
+    /// When `acts` has not the form or the k of the weights.
+    pub(crate) fn mul(
+        &mut self,
+        kernels: &MatmulKernels,
+        w: &Weights,
+        expert: usize,
+        first: usize,
+        count: usize,
+        acts: ActsView<'_>,
+        at: usize,
+    ) {
+        assert!(acts.k == w.k() && acts.forms.has(kernels.form(w.ty())));
+        assert!(count <= MAX_STRIPS);
+        let len = count * acts.m * ROWS;
+        self.fit_tile(at + len);
+        let bytes = w.strip_bytes();
+        if w.encoding() == crate::weights::Encoding::Raw && self.packed.len() < count * bytes {
+            self.packed.resize(count * bytes, 0);
+        }
+        let mut strips = [std::ptr::null(); MAX_STRIPS];
+        let mut packed = &mut self.packed[..];
+        for (i, slot) in strips[..count].iter_mut().enumerate() {
+            let scratch = packed.split_off_mut(..bytes).unwrap_or_default();
+            *slot = w.strip(expert, first + i, scratch).as_ptr();
+        }
+        let args = StripArgs {
+            ty: w.ty(),
+            k: w.k(),
+            strips: &strips[..count],
+            acts,
+            tile: self.tile[at..at + len].as_mut_ptr(),
+            panel: self.panel.as_mut_ptr(),
+        };
+        // SAFETY: strips are whole strips of the type and k; the view holds the form; the
+        // tile is `[count][m][16]`; the table's tier was checked when it was made.
+        unsafe { (kernels.mul_strips)(&args) };
+    }
+}
+
+/// Strips per task: enough tasks that the last ones even out, large enough that
+/// activations are reused and the counter is not felt.
+fn strips_per_task(strips: usize, threads: usize) -> usize {
+    (strips / (threads * 12)).clamp(1, MAX_STRIPS)
+}
+
+impl Compute {
+    /// The forms of activations that products with `weights` take.
+    pub fn forms<'w>(&self, weights: impl IntoIterator<Item = &'w Weights>) -> Forms {
+        let form = |f, w: &Weights| f | self.table.matmul.form(w.ty());
+        weights.into_iter().fold(Forms::NONE, form)
+    }
+
+    /// The form of activations that a product with weights of type `ty` takes.
+    pub fn form(&self, ty: GgmlType) -> Forms {
+        self.table.matmul.form(ty)
+    }
+
+    /// Prepares `x`, `[m][k]`, in `forms`.
+    ///
+    /// # Panics
+    /// When `x` has not `m * k` values, or q8 is asked for and `k` is no multiple of 32.
+    pub fn prepare(&self, acts: &mut Acts, x: &[f32], m: usize, k: usize, forms: Forms) {
+        assert_eq!(x.len(), m * k);
+        let writer = acts.begin(m, k, forms);
+        if k == 0 {
+            return;
+        }
+        let kernels = &self.table.matmul;
+        // A single token is split along k, a batch by tokens.
+        let part = if m >= self.pool.threads() {
+            k
+        } else {
+            k.min(1024)
+        };
+        let parts = k.div_ceil(part);
+        self.pool.run(m * parts, &|task| {
+            let (t, col) = (task / parts, task % parts * part);
+            let end = k.min(col + part);
+            // SAFETY: every task writes columns of its own.
+            unsafe { writer.put(kernels, (0, m), t, col, &x[t * k + col..t * k + end]) };
+        });
+    }
+
+    /// `y = x · wᵀ`: `x` `[m][k]`, `w` `[n][k]`, `y` `[m][n]`.
+    ///
+    /// # Panics
+    /// When shapes disagree or `x` lacks the form that `w` takes.
+    pub fn matmul(&self, w: &Weights, x: &Acts, y: &mut [f32]) {
+        self.matmul_many(&mut [(w, y)], x);
+    }
+
+    /// Several products with the same activations in one dispatch.
+    ///
+    /// # Panics
+    /// As [`Compute::matmul`].
+    pub fn matmul_many(&self, products: &mut [(&Weights, &mut [f32])], x: &Acts) {
+        let m = x.m();
+        if m == 0 {
+            return;
+        }
+        let strips: usize = products.iter().map(|(w, _)| w.strips()).sum();
+        let per = strips_per_task(strips, self.pool.threads());
+        let mut tasks = 0;
+        let items: Vec<_> = products
+            .iter_mut()
+            .map(|(w, y)| {
+                assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
+                assert_eq!(y.len(), m * w.n());
+                let first = tasks;
+                tasks += w.strips().div_ceil(per);
+                (first, *w, DisjointMut::new(y))
+            })
+            .collect();
+        let kernels = &self.table.matmul;
+        self.pool.run(tasks, &|task| {
+            let item = items.partition_point(|(first, ..)| *first <= task) - 1;
+            let (first, w, y) = &items[item];
+            let first = (task - first) * per;
+            let count = per.min(w.strips() - first);
+            with_scratch(|scratch| {
+                for start in (0..m).step_by(TOKEN_BLOCK) {
+                    let acts = x.view().slice(start, TOKEN_BLOCK.min(m - start));
+                    scratch.mul(kernels, w, 0, first, count, acts, 0);
+                    for (i, tile) in scratch
+                        .tile
+                        .chunks_exact(acts.m * ROWS)
+                        .take(count)
+                        .enumerate()
+                    {
+                        let row = (first + i) * ROWS;
+                        let rows = ROWS.min(w.n() - row);
+                        for (t, values) in tile.chunks_exact(ROWS).enumerate() {
+                            let at = (start + t) * w.n() + row;
+                            // SAFETY: strips belong to one task each, so do their columns.
+                            let out = unsafe { y.slice(at..at + rows) };
+                            out.copy_from_slice(&values[..rows]);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}

@@ -1,0 +1,401 @@
+//! Feed-forward networks: gate, up, SwiGLU and down, dense or by experts.
+
+use std::cmp::Reverse;
+
+use super::{
+    Compute,
+    matmul::{TOKEN_BLOCK, with_scratch},
+};
+use crate::{
+    acts::{Acts, ActsWriter, GROUP},
+    disjoint::DisjointMut,
+    strip::ROWS,
+    weights::Weights,
+};
+
+/// Columns of the intermediate that one task makes: the q8 form's group.
+const FF_UNIT: usize = 32;
+
+/// Which experts each token uses, and with which weights.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routing {
+    /// Experts per token.
+    pub used: usize,
+    /// `[m][used]`, best first.
+    pub ids: Vec<u32>,
+    /// `[m][used]`.
+    pub weights: Vec<f32>,
+}
+
+/// How [`Compute::route`] turns logits into weights.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct RouteOptions {
+    /// Experts per token.
+    pub used: usize,
+    /// Whether the chosen experts' weights are scaled to sum to one.
+    pub normalize: bool,
+    /// Factor on the weights, 1 in most models.
+    pub scale: f32,
+}
+
+/// Buffers of [`Compute::moe_ffn`] that are kept from call to call.
+#[derive(Debug, Default)]
+pub struct MoeScratch {
+    gathered: Acts,
+    hidden: Acts,
+}
+
+/// The tokens of one expert: `tokens[start .. start + len]` of the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Segment {
+    expert: usize,
+    start: usize,
+    len: usize,
+}
+
+/// Tokens grouped by expert.
+#[derive(Debug, PartialEq, Eq)]
+struct Groups {
+    /// Experts with tokens, most tokens first.
+    segments: Vec<Segment>,
+    /// Token of each assignment, ascending inside a segment.
+    tokens: Vec<usize>,
+    /// `[m][used]`: the assignment of a token's choice.
+    place: Vec<usize>,
+}
+
+impl Groups {
+    fn new(routing: &Routing, m: usize, experts: usize) -> Groups {
+        let used = routing.used;
+        let mut counts = vec![0usize; experts];
+        for &id in &routing.ids {
+            counts[id as usize] += 1;
+        }
+        let mut segments: Vec<Segment> = (0..experts)
+            .filter(|&e| counts[e] > 0)
+            .map(|expert| Segment {
+                expert,
+                start: 0,
+                len: counts[expert],
+            })
+            .collect();
+        segments.sort_by_key(|s| (Reverse(s.len), s.expert));
+        let mut next = vec![0usize; experts];
+        let mut start = 0;
+        for s in &mut segments {
+            s.start = start;
+            next[s.expert] = start;
+            start += s.len;
+        }
+        let mut tokens = vec![0; m * used];
+        let mut place = vec![0; m * used];
+        for (i, &id) in routing.ids.iter().enumerate() {
+            let at = &mut next[id as usize];
+            tokens[*at] = i / used;
+            place[i] = *at;
+            *at += 1;
+        }
+        Groups {
+            segments,
+            tokens,
+            place,
+        }
+    }
+}
+
+/// The pieces that a product over one segment is cut into: (first token, tokens).
+fn token_blocks(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len)
+        .step_by(TOKEN_BLOCK)
+        .map(move |t| (t, TOKEN_BLOCK.min(len - t)))
+}
+
+impl Compute {
+    /// Chooses the `used` best experts of each token: softmax over all `n_expert` logits,
+    /// then the largest, ties to the lower id; a NaN is less than any number.
+    ///
+    /// `logits` is `[m][n_expert]`.
+    ///
+    /// # Panics
+    /// When `used` is 0 or more than `n_expert`, or `logits` has the wrong length.
+    pub fn route(&self, logits: &[f32], n_expert: usize, options: &RouteOptions) -> Routing {
+        let used = options.used;
+        assert!(used > 0 && used <= n_expert && logits.len().is_multiple_of(n_expert));
+        let m = logits.len() / n_expert;
+        let mut ids = vec![0; m * used];
+        let mut weights = vec![0.0; m * used];
+        let (ids_out, weights_out) = (DisjointMut::new(&mut ids), DisjointMut::new(&mut weights));
+        let one = |t: usize| {
+            let logits = &logits[t * n_expert..(t + 1) * n_expert];
+            let range = t * used..(t + 1) * used;
+            // SAFETY: every token has its own range.
+            let (ids, weights) =
+                unsafe { (ids_out.slice(range.clone()), weights_out.slice(range)) };
+            route_token(logits, options, ids, weights);
+        };
+        if m * n_expert < 2048 {
+            (0..m).for_each(one);
+        } else {
+            let chunk = 2048_usize.div_ceil(n_expert);
+            self.pool.run(m.div_ceil(chunk), &|task| {
+                (task * chunk..m.min((task + 1) * chunk)).for_each(one);
+            });
+        }
+        Routing { used, ids, weights }
+    }
+
+    /// SwiGLU's first half for all tokens and one matrix each: `hidden = silu(x · gateᵀ) *
+    /// (x · upᵀ)` in the form that `down` takes, ready for `matmul(down, hidden, …)`. One
+    /// dispatch.
+    ///
+    /// # Panics
+    /// When shapes disagree or `x` lacks a form that the weights take.
+    pub fn gate_up(
+        &self,
+        x: &Acts,
+        gate: &Weights,
+        up: &Weights,
+        down: &Weights,
+        hidden: &mut Acts,
+    ) {
+        let segments = [Segment {
+            expert: 0,
+            start: 0,
+            len: x.m(),
+        }];
+        let segments = if x.m() == 0 {
+            &segments[..0]
+        } else {
+            &segments
+        };
+        assert_eq!((gate.experts(), up.experts(), down.experts()), (1, 1, 1));
+        let writer = hidden.begin(x.m(), gate.n(), self.form(down.ty()));
+        self.gate_up_segments(x, segments, false, gate, up, down, &writer);
+    }
+
+    /// Gate, up and SwiGLU of every segment; `shared` says that all segments are the one
+    /// token of `x`.
+    #[allow(clippy::too_many_arguments)]
+    fn gate_up_segments(
+        &self,
+        x: &Acts,
+        segments: &[Segment],
+        shared: bool,
+        gate: &Weights,
+        up: &Weights,
+        down: &Weights,
+        hidden: &ActsWriter<'_>,
+    ) {
+        let n_ff = gate.n();
+        assert_eq!((up.n(), up.k(), gate.k()), (n_ff, x.k(), x.k()));
+        assert_eq!(down.k(), n_ff);
+        assert_eq!(
+            (gate.experts(), up.experts()),
+            (down.experts(), down.experts())
+        );
+        let kernels = &self.table.matmul;
+        let units = n_ff.div_ceil(FF_UNIT);
+        self.pool.run(segments.len() * units, &|task| {
+            let Segment { expert, start, len } = segments[task / units];
+            let col = task % units * FF_UNIT;
+            let cols = FF_UNIT.min(n_ff - col);
+            let strips = cols.div_ceil(ROWS);
+            let view = if shared {
+                x.view()
+            } else {
+                x.segment(start, len)
+            };
+            with_scratch(|scratch| {
+                for (first, m) in token_blocks(len) {
+                    let acts = view.slice(first, m);
+                    let up_at = strips * m * ROWS;
+                    scratch.mul(kernels, gate, expert, col / ROWS, strips, acts, 0);
+                    scratch.mul(kernels, up, expert, col / ROWS, strips, acts, up_at);
+                    for t in 0..m {
+                        let (mut g, mut u) = ([0f32; FF_UNIT], [0f32; FF_UNIT]);
+                        for s in 0..strips {
+                            let at = (s * m + t) * ROWS;
+                            let part = s * ROWS..(s + 1) * ROWS;
+                            g[part.clone()].copy_from_slice(&scratch.tile[at..at + ROWS]);
+                            let at = at + up_at;
+                            u[part].copy_from_slice(&scratch.tile[at..at + ROWS]);
+                        }
+                        let mut h = [0f32; FF_UNIT];
+                        // Always the whole unit, so that a value does not depend on how
+                        // many columns stand beside it.
+                        swiglu(&g, &u, &mut h);
+                        // SAFETY: tasks write columns or segments of their own.
+                        unsafe {
+                            hidden.put(kernels, (start, len), first + t, col, &h[..cols]);
+                        }
+                    }
+                }
+            });
+        });
+    }
+
+    /// A mixture-of-experts feed-forward: for every token the sum over its experts, in the
+    /// order of `routing`, of `weight * down(silu(gate(x)) * up(x))`. `out` is
+    /// `[m][down.n()]`. Two dispatches, and one more to group the tokens of a batch.
+    ///
+    /// A token's result depends on neither the other tokens nor the threads.
+    ///
+    /// # Panics
+    /// When shapes disagree, an expert does not exist, or `x` lacks a form that the weights
+    /// take.
+    #[allow(clippy::too_many_arguments)]
+    pub fn moe_ffn(
+        &self,
+        x: &Acts,
+        routing: &Routing,
+        gate: &Weights,
+        up: &Weights,
+        down: &Weights,
+        scratch: &mut MoeScratch,
+        out: &mut [f32],
+    ) {
+        let (m, used, n) = (x.m(), routing.used, down.n());
+        assert_eq!(
+            (routing.ids.len(), routing.weights.len()),
+            (m * used, m * used)
+        );
+        assert_eq!(out.len(), m * n);
+        if m == 0 || used == 0 {
+            out.fill(0.0);
+            return;
+        }
+        let groups = Groups::new(routing, m, gate.experts());
+        let assigned = m * used;
+        let kernels = &self.table.matmul;
+        let shared = m == 1 && groups.segments.iter().all(|s| s.len == 1);
+        if !shared {
+            let form = self.forms([gate, up]);
+            let writer = scratch.gathered.begin(assigned, x.k(), form);
+            let owner: Vec<(usize, usize)> = groups
+                .segments
+                .iter()
+                .flat_map(|s| vec![(s.start, s.len); s.len])
+                .collect();
+            self.pool.run(assigned.div_ceil(GROUP), &|task| {
+                let first = task * GROUP;
+                for (a, &(start, len)) in owner.iter().enumerate().skip(first).take(GROUP) {
+                    // SAFETY: every assignment is a token of its own.
+                    unsafe {
+                        writer.copy((start, len), a - start, &x.view(), groups.tokens[a]);
+                    }
+                }
+            });
+        }
+        let source = if shared { x } else { &scratch.gathered };
+        let writer = scratch
+            .hidden
+            .begin(assigned, gate.n(), self.form(down.ty()));
+        self.gate_up_segments(source, &groups.segments, shared, gate, up, down, &writer);
+
+        let hidden = &scratch.hidden;
+        let y = DisjointMut::new(out);
+        self.pool.run(down.strips(), &|s| {
+            let row = s * ROWS;
+            let rows = ROWS.min(n - row);
+            with_scratch(|scratch| {
+                for &Segment { expert, start, len } in &groups.segments {
+                    for (first, count) in token_blocks(len) {
+                        let acts = hidden.segment(start, len).slice(first, count);
+                        let at = (start + first) * ROWS;
+                        scratch.mul(kernels, down, expert, s, 1, acts, at);
+                    }
+                }
+                for t in 0..m {
+                    let mut sum = [0f32; ROWS];
+                    for choice in t * used..(t + 1) * used {
+                        let weight = routing.weights[choice];
+                        let at = groups.place[choice] * ROWS;
+                        for (sum, &v) in sum.iter_mut().zip(&scratch.tile[at..at + ROWS]) {
+                            *sum += weight * v;
+                        }
+                    }
+                    // SAFETY: every strip of rows is one task's.
+                    let dst = unsafe { y.slice(t * n + row..t * n + row + rows) };
+                    dst.copy_from_slice(&sum[..rows]);
+                }
+            });
+        });
+    }
+}
+
+fn swiglu(gate: &[f32], up: &[f32], dst: &mut [f32]) {
+    for ((h, &g), &u) in dst.iter_mut().zip(gate).zip(up) {
+        *h = g / (1.0 + (-g).exp()) * u;
+    }
+}
+
+/// Routes one token.
+fn route_token(logits: &[f32], options: &RouteOptions, ids: &mut [u32], weights: &mut [f32]) {
+    let key = |v: f32| if v.is_nan() { f32::NEG_INFINITY } else { v };
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let compare = |a: &u32, b: &u32| {
+        let (x, y) = (key(logits[*a as usize]), key(logits[*b as usize]));
+        y.total_cmp(&x).then(a.cmp(b))
+    };
+    if options.used < order.len() {
+        order.select_nth_unstable_by(options.used - 1, compare);
+    }
+    order[..options.used].sort_unstable_by(compare);
+    ids.copy_from_slice(&order[..options.used]);
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f32 = logits.iter().map(|&v| (v - largest).exp()).sum();
+    for (w, &id) in weights.iter_mut().zip(ids.iter()) {
+        *w = (logits[id as usize] - largest).exp() / total;
+    }
+    if options.normalize {
+        let total: f32 = weights.iter().sum();
+        weights.iter_mut().for_each(|w| *w /= total);
+    }
+    weights.iter_mut().for_each(|w| *w *= options.scale);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grouping_keeps_every_choice_and_skips_idle_experts() {
+        let routing = Routing {
+            used: 2,
+            ids: vec![3, 1, 1, 0, 3, 1],
+            weights: vec![0.5; 6],
+        };
+        let g = Groups::new(&routing, 3, 5);
+        let lens: Vec<_> = g
+            .segments
+            .iter()
+            .map(|s| (s.expert, s.start, s.len))
+            .collect();
+        assert_eq!(lens, [(1, 0, 3), (3, 3, 2), (0, 5, 1)]);
+        assert_eq!(g.tokens, [0, 1, 2, 0, 2, 1]);
+        for (choice, &at) in g.place.iter().enumerate() {
+            assert_eq!(g.tokens[at], choice / 2);
+        }
+    }
+
+    #[test]
+    fn routing_prefers_large_logits_then_low_ids() {
+        let options = RouteOptions {
+            used: 3,
+            normalize: true,
+            scale: 1.0,
+        };
+        let (mut ids, mut weights) = ([0; 3], [0.0; 3]);
+        route_token(
+            &[1.0, 3.0, f32::NAN, 1.0, 1.0],
+            &options,
+            &mut ids,
+            &mut weights,
+        );
+        assert_eq!(ids, [1, 0, 3]);
+        route_token(&[1.0, 3.0, 0.0, 1.0, 1.0], &options, &mut ids, &mut weights);
+        assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        assert!((weights[0] / weights[1] - 2f32.exp()).abs() < 1e-4);
+        assert_eq!(weights[1], weights[2]);
+    }
+}

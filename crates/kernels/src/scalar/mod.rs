@@ -1,0 +1,3 @@
+//! The scalar tier: the definition of every operation.
+
+pub(crate) mod matmul;

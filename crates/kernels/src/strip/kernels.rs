@@ -1,0 +1,77 @@
+//! The kernels of the matrix products, one set per tier.
+
+use tegula_gguf::GgmlType;
+
+use crate::{
+    acts::{ActsView, Forms, Q8Dest},
+    strip::ROWS,
+    tier::Tier,
+};
+
+/// Values along k that are decoded to a panel at a time.
+///
+/// 16 rows × 1024 codes and their scales are 24 KiB at most: with the activations of one
+/// token group they stay in the first-level cache.
+pub const PANEL_K: usize = 1024;
+
+/// Bytes of the scratch that [`MatmulKernels::mul_strips`] wants: codes, then scales and
+/// minima of sub-blocks of 16.
+pub const PANEL_BYTES: usize = PANEL_K * ROWS + 2 * (PANEL_K / 16) * ROWS * 4;
+
+/// One call of [`MatmulKernels::mul_strips`].
+pub struct StripArgs<'a> {
+    /// The weights' type.
+    pub ty: GgmlType,
+    /// Weights per row.
+    pub k: usize,
+    /// Strips of [`super::Layout::strip_bytes`]`(k)` bytes each.
+    pub strips: &'a [*const u8],
+    /// Activations with the form [`MatmulKernels::form`]`(ty)`.
+    pub acts: ActsView<'a>,
+    /// Receives `[strips][tokens][16]` products.
+    pub tile: *mut f32,
+    /// [`PANEL_BYTES`] of scratch, 64-byte aligned.
+    pub panel: *mut u8,
+}
+
+impl StripArgs<'_> {
+    /// The tile of strip `s`: `[tokens][16]`.
+    pub(crate) fn tile_of(&self, s: usize) -> *mut f32 {
+        self.tile.wrapping_add(s * self.acts.m * ROWS)
+    }
+}
+
+/// The matrix-product kernels of one tier.
+#[derive(Clone, Copy)]
+pub struct MatmulKernels {
+    /// The tier and its flags, for reports.
+    pub name: &'static str,
+    /// Quantises values (a multiple of 32) of one token to the q8 form.
+    ///
+    /// # Safety
+    /// The destination is valid for `x.len()` values, and the CPU has the tier.
+    pub quantize_q8: unsafe fn(x: &[f32], dest: &Q8Dest),
+    /// Multiplies strips with all tokens of a segment.
+    ///
+    /// # Safety
+    /// All pointers are valid for what [`StripArgs`] states, and the CPU has the tier.
+    pub mul_strips: unsafe fn(args: &StripArgs<'_>),
+    /// The form of activations that BF16 weights take.
+    pub bf16_form: Forms,
+}
+
+impl MatmulKernels {
+    /// The kernels of `tier`, which the CPU must have.
+    pub fn for_tier(_tier: Tier) -> MatmulKernels {
+        crate::scalar::matmul::KERNELS
+    }
+
+    /// The form of activations that weights of type `ty` take.
+    pub fn form(&self, ty: GgmlType) -> Forms {
+        match ty {
+            GgmlType::BF16 => self.bf16_form,
+            GgmlType::F32 | GgmlType::F16 => Forms::F32,
+            _ => Forms::Q8,
+        }
+    }
+}
