@@ -41,8 +41,10 @@
 //! Q8_0 can hold −128 (other programs' files; our quantiser never writes it).
 
 mod decode;
+mod encode;
 pub mod grids;
 pub mod layout;
+mod search;
 
 use crate::types::GgmlType;
 use decode::Block;
@@ -73,6 +75,23 @@ pub enum BlockError {
         len: usize,
         want: usize,
     },
+    /// A weight is NaN or infinite.
+    #[error("{ty}: weight {index} is {value}")]
+    NotFinite {
+        ty: GgmlType,
+        index: usize,
+        value: f32,
+    },
+    /// An importance factor is NaN, infinite or negative.
+    #[error("{ty}: importance of column {index} is {value}")]
+    BadImportance {
+        ty: GgmlType,
+        index: usize,
+        value: f32,
+    },
+    /// A weight, or the scale of the block that starts with it, leaves the type's range.
+    #[error("{ty}: weights from {index} on are too large for the type")]
+    TooLarge { ty: GgmlType, index: usize },
 }
 
 /// Evaluates `$body` with `$B` naming the block struct of `$ty`, or `$other` for a type that
@@ -89,6 +108,15 @@ macro_rules! with_block {
             $(GgmlType::$name => { type $B = layout::$name; $body })*
             _ => $other,
         }
+    };
+}
+
+/// As [`with_block`], for the types that can be written.
+macro_rules! with_encode {
+    ($ty:expr, $B:ident => $body:expr, _ => $other:expr) => {
+        with_block!(@ $ty, $B, $body, $other, [
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4 IQ4_NL IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K
+        ])
     };
 }
 
@@ -135,6 +163,111 @@ pub fn dequantize(ty: GgmlType, src: &[u8], dst: &mut [f32]) -> Result<(), Block
     Ok(())
 }
 
+/// True if [`quantize`] can write the type.
+pub fn can_quantize(ty: GgmlType) -> bool {
+    use GgmlType::*;
+    matches!(ty, F32 | F16 | BF16) || with_encode!(ty, B => B::TYPE == ty, _ => false)
+}
+
+/// Narrows or quantises `src`, one or many rows, to the blocks `dst`.
+///
+/// `importance`, if given, holds one factor per column (so its length is the row's): how
+/// much that column's errors count, such as the mean square of its activations. Q8_0, MXFP4
+/// and the float types have no choice to make and ignore it.
+///
+/// Without importance Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4, F16 and BF16 equal ggml's
+/// quantisers bit for bit; the others search the scales by the same criteria. The same input
+/// gives the same bytes on every machine.
+///
+/// # Errors
+///
+/// [`BlockError`] if the type cannot be written, the lengths do not fit, a weight is not
+/// finite or leaves the type's range, or a factor is not finite or negative. `dst` is then
+/// partly written.
+pub fn quantize(
+    ty: GgmlType,
+    src: &[f32],
+    importance: Option<&[f32]>,
+    dst: &mut [u8],
+) -> Result<(), BlockError> {
+    if !can_quantize(ty) {
+        return Err(BlockError::Unsupported {
+            ty,
+            operation: "quantised",
+        });
+    }
+    let block = ty.block_len();
+    let ragged = |unit, len| {
+        Err(BlockError::Ragged {
+            ty,
+            unit,
+            len,
+            block,
+        })
+    };
+    if !src.len().is_multiple_of(block) {
+        return ragged("weights", src.len());
+    }
+    expect_len(
+        ty,
+        "destination",
+        dst.len(),
+        src.len() / block * ty.block_bytes(),
+    )?;
+    if let Some(factors) = importance {
+        if factors.is_empty() || !factors.len().is_multiple_of(block) {
+            return ragged("importance factors", factors.len());
+        }
+        if !src.len().is_multiple_of(factors.len()) {
+            let unit = "weights (the importance of a row)";
+            return Err(BlockError::Ragged {
+                ty,
+                unit,
+                len: src.len(),
+                block: factors.len(),
+            });
+        }
+        let bad = |f: &f32| !f.is_finite() || *f < 0.0;
+        if let Some(index) = factors.iter().position(bad) {
+            return Err(BlockError::BadImportance {
+                ty,
+                index,
+                value: factors[index],
+            });
+        }
+    }
+    // One pass without a branch per weight; the place is sought only when it fails.
+    if !src.iter().fold(true, |ok, x| ok & x.is_finite())
+        && let Some(index) = src.iter().position(|x| !x.is_finite())
+    {
+        return Err(BlockError::NotFinite {
+            ty,
+            index,
+            value: src[index],
+        });
+    }
+    let row = importance.map_or(src.len(), <[f32]>::len);
+    let too_large = |index| BlockError::TooLarge { ty, index };
+    match ty {
+        GgmlType::F32 => narrow(src, dst, |x| Some(x.to_le_bytes())),
+        GgmlType::F16 => narrow(src, dst, |x| {
+            let h = half::f16::from_f32(x);
+            h.is_finite().then(|| h.to_le_bytes())
+        }),
+        GgmlType::BF16 => narrow(src, dst, |x| {
+            let h = half::bf16::from_f32(x);
+            h.is_finite().then(|| h.to_le_bytes())
+        }),
+        _ => with_encode!(
+            ty,
+            B => encode::quantize::<B>(src, row, importance, bytemuck::cast_slice_mut(dst))
+                .map_err(|i| i * block),
+            _ => Ok(())
+        ),
+    }
+    .map_err(too_large)
+}
+
 /// Takes `src`, any number of whole blocks, apart into `codes` (one per weight), `scales`
 /// and `mins` (one per group of [`group_len`] weights; `mins` is empty for a type without).
 ///
@@ -178,6 +311,19 @@ fn widen<const N: usize>(src: &[u8], dst: &mut [f32], value: impl Fn([u8; N]) ->
     for (&bytes, out) in src.iter().zip(dst) {
         *out = value(bytes);
     }
+}
+
+/// On failure returns the index of the weight that `bytes` has no value for.
+fn narrow<const N: usize>(
+    src: &[f32],
+    dst: &mut [u8],
+    bytes: impl Fn(f32) -> Option<[u8; N]>,
+) -> Result<(), usize> {
+    let (dst, _) = dst.as_chunks_mut::<N>();
+    for (i, (&x, out)) in src.iter().zip(dst).enumerate() {
+        *out = bytes(x).ok_or(i)?;
+    }
+    Ok(())
 }
 
 fn whole_blocks(ty: GgmlType, src: &[u8]) -> Result<usize, BlockError> {
