@@ -10,6 +10,7 @@ use super::{
     layout::{self, SUPER, f16, pack_scales_iq4_xs, pack_scales_k4, pack_scales_q3_k},
     search::{self, AffineSearch, to_code},
 };
+use crate::types::GgmlType;
 
 /// A format that can be written.
 pub(super) trait Encode: Block {
@@ -578,6 +579,10 @@ impl Encode for layout::Q6_K {
     }
 }
 
+/// No f16 scale reaches weights of this magnitude in any format, and below it no sum of a
+/// search overflows.
+const LIMIT: f32 = 1e9;
+
 /// Quantises whole blocks. `row` is the length of a row, which is also that of `importance`;
 /// `dst` has one block per `LEN` weights.
 ///
@@ -603,6 +608,9 @@ pub(super) fn quantize<B: Encode>(
             columns: &all[column..column + B::LEN],
             row_power,
         });
+        if B::TYPE != GgmlType::MXFP4 && x.iter().fold(false, |over, x| over | (x.abs() > LIMIT)) {
+            return Err(i);
+        }
         *out = B::encode(x, importance);
         out.decode(codes, &mut scales[..groups], &mut mins[..groups]);
         if !scales[..groups]

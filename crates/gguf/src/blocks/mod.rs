@@ -246,6 +246,8 @@ pub fn quantize(
             value: src[index],
         });
     }
+    let importance = importance.map(normalized);
+    let importance = importance.as_deref();
     let row = importance.map_or(src.len(), <[f32]>::len);
     let too_large = |index| BlockError::TooLarge { ty, index };
     match ty {
@@ -311,6 +313,16 @@ fn widen<const N: usize>(src: &[u8], dst: &mut [f32], value: impl Fn([u8; N]) ->
     for (&bytes, out) in src.iter().zip(dst) {
         *out = value(bytes);
     }
+}
+
+/// The factors brought below 2 by a power of two, which changes no comparison of errors.
+fn normalized(factors: &[f32]) -> Vec<f32> {
+    let high = factors.iter().copied().fold(0.0, f32::max);
+    let exponent = (high.to_bits() >> 23) as i32 - 127;
+    // In two steps, for one power may lie outside f32's range.
+    let half = exponent / 2;
+    let [half, rest] = [half, exponent - half].map(|e| f32::from_bits(((127 - e) as u32) << 23));
+    factors.iter().map(|f| f * half * rest).collect()
 }
 
 /// On failure returns the index of the weight that `bytes` has no value for.

@@ -29,7 +29,10 @@ pub(super) fn to_code(x: f32, low: f32, high: f32) -> f32 {
 
 /// `K` sums over `0..N` at once.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "lanes innermost is what vectorises")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "lanes innermost is what vectorises"
+)]
 fn sums<const N: usize, const K: usize>(term: impl Fn(usize) -> [f32; K]) -> [f32; K] {
     let mut lanes = [[0f32; LANES]; K];
     for chunk in 0..N / LANES {
@@ -160,7 +163,12 @@ pub(super) fn affine<const N: usize>(
     let error = |codes: &[f32; N], scale: f32, min: f32| {
         let [error] = sums::<N, 1>(|i| {
             let off = scale * codes[i] + min - x[i];
-            [w[i] * if search.absolute { off.abs() } else { off * off }]
+            [w[i]
+                * if search.absolute {
+                    off.abs()
+                } else {
+                    off * off
+                }]
         });
         error
     };
