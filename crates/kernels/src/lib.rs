@@ -2,7 +2,13 @@
 //! they work on. Engine code names operations and formats; only this crate knows ISAs.
 
 pub mod acts;
+pub mod attn;
+mod avx2;
+mod avx512;
 mod disjoint;
+pub mod float;
+mod generic;
+pub mod kv;
 pub mod mem;
 pub mod ops;
 pub mod pool;

@@ -1,7 +1,7 @@
 //! One table of kernels per tier: function pointers and block sizes, filled from scalar and
 //! overwritten tier by tier.
 
-use crate::{strip::kernels::MatmulKernels, tier::Tier};
+use crate::{attn::AttnOps, float::FloatOps, strip::kernels::MatmulKernels, tier::Tier};
 use std::sync::OnceLock;
 
 /// The kernels of one tier.
@@ -10,6 +10,10 @@ pub struct Kernels {
     pub tier: Tier,
     /// Matrix products.
     pub matmul: MatmulKernels,
+    /// Rows of f32.
+    pub float: FloatOps,
+    /// Attention.
+    pub attn: AttnOps,
 }
 
 impl Kernels {
@@ -24,6 +28,8 @@ impl Kernels {
         Kernels {
             tier,
             matmul: MatmulKernels::for_tier(tier),
+            float: FloatOps::for_tier(tier),
+            attn: AttnOps::for_tier(tier),
         }
     }
 }

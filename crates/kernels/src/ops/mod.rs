@@ -1,10 +1,20 @@
 //! The operations that the engine calls: safe, parallel over a pool, dispatched by a table.
 
+mod attention;
+mod embed;
 pub mod matmul;
 pub mod moe;
+mod rope;
+mod rows;
 
-use crate::pool::PoolConfig;
-use crate::{pool::Pool, table::Kernels, tier::Tier};
+use crate::{
+    pool::{Pool, PoolConfig},
+    table::Kernels,
+    tier::Tier,
+};
+
+pub use attention::Token;
+pub use rope::{RopeParams, RopeStyle, RopeTable, Yarn};
 
 /// A pool and the kernels that run on it.
 pub struct Compute {
@@ -13,7 +23,7 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Kernels of `tier`, which the CPU must have (else the highest tier that it has).
+    /// Kernels of `tier`, or of the highest tier below it that the CPU has.
     pub fn new(tier: Tier, pool: PoolConfig) -> Compute {
         Compute {
             pool: Pool::new(pool),

@@ -223,9 +223,10 @@ impl Compute {
                         let mut h = [0f32; FF_UNIT];
                         // Always the whole unit, so that a value does not depend on how
                         // many columns stand beside it.
-                        swiglu(&g, &u, &mut h);
-                        // SAFETY: tasks write columns or segments of their own.
+                        // SAFETY: the table's tier was checked; tasks write columns or
+                        // segments of their own.
                         unsafe {
+                            (self.table.float.swiglu)(&g, &u, &mut h);
                             hidden.put(kernels, (start, len), first + t, col, &h[..cols]);
                         }
                     }
@@ -320,12 +321,6 @@ impl Compute {
                 }
             });
         });
-    }
-}
-
-fn swiglu(gate: &[f32], up: &[f32], dst: &mut [f32]) {
-    for ((h, &g), &u) in dst.iter_mut().zip(gate).zip(up) {
-        *h = g / (1.0 + (-g).exp()) * u;
     }
 }
 

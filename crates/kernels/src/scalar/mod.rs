@@ -1,3 +1,5 @@
-//! The scalar tier: the definition of every operation.
+//! Plain Rust: the definition of every operation.
 
+pub(crate) mod attention;
+pub(crate) mod float;
 pub(crate) mod matmul;

@@ -1,0 +1,4 @@
+//! AVX2, FMA and F16C.
+
+pub(crate) mod attention;
+pub(crate) mod float;

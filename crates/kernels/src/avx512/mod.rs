@@ -1,0 +1,4 @@
+//! AVX-512 F, BW, VL, DQ and VNNI.
+
+pub(crate) mod attention;
+pub(crate) mod float;

@@ -1,0 +1,428 @@
+//! The KV cache: pages of 64 positions, reference-counted, in layouts that attention reads
+//! as a stream.
+//!
+//! A sequence is a list of pages ([`PageTable`]); sequences with a common prefix share its
+//! pages until one of them writes (copy on write). Per page, layer and KV head:
+//!
+//! | type | K | V |
+//! |---|---|---|
+//! | F16 | `[dim][64]` | `[64][dim]` |
+//! | BF16 | `[dim/2][64][2]` | `[32][dim][2]` |
+//! | Q8_0 | codes `[dim][64]`, f32 scales `[dim/32][64]` | codes `[64][dim]`, scales `[64][dim/32]` |
+//!
+//! K is transposed so that the scores of 64 positions are vertical sums; the bf16 pairs are
+//! what bf16 dot products (`vdpbf16ps`, AMX) take.
+
+use crate::mem::AlignedBuf;
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+/// Positions per page.
+pub const KV_PAGE: usize = 64;
+
+/// Element type of K or V in the cache.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum KvType {
+    F16,
+    BF16,
+    /// 8-bit codes, one scale per 32 along the head dimension.
+    Q8_0,
+}
+
+impl KvType {
+    /// As `-ctk` takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::BF16 => "bf16",
+            KvType::Q8_0 => "q8_0",
+        }
+    }
+
+    /// The type that users know by `name`.
+    pub fn parse(name: &str) -> Option<KvType> {
+        let all = [KvType::F16, KvType::BF16, KvType::Q8_0];
+        all.into_iter()
+            .find(|t| t.name().eq_ignore_ascii_case(name))
+    }
+
+    /// Bytes of a page of one head.
+    pub const fn page_bytes(self, dim: usize) -> usize {
+        match self {
+            KvType::F16 | KvType::BF16 => dim * KV_PAGE * 2,
+            KvType::Q8_0 => dim * KV_PAGE + dim / 32 * KV_PAGE * 4,
+        }
+    }
+}
+
+/// Geometry of a cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvShape {
+    pub layers: usize,
+    /// KV heads.
+    pub heads: usize,
+    /// Head dimension: even, and a multiple of 32 where a type is Q8_0.
+    pub dim: usize,
+    pub k: KvType,
+    pub v: KvType,
+}
+
+impl KvShape {
+    /// Bytes of one head's K and V in one page of one layer, whole cache lines.
+    fn head_bytes(&self) -> usize {
+        (self.k.page_bytes(self.dim) + self.v.page_bytes(self.dim)).next_multiple_of(64)
+    }
+
+    /// Bytes of one page in one layer.
+    fn layer_page_bytes(&self) -> usize {
+        self.head_bytes() * self.heads
+    }
+
+    /// Bytes of a cache of `pages` pages.
+    pub fn bytes(&self, pages: usize) -> usize {
+        self.layer_page_bytes() * self.layers * pages
+    }
+}
+
+/// Why a cache can't be made or can't take more.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KvError {
+    #[error("the KV cache is full: {pages} pages of {KV_PAGE} positions are in use")]
+    Full { pages: usize },
+    #[error("head dimension {dim} does not suit a {ty} KV cache: {needs}")]
+    Dimension {
+        dim: usize,
+        ty: &'static str,
+        needs: &'static str,
+    },
+    #[error("saved KV state has {got} bytes where {want} were expected")]
+    StateSize { got: usize, want: usize },
+}
+
+/// One sequence: its pages in order and how many positions are filled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageTable {
+    pages: Vec<u32>,
+    len: usize,
+}
+
+impl PageTable {
+    /// Positions filled or reserved.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True without positions.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The page of `position`.
+    pub fn page(&self, position: usize) -> u32 {
+        self.pages[position / KV_PAGE]
+    }
+
+    pub(crate) fn pages(&self) -> &[u32] {
+        &self.pages
+    }
+}
+
+/// Pages of K and V for all layers.
+pub struct KvCache {
+    shape: KvShape,
+    /// Per layer `[page][head][K | V]`.
+    layers: Vec<AlignedBuf>,
+    references: Vec<u32>,
+    free: Vec<u32>,
+}
+
+impl KvCache {
+    /// A cache of `pages` pages. The memory is reserved and becomes resident as it is used.
+    pub fn new(shape: KvShape, pages: usize) -> Result<KvCache, KvError> {
+        for ty in [shape.k, shape.v] {
+            let (unit, needs) = match ty {
+                KvType::Q8_0 => (32, "it must be a multiple of 32"),
+                _ => (2, "it must be even"),
+            };
+            if !shape.dim.is_multiple_of(unit) || shape.dim == 0 {
+                return Err(KvError::Dimension {
+                    dim: shape.dim,
+                    ty: ty.name(),
+                    needs,
+                });
+            }
+        }
+        let bytes = shape.layer_page_bytes() * pages;
+        Ok(KvCache {
+            shape,
+            layers: (0..shape.layers)
+                .map(|_| AlignedBuf::zeroed(bytes))
+                .collect(),
+            references: vec![0; pages],
+            free: (0..pages as u32).rev().collect(),
+        })
+    }
+
+    /// The geometry.
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// All pages, free or not.
+    pub fn pages(&self) -> usize {
+        self.references.len()
+    }
+
+    /// Pages that no sequence holds.
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    fn take_page(&mut self) -> Result<u32, KvError> {
+        let page = self.free.pop().ok_or(KvError::Full {
+            pages: self.pages(),
+        })?;
+        self.references[page as usize] = 1;
+        Ok(page)
+    }
+
+    fn drop_page(&mut self, page: u32) {
+        let count = &mut self.references[page as usize];
+        *count -= 1;
+        if *count == 0 {
+            self.free.push(page);
+        }
+    }
+
+    /// Makes room for `tokens` more positions and counts them as filled. On error nothing
+    /// changes.
+    pub fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
+        if tokens == 0 {
+            return Ok(());
+        }
+        let needed = (table.len + tokens).div_ceil(KV_PAGE) - table.pages.len();
+        let partial = !table.len.is_multiple_of(KV_PAGE);
+        let shared = partial && self.references[table.page(table.len) as usize] > 1;
+        if needed + usize::from(shared) > self.free.len() {
+            return Err(KvError::Full {
+                pages: self.pages(),
+            });
+        }
+        if shared {
+            let from = table.page(table.len);
+            let to = self.take_page()?;
+            self.copy_page(from, to);
+            self.drop_page(from);
+            table.pages[table.len / KV_PAGE] = to;
+        }
+        for _ in 0..needed {
+            let page = self.take_page()?;
+            table.pages.push(page);
+        }
+        table.len += tokens;
+        Ok(())
+    }
+
+    /// Forgets all positions from `len` on.
+    pub fn truncate(&mut self, table: &mut PageTable, len: usize) {
+        if len >= table.len {
+            return;
+        }
+        let keep = len.div_ceil(KV_PAGE);
+        while table.pages.len() > keep {
+            if let Some(page) = table.pages.pop() {
+                self.drop_page(page);
+            }
+        }
+        table.len = len;
+    }
+
+    /// A second sequence with the first `len` positions of this one, sharing its pages.
+    pub fn share(&mut self, table: &PageTable, len: usize) -> PageTable {
+        let len = len.min(table.len);
+        let pages = table.pages[..len.div_ceil(KV_PAGE)].to_vec();
+        for &page in &pages {
+            self.references[page as usize] += 1;
+        }
+        PageTable { pages, len }
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) {
+        let bytes = self.shape.layer_page_bytes();
+        for layer in &mut self.layers {
+            layer.copy_within(
+                from as usize * bytes..(from as usize + 1) * bytes,
+                to as usize * bytes,
+            );
+        }
+    }
+
+    /// K and V of a head in a page.
+    pub(crate) fn head(&self, layer: usize, page: u32, head: usize) -> (&[u8], &[u8]) {
+        let at = page as usize * self.shape.layer_page_bytes() + head * self.shape.head_bytes();
+        let bytes = &self.layers[layer][at..at + self.shape.head_bytes()];
+        bytes.split_at(self.shape.k.page_bytes(self.shape.dim))
+    }
+
+    /// The same for writing, of a whole layer at once.
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> LayerMut<'_> {
+        LayerMut {
+            bytes: &mut self.layers[layer],
+            shape: self.shape,
+        }
+    }
+
+    /// The pages of a sequence as bytes: page after page, layer after layer, the whole page
+    /// in the cache's own layout. [`KvCache::import`] reads it into a cache of equal shape.
+    pub fn export(&self, table: &PageTable) -> Vec<u8> {
+        let bytes = self.shape.layer_page_bytes();
+        let mut out = Vec::with_capacity(bytes * self.layers.len() * table.pages.len());
+        for &page in &table.pages {
+            for layer in &self.layers {
+                out.extend_from_slice(&layer[page as usize * bytes..][..bytes]);
+            }
+        }
+        out
+    }
+
+    /// A new sequence of `len` positions from exported bytes.
+    pub fn import(&mut self, data: &[u8], len: usize) -> Result<PageTable, KvError> {
+        let bytes = self.shape.layer_page_bytes();
+        let want = bytes * self.layers.len() * len.div_ceil(KV_PAGE);
+        if data.len() != want {
+            return Err(KvError::StateSize {
+                got: data.len(),
+                want,
+            });
+        }
+        let mut table = PageTable::default();
+        self.extend(&mut table, len)?;
+        let mut parts = data.chunks_exact(bytes);
+        for &page in &table.pages {
+            for layer in &mut self.layers {
+                if let Some(part) = parts.next() {
+                    layer[page as usize * bytes..][..bytes].copy_from_slice(part);
+                }
+            }
+        }
+        Ok(table)
+    }
+}
+
+/// One layer of the cache, open for writing.
+pub(crate) struct LayerMut<'a> {
+    bytes: &'a mut [u8],
+    shape: KvShape,
+}
+
+impl LayerMut<'_> {
+    pub(crate) fn writer(&mut self) -> LayerWriter<'_> {
+        LayerWriter {
+            bytes: crate::disjoint::DisjointMut::new(self.bytes),
+            shape: self.shape,
+        }
+    }
+}
+
+/// Writes heads of a layer from several threads.
+pub(crate) struct LayerWriter<'a> {
+    bytes: crate::disjoint::DisjointMut<'a, u8>,
+    shape: KvShape,
+}
+
+impl LayerWriter<'_> {
+    /// Writes K and V, `[dim]` each, of one head at one position.
+    ///
+    /// # Safety
+    /// No other thread writes this head at the same time.
+    pub(crate) unsafe fn put(&self, page: u32, slot: usize, head: usize, k: &[f32], v: &[f32]) {
+        let at = page as usize * self.shape.layer_page_bytes() + head * self.shape.head_bytes();
+        // SAFETY: heads are disjoint parts; the caller keeps other threads from this one.
+        let bytes = unsafe { self.bytes.slice(at..at + self.shape.head_bytes()) };
+        let dim = self.shape.dim;
+        let (kb, vb) = bytes.split_at_mut(self.shape.k.page_bytes(dim));
+        let columns = Place {
+            stride: KV_PAGE,
+            at: slot,
+        };
+        match self.shape.k {
+            KvType::F16 => put_halves(kb, k, |d| d * KV_PAGE + slot, f16_bits),
+            KvType::BF16 => {
+                put_halves(kb, k, |d| (d / 2 * KV_PAGE + slot) * 2 + d % 2, bf16_bits);
+            }
+            KvType::Q8_0 => put_q8(kb, k, columns, columns),
+        }
+        match self.shape.v {
+            KvType::F16 => put_halves(vb, v, |d| slot * dim + d, f16_bits),
+            KvType::BF16 => {
+                put_halves(vb, v, |d| (slot / 2 * dim + d) * 2 + slot % 2, bf16_bits);
+            }
+            KvType::Q8_0 => {
+                let codes = Place {
+                    stride: 1,
+                    at: slot * dim,
+                };
+                put_q8(
+                    vb,
+                    v,
+                    codes,
+                    Place {
+                        stride: 1,
+                        at: slot * (dim / 32),
+                    },
+                );
+            }
+        }
+    }
+}
+
+/// Where the i-th element goes: `at + i * stride`.
+#[derive(Clone, Copy)]
+struct Place {
+    stride: usize,
+    at: usize,
+}
+
+fn f16_bits(x: &[f32], bits: &mut [u16]) {
+    let mut halves = [f16::ZERO; 32];
+    halves[..x.len()].convert_from_f32_slice(x);
+    bits.iter_mut()
+        .zip(halves)
+        .for_each(|(b, h)| *b = h.to_bits());
+}
+
+fn bf16_bits(x: &[f32], bits: &mut [u16]) {
+    bits.iter_mut()
+        .zip(x)
+        .for_each(|(b, &x)| *b = bf16::from_f32(x).to_bits());
+}
+
+fn put_halves(
+    bytes: &mut [u8],
+    x: &[f32],
+    place: impl Fn(usize) -> usize,
+    convert: fn(&[f32], &mut [u16]),
+) {
+    for (c, chunk) in x.chunks(32).enumerate() {
+        let mut bits = [0u16; 32];
+        convert(chunk, &mut bits[..chunk.len()]);
+        for (i, half) in bits[..chunk.len()].iter().enumerate() {
+            let at = 2 * place(c * 32 + i);
+            bytes[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        }
+    }
+}
+
+/// Q8_0's rule with an f32 scale: `d = amax / 127`, codes round to nearest even.
+fn put_q8(bytes: &mut [u8], x: &[f32], codes: Place, scales: Place) {
+    let (code_bytes, scale_bytes) = bytes.split_at_mut(x.len() * KV_PAGE);
+    for (g, group) in x.chunks_exact(32).enumerate() {
+        let amax = group.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+        for (i, x) in group.iter().enumerate() {
+            let code = (x * inverse).round_ties_even() as i8;
+            code_bytes[codes.at + (g * 32 + i) * codes.stride] = code as u8;
+        }
+        let at = 4 * (scales.at + g * scales.stride);
+        scale_bytes[at..at + 4].copy_from_slice(&(amax / 127.0).to_le_bytes());
+    }
+}

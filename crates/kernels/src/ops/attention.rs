@@ -1,0 +1,348 @@
+//! Writing the KV cache and attending to it.
+
+use super::Compute;
+use crate::{
+    attn::{CHUNK, ChunkArgs},
+    disjoint::DisjointMut,
+    kv::{KV_PAGE, KvCache, PageTable},
+};
+use std::cell::RefCell;
+
+/// Where a token of a batch stands: its sequence (an index into the tables that are passed
+/// beside) and its position there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Token {
+    pub sequence: usize,
+    pub position: usize,
+}
+
+/// Query rows that a task handles together, so that they share the reading of K and V.
+const TASK_ROWS: usize = 32;
+
+/// Tokens that a task writes to the cache.
+const STORE_TOKENS: usize = 16;
+
+/// A run of neighbouring tokens of one sequence.
+#[derive(Clone, Copy)]
+struct Block {
+    first: usize,
+    count: usize,
+    /// Chunks that its last token sees.
+    chunks: usize,
+}
+
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    visible: Vec<usize>,
+    scores: Vec<f32>,
+    acc: Vec<f32>,
+    stats: Vec<f32>,
+    /// Merged so far: rows of `[dim]`, and their maxima and sums.
+    total: Vec<f32>,
+    total_stats: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What is common to all tasks of one call.
+struct Call<'a> {
+    compute: &'a Compute,
+    cache: &'a KvCache,
+    layer: usize,
+    tables: &'a [&'a PageTable],
+    tokens: &'a [Token],
+    q: &'a [f32],
+    heads: usize,
+    scale: f32,
+}
+
+impl Compute {
+    /// Writes K and V (`[m][kv_heads][dim]`) of `tokens` into a layer of the cache. The
+    /// positions must be filled or reserved in their tables.
+    ///
+    /// # Panics
+    /// When lengths disagree or a position is beyond its table.
+    pub fn kv_store(
+        &self,
+        cache: &mut KvCache,
+        layer: usize,
+        tables: &[&PageTable],
+        tokens: &[Token],
+        k: &[f32],
+        v: &[f32],
+    ) {
+        let (heads, dim) = (cache.shape().heads, cache.shape().dim);
+        assert!(k.len() == tokens.len() * heads * dim && v.len() == k.len());
+        assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
+        let mut layer = cache.layer_mut(layer);
+        let writer = layer.writer();
+        // Neighbouring positions of a head share cache lines: split by heads, and by tokens
+        // only in long batches.
+        let parts = tokens.len().div_ceil(STORE_TOKENS);
+        let write = |head: usize, range: std::ops::Range<usize>| {
+            for t in range {
+                let Token { sequence, position } = tokens[t];
+                let page = tables[sequence].page(position);
+                let at = (t * heads + head) * dim;
+                let (k, v) = (&k[at..at + dim], &v[at..at + dim]);
+                // SAFETY: see the two callers below.
+                unsafe { writer.put(page, position % KV_PAGE, head, k, v) };
+            }
+        };
+        if parts == 1 {
+            // A single dispatch by head would cost more than the few bytes.
+            (0..heads).for_each(|head| write(head, 0..tokens.len()));
+        } else {
+            // Each task writes one head: nobody else touches it.
+            self.pool.run(heads, &|head| write(head, 0..tokens.len()));
+        }
+    }
+
+    /// Causal attention of each token to the positions of its sequence up to its own.
+    ///
+    /// `q` and `out` are `[m][heads][dim]`; query heads share KV heads in runs of
+    /// `heads / kv_heads`. The result for a token depends on nothing but its query and its
+    /// sequence.
+    ///
+    /// # Panics
+    /// When lengths disagree, `heads` is no multiple of the KV heads, or a position is
+    /// beyond its table.
+    #[allow(clippy::too_many_arguments)]
+    pub fn attention(
+        &self,
+        cache: &KvCache,
+        layer: usize,
+        tables: &[&PageTable],
+        tokens: &[Token],
+        q: &[f32],
+        heads: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        let shape = cache.shape();
+        let (dim, kv_heads) = (shape.dim, shape.heads);
+        assert!(q.len() == tokens.len() * heads * dim && out.len() == q.len());
+        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads));
+        assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
+        if tokens.is_empty() {
+            return;
+        }
+        let call = Call {
+            compute: self,
+            cache,
+            layer,
+            tables,
+            tokens,
+            q,
+            heads,
+            scale,
+        };
+        let group = heads / kv_heads;
+        let blocks = blocks(tokens, (TASK_ROWS / group).max(1));
+        let out = DisjointMut::new(out);
+        let units = blocks.len() * kv_heads;
+        let longest = blocks.iter().map(|b| b.chunks).max().unwrap_or(0);
+        if longest == 1 || units >= 2 * self.pool.threads() {
+            self.pool.run(units, &|unit| {
+                let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+                SCRATCH.with_borrow_mut(|scratch| {
+                    call.begin(scratch, block, head);
+                    for chunk in 0..block.chunks {
+                        call.chunk(scratch, block, head, chunk);
+                        scratch.merge(dim);
+                    }
+                    // SAFETY: a block and a head belong to one task.
+                    unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, &out) };
+                });
+            });
+            return;
+        }
+        self.split_chunks(&call, &blocks, longest, &out);
+    }
+
+    /// Few queries, long context: chunks are spread over the threads, and what they leave is
+    /// merged afterwards in the same order and with the same arithmetic as above.
+    fn split_chunks(
+        &self,
+        call: &Call<'_>,
+        blocks: &[Block],
+        longest: usize,
+        out: &DisjointMut<'_, f32>,
+    ) {
+        let (dim, kv_heads) = (call.cache.shape().dim, call.cache.shape().heads);
+        let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * (call.heads / kv_heads);
+        let part = rows * (dim + 2);
+        let units = blocks.len() * kv_heads;
+        let mut partial = vec![0f32; units * longest * part];
+        {
+            let partial = DisjointMut::new(&mut partial);
+            self.pool.run(units * longest, &|task| {
+                let (unit, chunk) = (task / longest, task % longest);
+                let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+                if chunk >= block.chunks {
+                    return;
+                }
+                SCRATCH.with_borrow_mut(|scratch| {
+                    call.begin(scratch, block, head);
+                    call.chunk(scratch, block, head, chunk);
+                    // SAFETY: each task has a part of its own.
+                    let to = unsafe { partial.slice(task * part..(task + 1) * part) };
+                    let (acc, stats) = to.split_at_mut(rows * dim);
+                    acc[..scratch.acc.len()].copy_from_slice(&scratch.acc);
+                    stats[..scratch.stats.len()].copy_from_slice(&scratch.stats);
+                });
+            });
+        }
+        self.pool.run(units, &|unit| {
+            let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+            SCRATCH.with_borrow_mut(|scratch| {
+                call.begin(scratch, block, head);
+                for chunk in 0..block.chunks {
+                    let at = (unit * longest + chunk) * part;
+                    let (acc, stats) = partial[at..at + part].split_at(rows * dim);
+                    let (acc_len, stats_len) = (scratch.acc.len(), scratch.stats.len());
+                    scratch.acc.copy_from_slice(&acc[..acc_len]);
+                    scratch.stats.copy_from_slice(&stats[..stats_len]);
+                    scratch.merge(dim);
+                }
+                // SAFETY: a block and a head belong to one task.
+                unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, out) };
+            });
+        });
+    }
+}
+
+/// Cuts a batch into runs of at most `limit` neighbours of one sequence.
+fn blocks(tokens: &[Token], limit: usize) -> Vec<Block> {
+    let mut blocks: Vec<Block> = Vec::new();
+    for (i, token) in tokens.iter().enumerate() {
+        let chunks = (token.position + 1).div_ceil(CHUNK);
+        match blocks.last_mut() {
+            Some(b) if b.count < limit && tokens[b.first].sequence == token.sequence => {
+                b.count += 1;
+                b.chunks = b.chunks.max(chunks);
+            }
+            _ => blocks.push(Block {
+                first: i,
+                count: 1,
+                chunks,
+            }),
+        }
+    }
+    blocks
+}
+
+impl Scratch {
+    /// Adds the chunk's result to the total: both are rescaled to the larger maximum.
+    fn merge(&mut self, dim: usize) {
+        let rows = self.visible.len();
+        let (max, sum) = self.stats.split_at(rows);
+        let (total_max, total_sum) = self.total_stats.split_at_mut(rows);
+        for row in 0..rows {
+            if sum[row] == 0.0 {
+                continue;
+            }
+            let new = total_max[row].max(max[row]);
+            let (old, add) = ((total_max[row] - new).exp(), (max[row] - new).exp());
+            total_max[row] = new;
+            total_sum[row] = total_sum[row] * old + sum[row] * add;
+            let total = &mut self.total[row * dim..(row + 1) * dim];
+            for (total, acc) in total.iter_mut().zip(&self.acc[row * dim..]) {
+                *total = *total * old + acc * add;
+            }
+        }
+    }
+}
+
+impl Call<'_> {
+    fn group(&self) -> usize {
+        self.heads / self.cache.shape().heads
+    }
+
+    /// Gathers the query rows of a block, `[token][query head of the group][dim]`, scaled.
+    fn begin(&self, scratch: &mut Scratch, block: Block, head: usize) {
+        let (dim, group) = (self.cache.shape().dim, self.group());
+        let rows = block.count * group;
+        scratch.q.clear();
+        for t in block.first..block.first + block.count {
+            let at = (t * self.heads + head * group) * dim;
+            let scaled = self.q[at..at + group * dim].iter().map(|x| x * self.scale);
+            scratch.q.extend(scaled);
+        }
+        scratch.scores.resize(rows * CHUNK, 0.0);
+        scratch.visible.resize(rows, 0);
+        scratch.acc.resize(rows * dim, 0.0);
+        scratch.stats.resize(2 * rows, 0.0);
+        scratch.total.clear();
+        scratch.total.resize(rows * dim, 0.0);
+        scratch.total_stats.clear();
+        scratch.total_stats.resize(rows, f32::NEG_INFINITY);
+        scratch.total_stats.resize(2 * rows, 0.0);
+    }
+
+    /// One chunk for all rows of the block; leaves `acc` and `stats`.
+    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
+        let group = self.group();
+        let start = chunk * CHUNK;
+        for (i, visible) in scratch.visible.iter_mut().enumerate() {
+            let seen = self.tokens[block.first + i / group].position + 1;
+            *visible = seen.saturating_sub(start).min(CHUNK);
+        }
+        let table = self.tables[self.tokens[block.first].sequence];
+        let first = start / KV_PAGE;
+        let last = (first + CHUNK / KV_PAGE).min(table.pages().len());
+        let mut pages: [(&[u8], &[u8]); CHUNK / KV_PAGE] = Default::default();
+        let count = last - first;
+        for (slot, &page) in pages.iter_mut().zip(&table.pages()[first..last]) {
+            *slot = self.cache.head(self.layer, page, head);
+        }
+        let rows = scratch.visible.len();
+        let (max, sum) = scratch.stats.split_at_mut(rows);
+        let mut args = ChunkArgs {
+            k_type: self.cache.shape().k,
+            v_type: self.cache.shape().v,
+            dim: self.cache.shape().dim,
+            q: &scratch.q,
+            visible: &scratch.visible,
+            pages: &pages[..count],
+            scores: &mut scratch.scores,
+            acc: &mut scratch.acc,
+            max,
+            sum,
+        };
+        // SAFETY: the table was made for a tier that the CPU has.
+        unsafe { (self.compute.table.attn.chunk)(&mut args) };
+    }
+
+    /// Divides by the sums and writes the rows where they belong.
+    ///
+    /// # Safety
+    /// No other task writes this block's rows of this head.
+    unsafe fn finish(
+        &self,
+        total: &[f32],
+        stats: &[f32],
+        block: Block,
+        head: usize,
+        out: &DisjointMut<'_, f32>,
+    ) {
+        let (dim, group) = (self.cache.shape().dim, self.group());
+        let sums = &stats[block.count * group..];
+        for i in 0..block.count {
+            let at = ((block.first + i) * self.heads + head * group) * dim;
+            // SAFETY: as the caller promises; rows of different blocks and heads are apart.
+            let to = unsafe { out.slice(at..at + group * dim) };
+            for g in 0..group {
+                let row = i * group + g;
+                let inverse = 1.0 / sums[row];
+                let from = &total[row * dim..(row + 1) * dim];
+                for (to, from) in to[g * dim..(g + 1) * dim].iter_mut().zip(from) {
+                    *to = from * inverse;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The chunk kernel, and the whole operation over pages, batches and threads.
+
+use crate::{Random, close, guard::Guarded, per_tier};
+use libtest_mimic::{Failed, Trial};
+use tegula_kernels::{
+    Compute, Kernels, PoolConfig, Tier,
+    attn::{CHUNK, ChunkArgs},
+    kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
+    ops::Token,
+};
+
+const TYPES: [KvType; 3] = [KvType::F16, KvType::BF16, KvType::Q8_0];
+
+pub fn trials(trials: &mut Vec<Trial>) {
+    per_tier(trials, "attention_chunk", chunk);
+    for tier in Tier::ALL {
+        let trial = Trial::test(format!("attention_whole::{tier}"), move || whole(tier));
+        trials.push(trial.with_ignored_flag(!tier.available()));
+        let trial = Trial::test(format!("attention_independent::{tier}"), move || {
+            independent(tier)
+        });
+        trials.push(trial.with_ignored_flag(!tier.available()));
+    }
+}
+
+/// A page with valid numbers in every slot.
+fn page(random: &mut Random, ty: KvType, dim: usize) -> Vec<u8> {
+    let values = dim * KV_PAGE;
+    match ty {
+        KvType::F16 => {
+            let bits = |x| half::f16::from_f32(x).to_bits().to_le_bytes();
+            random.normals(values).into_iter().flat_map(bits).collect()
+        }
+        KvType::BF16 => {
+            let bits = |x| half::bf16::from_f32(x).to_bits().to_le_bytes();
+            random.normals(values).into_iter().flat_map(bits).collect()
+        }
+        KvType::Q8_0 => {
+            let mut bytes: Vec<u8> = (0..values).map(|_| random.bits() as u8).collect();
+            let scales = (0..values / 32).map(|_| 0.01 + random.below(100) as f32 * 1e-4);
+            bytes.extend(scales.flat_map(f32::to_le_bytes));
+            bytes
+        }
+    }
+}
+
+fn chunk(tier: &Kernels, scalar: &Kernels) -> Result<(), Failed> {
+    let mut random = Random::new(3);
+    for dim in [32, 64, 80, 96, 128, 256] {
+        for (k_type, v_type) in TYPES.into_iter().flat_map(|k| TYPES.map(|v| (k, v))) {
+            if dim % 32 != 0 && (k_type == KvType::Q8_0 || v_type == KvType::Q8_0) {
+                continue;
+            }
+            for rows in [1, 2, 3, 4, 5, 9] {
+                let count = 1 + random.below(2);
+                let pages: Vec<_> = (0..count)
+                    .map(|_| {
+                        let k = Guarded::at_end(&page(&mut random, k_type, dim));
+                        (k, Guarded::at_start(&page(&mut random, v_type, dim)))
+                    })
+                    .collect();
+                let pages: Vec<_> = pages.iter().map(|(k, v)| (&**k, &**v)).collect();
+                let reach = count * KV_PAGE;
+                let visible: Vec<_> = (0..rows)
+                    .map(|r| match r {
+                        0 => reach,
+                        1 => 1,
+                        2 => 0,
+                        _ => random.below(reach + 1),
+                    })
+                    .collect();
+                let scale = 1.0 / (dim as f32).sqrt();
+                let q: Vec<_> = random
+                    .normals(rows * dim)
+                    .iter()
+                    .map(|x| x * scale)
+                    .collect();
+                let q = Guarded::at_end(&q);
+                let run = |kernels: &Kernels| {
+                    let mut scores = Guarded::at_end(&vec![f32::NAN; rows * CHUNK]);
+                    let mut acc = Guarded::at_end(&vec![f32::NAN; rows * dim]);
+                    let mut stats = (vec![0.0; rows], vec![0.0; rows]);
+                    let mut args = ChunkArgs {
+                        k_type,
+                        v_type,
+                        dim,
+                        q: &q,
+                        visible: &visible,
+                        pages: &pages,
+                        scores: &mut scores,
+                        acc: &mut acc,
+                        max: &mut stats.0,
+                        sum: &mut stats.1,
+                    };
+                    // SAFETY: the tier is available, else this trial is ignored.
+                    unsafe { (kernels.attn.chunk)(&mut args) };
+                    (acc.to_vec(), stats.0, stats.1)
+                };
+                let (got, want) = (run(tier), run(scalar));
+                let what = format!("dim {dim} {k_type:?}/{v_type:?} visible {visible:?}");
+                close(&format!("max {what}"), &got.1, &want.1, 2e-5, 1.0)?;
+                close(&format!("sum {what}"), &got.2, &want.2, 2e-5, 1.0)?;
+                close(&format!("acc {what}"), &got.0, &want.0, 5e-5, 1.0)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Case {
+    cache: KvCache,
+    tables: Vec<PageTable>,
+    tokens: Vec<Token>,
+    /// Per sequence `[position][heads][dim]`, rounded as the cache rounds.
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+    q: Vec<f32>,
+}
+
+const HEADS: usize = 6;
+const KV_HEADS: usize = 2;
+const DIM: usize = 64;
+
+/// Sequences of the given lengths, and queries for their last `queries` positions.
+fn case(compute: &Compute, k: KvType, lengths: &[usize], queries: usize) -> Case {
+    let mut random = Random::new(11);
+    let shape = KvShape {
+        layers: 2,
+        heads: KV_HEADS,
+        dim: DIM,
+        k,
+        v: KvType::F16,
+    };
+    let pages = lengths.iter().map(|n| n.div_ceil(KV_PAGE)).sum();
+    let mut cache = KvCache::new(shape, pages).unwrap();
+    let (mut keys, mut values, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+    let mut tables = Vec::new();
+    for (sequence, &length) in lengths.iter().enumerate() {
+        let mut table = PageTable::default();
+        cache.extend(&mut table, length).unwrap();
+        let k = random.normals(length * KV_HEADS * DIM);
+        let v = random.normals(length * KV_HEADS * DIM);
+        let all: Vec<_> = (0..length)
+            .map(|position| Token {
+                sequence: 0,
+                position,
+            })
+            .collect();
+        compute.kv_store(&mut cache, 1, &[&table], &all, &k, &v);
+        tokens.extend(
+            (length - queries.min(length)..length).map(|position| Token { sequence, position }),
+        );
+        keys.push(k);
+        values.push(v);
+        tables.push(table);
+    }
+    let q = random.normals(tokens.len() * HEADS * DIM);
+    Case {
+        cache,
+        tables,
+        tokens,
+        keys,
+        values,
+        q,
+    }
+}
+
+fn attend(compute: &Compute, case: &Case, tokens: &[Token], q: &[f32]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; q.len()];
+    let tables: Vec<_> = case.tables.iter().collect();
+    compute.attention(&case.cache, 1, &tables, tokens, q, HEADS, 0.125, &mut out);
+    out
+}
+
+/// Against attention written down directly, in f64.
+fn whole(tier: Tier) -> Result<(), Failed> {
+    let compute = Compute::new(tier, PoolConfig::new(3));
+    for (k, bound) in [
+        (KvType::F16, 2e-3),
+        (KvType::BF16, 1e-2),
+        (KvType::Q8_0, 1e-2),
+    ] {
+        let case = case(&compute, k, &[1, 63, 64, 65, 300, 129], 40);
+        let got = attend(&compute, &case, &case.tokens, &case.q);
+        let mut want = Vec::new();
+        for (t, token) in case.tokens.iter().enumerate() {
+            for head in 0..HEADS {
+                let at = |position: usize| (position * KV_HEADS + head / (HEADS / KV_HEADS)) * DIM;
+                let q = &case.q[(t * HEADS + head) * DIM..][..DIM];
+                let score = |p: usize| -> f64 {
+                    let k = &case.keys[token.sequence][at(p)..][..DIM];
+                    q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum::<f64>() * 0.125
+                };
+                let weights: Vec<_> = (0..=token.position).map(|p| score(p).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..DIM {
+                    let value = |p: usize| f64::from(case.values[token.sequence][at(p) + d]);
+                    let sum: f64 = weights.iter().enumerate().map(|(p, w)| w * value(p)).sum();
+                    want.push((sum / total) as f32);
+                }
+            }
+        }
+        close(&format!("attention {k:?}"), &got, &want, bound, 1.0)?;
+    }
+    Ok(())
+}
+
+/// Bit for bit the same for every thread count, batch and split.
+fn independent(tier: Tier) -> Result<(), Failed> {
+    let one = Compute::new(tier, PoolConfig::new(1));
+    for k in TYPES {
+        let case = case(&one, k, &[700, 3, 260], 9);
+        let together = attend(&one, &case, &case.tokens, &case.q);
+        for threads in [2, 3, 8] {
+            let compute = Compute::new(tier, PoolConfig::new(threads));
+            if attend(&compute, &case, &case.tokens, &case.q) != together {
+                return Err(format!("{k:?}: {threads} threads differ from one").into());
+            }
+            let row = HEADS * DIM;
+            for (t, token) in case.tokens.iter().enumerate() {
+                let range = t * row..(t + 1) * row;
+                let alone = attend(&compute, &case, &[*token], &case.q[range.clone()]);
+                if alone != together[range] {
+                    return Err(format!("{k:?}: {token:?} alone differs from the batch").into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
