@@ -142,6 +142,13 @@ pub enum Error {
         source: crate::tokenizer::TokenizerError,
     },
 
+    /// The caller ended the work; nothing was left at `path`.
+    #[error("{}: cancelled", path.display())]
+    Cancelled {
+        /// The file that would have been written.
+        path: PathBuf,
+    },
+
     /// Something this crate has no way to do, such as quantising to a read-only type.
     #[error("{0}")]
     Unsupported(String),

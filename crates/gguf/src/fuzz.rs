@@ -1,7 +1,11 @@
 //! Bodies of the fuzz targets, shared by libFuzzer, the stable mutation driver and the test
 //! that replays the corpus. They panic when an invariant breaks and do nothing otherwise.
 
-use crate::{Bytes, Gguf, blocks, writer::GgufWriter};
+use crate::{
+    Bytes, Gguf, Metadata, blocks,
+    tokenizer::{Decoder, EncodeOptions, Tokenizer},
+    writer::GgufWriter,
+};
 
 /// Reads `data` as a GGUF file; where that works, touches all that it holds and writes it
 /// again.
@@ -13,6 +17,9 @@ pub fn fuzz_read(data: &[u8]) {
         return;
     };
     touch_metadata(&gguf);
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&gguf) {
+        encode_and_decode(&tokenizer, "Grüße <s>1234 it's\r\n\u{0}🦀🦀  end </s>");
+    }
 
     let mut tensors = Vec::new();
     for t in gguf.tensors() {
@@ -70,4 +77,122 @@ fn touch_metadata(gguf: &Gguf) {
             assert!(array.get(array.len()).is_none());
         }
     }
+}
+
+/// Builds a tokenizer from the first bytes of `data` and runs the rest, as text, through it.
+///
+/// The layout: model and pre-tokenizer (1 byte each), flags, a count of merged tokens with two
+/// bytes each (which tokens they join), a count of extra tokens, each with its type, length
+/// and text.
+///
+/// # Panics
+/// When the tokens are no tokens of the vocabulary, decoding in steps differs from decoding at
+/// once, or byte-level tokens lose text.
+pub fn fuzz_tokenizer(data: &[u8]) {
+    let mut input = data.iter().copied();
+    let mut byte = || input.next().unwrap_or(0);
+    let bpe = byte() % 2 == 0;
+    let pre = byte();
+    let flags = byte();
+
+    let mut tokens: Vec<String> = Vec::new();
+    let mut types: Vec<i32> = Vec::new();
+    if bpe {
+        tokens.extend((0..=255u8).map(|b| byte_char(b).to_string()));
+        types.resize(256, 1);
+    } else {
+        tokens.extend(["<unk>", "<s>", "</s>"].map(str::to_owned));
+        types.extend([2, 3, 3]);
+        tokens.extend((0..=255u8).map(|b| format!("<0x{b:02X}>")));
+        types.resize(259, 6);
+        tokens.push("\u{2581}".to_owned());
+        tokens.extend((b'a'..=b'z').map(|b| char::from(b).to_string()));
+        types.resize(tokens.len(), 1);
+    }
+    let mut merges = Vec::new();
+    for _ in 0..byte() % 64 {
+        let pick = |b: u8, n: usize| {
+            if b < 128 {
+                usize::from(b) % n
+            } else {
+                n - 1 - usize::from(b - 128) % n
+            }
+        };
+        let (a, b) = (pick(byte(), tokens.len()), pick(byte(), tokens.len()));
+        let joined = format!("{}{}", tokens[a], tokens[b]);
+        if joined.len() <= 64 && !tokens.contains(&joined) {
+            merges.push(format!("{} {}", tokens[a], tokens[b]));
+            tokens.push(joined);
+            types.push(1);
+        }
+    }
+    let extra = byte() % 8;
+    for _ in 0..extra {
+        types.push(i32::from(byte() % 7));
+        let len = byte() % 16;
+        let text: Vec<u8> = (0..len).map(|_| byte()).collect();
+        tokens.push(String::from_utf8_lossy(&text).into_owned());
+    }
+    let text: Vec<u8> = input.collect();
+    let text = String::from_utf8_lossy(&text);
+
+    let mut m = Metadata::new("fuzz");
+    m.set("tokenizer.ggml.model", if bpe { "gpt2" } else { "llama" });
+    if let Some(name) = Tokenizer::pre_tokenizers().nth(pre.into()) {
+        m.set("tokenizer.ggml.pre", name);
+    }
+    m.set(
+        "tokenizer.ggml.scores",
+        (0..tokens.len()).map(|i| -(i as f32)).collect::<Vec<_>>(),
+    );
+    m.set("tokenizer.ggml.tokens", tokens);
+    m.set("tokenizer.ggml.token_type", types);
+    m.set("tokenizer.ggml.merges", merges);
+    m.set("tokenizer.ggml.add_bos_token", flags & 1 != 0);
+    m.set("tokenizer.ggml.add_eos_token", flags & 2 != 0);
+    m.set("tokenizer.ggml.add_space_prefix", flags & 4 != 0);
+    if flags & 8 != 0 {
+        m.set("tokenizer.ggml.bos_token_id", u32::from(flags >> 4));
+    }
+    let Ok(tokenizer) = Tokenizer::from_metadata(&m) else {
+        return;
+    };
+    encode_and_decode(&tokenizer, &text);
+    if bpe && extra == 0 {
+        let options = EncodeOptions {
+            add_special: false,
+            parse_special: true,
+        };
+        assert_eq!(tokenizer.decode(&tokenizer.encode(&text, options)), text);
+    }
+}
+
+/// Encodes `text` in every way and holds the tokens to what tokens must be.
+fn encode_and_decode(tokenizer: &Tokenizer, text: &str) {
+    for bits in 0..4 {
+        let options = EncodeOptions {
+            add_special: bits & 1 != 0,
+            parse_special: bits & 2 != 0,
+        };
+        let ids = tokenizer.encode(text, options);
+        for &id in &ids {
+            assert!((id as usize) < tokenizer.vocab_size());
+            tokenizer.piece(id);
+        }
+        let mut decoder = Decoder::at_start(tokenizer);
+        let mut pieces: String = ids.iter().map(|&id| decoder.push(id)).collect();
+        pieces.push_str(&decoder.flush());
+        assert_eq!(pieces, tokenizer.decode(&ids));
+    }
+    tokenizer.encode_chat(text);
+}
+
+/// The character by which byte-level vocabularies write a byte.
+fn byte_char(byte: u8) -> char {
+    let plain = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    if plain(byte) {
+        return char::from(byte);
+    }
+    let before = (0..byte).filter(|&b| !plain(b)).count();
+    char::from_u32(256 + before as u32).unwrap_or(char::REPLACEMENT_CHARACTER)
 }

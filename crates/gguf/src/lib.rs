@@ -12,6 +12,7 @@ pub mod fuzz;
 pub mod metadata;
 mod mmap;
 mod parse;
+pub mod quantize;
 mod read;
 pub mod tokenizer;
 pub mod types;

@@ -2,35 +2,50 @@
 
 mod common;
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::Path};
 
-use tegula_gguf::{Bytes, Gguf, fuzz::fuzz_read};
+use tegula_gguf::{
+    Bytes, Gguf,
+    fuzz::{fuzz_read, fuzz_tokenizer},
+};
 
-fn corpus() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/read")
-}
-
-#[test]
-fn corpus_holds_the_seeds_and_runs_clean() {
-    let seeds = common::seeds();
+/// Runs `target` over its corpus, which must hold `seeds`.
+fn replay(name: &str, seeds: &[(&str, Vec<u8>)], target: fn(&[u8])) {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fuzz/corpus")
+        .join(name);
     // `TEGULA_BLESS=1 cargo test -p tegula-gguf` writes the seeds anew.
     if std::env::var_os("TEGULA_BLESS").is_some() {
-        for (name, bytes) in &seeds {
-            fs::write(corpus().join(name), bytes).unwrap();
+        fs::create_dir_all(&corpus).unwrap();
+        for (name, bytes) in seeds {
+            fs::write(corpus.join(name), bytes).unwrap();
         }
     }
-    for (name, bytes) in &seeds {
+    for (name, bytes) in seeds {
         assert!(
-            fs::read(corpus().join(name)).unwrap() == *bytes,
+            fs::read(corpus.join(name)).unwrap() == *bytes,
             "{name} is out of date"
         );
-        let read = Gguf::from_bytes(Bytes::from_vec(bytes.clone()), name);
-        assert_eq!(read.is_ok(), *name != "part.gguf", "{name}");
     }
     let mut files = 0;
-    for entry in fs::read_dir(corpus()).unwrap() {
-        fuzz_read(&fs::read(entry.unwrap().path()).unwrap());
+    for entry in fs::read_dir(corpus).unwrap() {
+        target(&fs::read(entry.unwrap().path()).unwrap());
         files += 1;
     }
     assert!(files >= seeds.len());
+}
+
+#[test]
+fn read() {
+    let seeds = common::seeds();
+    for (name, bytes) in &seeds {
+        let read = Gguf::from_bytes(Bytes::from_vec(bytes.clone()), name);
+        assert_eq!(read.is_ok(), *name != "part.gguf", "{name}");
+    }
+    replay("read", &seeds, fuzz_read);
+}
+
+#[test]
+fn tokenizer() {
+    replay("tokenizer", &common::tokenizer_seeds(), fuzz_tokenizer);
 }

@@ -132,3 +132,41 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("vocabulary.gguf", model(vocabulary, &[])),
     ]
 }
+
+/// The first inputs of the tokenizer's fuzzers; `fuzz_tokenizer` says what the bytes mean.
+pub fn tokenizer_seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let seed = |head: &[u8], text: &str| [head, text.as_bytes()].concat();
+    let words = "Hello world's 12345  tabs\t\r\n\n über 東京 🦀👩‍👩‍👧 \u{301}e";
+    vec![
+        ("bpe-plain", seed(&[0, 0, 0, 0, 0], words)),
+        (
+            "bpe-merges",
+            seed(
+                &[0, 3, 0, 4, b'h', b'e', b'l', b'l', 128, 128, b' ', b't', 0],
+                words,
+            ),
+        ),
+        (
+            "bpe-special",
+            seed(
+                &[0, 5, 15, 0, 2, 3, 3, b'<', b's', b'>', 4, 2, b'o', b' '],
+                "a<s>o o",
+            ),
+        ),
+        ("spm-plain", seed(&[1, 0, 0, 0, 0], words)),
+        (
+            "spm-merges",
+            seed(
+                &[1, 0, 31, 3, 148, 140, 128, 150, 129, 128, 0],
+                "hello hello",
+            ),
+        ),
+        (
+            "spm-special",
+            seed(
+                &[1, 0, 7, 0, 1, 4, 4, b'<', b'x', b'>', b' '],
+                " <x>  <x> y",
+            ),
+        ),
+    ]
+}

@@ -1,12 +1,12 @@
-//! A mutation fuzzer for the GGUF reader that needs no nightly compiler and no coverage:
+//! A mutation fuzzer that needs no nightly compiler and no coverage:
 //!
 //! ```text
-//! cargo run --release -p tegula-gguf --example fuzz_read -- --seconds 600 --seed 1
+//! cargo run --release -p tegula-gguf --example fuzz -- read --seconds 600 --seed 1
 //! ```
 //!
-//! Mutates the committed corpus (`--corpus DIR` for another) and writes an input that panics
-//! to the working directory. The libFuzzer target in `crates/gguf/fuzz` finds more per input;
-//! this one runs anywhere.
+//! The targets are `read` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
+//! another) and writes an input that panics to the working directory. The libFuzzer targets in
+//! `crates/gguf/fuzz` find more per input; this one runs anywhere.
 
 use std::{
     error::Error,
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tegula_gguf::fuzz::fuzz_read;
+use tegula_gguf::fuzz::{fuzz_read, fuzz_tokenizer};
 
 /// SplitMix64.
 struct Random(u64);
@@ -104,8 +104,18 @@ fn mutate(data: &mut Vec<u8>, corpus: &[Vec<u8>], r: &mut Random) {
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     let (mut seconds, mut seed) = (60, 1);
-    let mut corpus = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/read");
     let mut args = std::env::args().skip(1);
+    let name = args
+        .next()
+        .ok_or("the target is missing: read or tokenizer")?;
+    let target: fn(&[u8]) = match name.as_str() {
+        "read" => fuzz_read,
+        "tokenizer" => fuzz_tokenizer,
+        _ => return Err(format!("unknown target {name}").into()),
+    };
+    let mut corpus = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("fuzz/corpus")
+        .join(&name);
     while let Some(arg) = args.next() {
         let value = args.next().ok_or("every option takes a value")?;
         match arg.as_str() {
@@ -131,8 +141,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         for _ in 0..256 {
             let mut data = inputs[random.below(inputs.len())].clone();
             mutate(&mut data, &inputs, &mut random);
-            if catch_unwind(|| fuzz_read(&data)).is_err() {
-                let path = format!("crash-{seed}-{runs}.gguf");
+            if catch_unwind(|| target(&data)).is_err() {
+                let path = format!("crash-{name}-{seed}-{runs}");
                 fs::write(&path, &data)?;
                 eprintln!("panicked after {runs} inputs; the input is {path}");
                 return Ok(ExitCode::FAILURE);
