@@ -7,7 +7,9 @@ use std::{fs, ops::ControlFlow, path::Path};
 
 use tegula_gguf::{
     Bytes, Error, GgmlType, Gguf, Metadata, blocks,
-    quantize::{FileType, Progress, QuantizeOptions, choose, parse_tensor_type, quantize},
+    quantize::{
+        FileType, Progress, QuantizeOptions, choose, parse_tensor_type, quantize, read_importance,
+    },
     writer::GgufWriter,
 };
 
@@ -493,4 +495,32 @@ fn what_fails_leaves_nothing_behind() {
         "{e}"
     );
     assert_eq!(entries(dir.path()), 2);
+}
+
+#[test]
+fn importance_matrices_are_read_as_means() {
+    let file = |counts: &[f32], sums: &[f32]| {
+        let mut w = GgufWriter::new(Metadata::new("imatrix"));
+        w.add_tensor("a.weight.in_sum2", GgmlType::F32, &[3, 2])
+            .unwrap();
+        w.add_tensor("a.weight.counts", GgmlType::F32, &[1, counts.len() as u64])
+            .unwrap();
+        let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+        let bytes = w.to_bytes(&[&bytes(sums), &bytes(counts)]).unwrap();
+        read_importance(&Gguf::from_bytes(Bytes::from_vec(bytes), "imatrix").unwrap())
+    };
+    let sums = [2.0, 4.0, 6.0, 1.0, 2.0, 3.0];
+    let read = file(&[4.0, 0.0], &sums).unwrap();
+    assert_eq!(read["a.weight"], [0.5, 1.0, 1.5, 1.0, 1.0, 1.0]);
+    assert_eq!(read.len(), 1);
+    let e = file(&[4.0], &sums).unwrap_err().to_string();
+    assert_eq!(
+        e,
+        "imatrix: tensor `a.weight`: 2 rows of sums have 1 counts"
+    );
+    let e = file(&[4.0, 1.0], &[f32::NAN; 6]).unwrap_err().to_string();
+    assert_eq!(e, "imatrix: tensor `a.weight.in_sum2`: holds NaN");
+    let model = source(&Shape { layers: 1, ..DENSE });
+    let e = read_importance(&model).unwrap_err().to_string();
+    assert_eq!(e, "source.gguf: holds no importance matrix");
 }

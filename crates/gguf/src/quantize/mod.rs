@@ -2,14 +2,16 @@
 
 mod choose;
 mod file_type;
+mod importance;
 
-use std::{collections::HashMap, ops::ControlFlow, path::Path};
+use std::{ops::ControlFlow, path::Path};
 
 use rayon::prelude::*;
 use regex::Regex;
 
 pub use choose::{Choice, choose, parse_tensor_type};
 pub use file_type::{FileType, UnknownFileType};
+pub use importance::{Importance, read_importance};
 
 use crate::{Error, GgmlType, Gguf, TensorInfo, blocks, error::Result, writer::GgufWriter};
 
@@ -40,9 +42,8 @@ pub struct QuantizeOptions {
     pub leave_output_tensor: bool,
     /// Tensors that are quantised already may be quantised again, at a loss.
     pub allow_requantize: bool,
-    /// How much each input column's errors count, by tensor: one factor per column, or per
-    /// column of each expert.
-    pub importance: Option<HashMap<String, Vec<f32>>>,
+    /// How much each input column's errors count; see [`read_importance`].
+    pub importance: Option<Importance>,
 }
 
 impl QuantizeOptions {
