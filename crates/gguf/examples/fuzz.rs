@@ -151,7 +151,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         }
     }
     println!(
-        "{runs} inputs in {:.0} s, seed {seed}: clean",
+        "{name}: {runs} inputs in {:.0} s, seed {seed}: clean",
         start.elapsed().as_secs_f64()
     );
     Ok(ExitCode::SUCCESS)
