@@ -149,6 +149,15 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// The chat template is missing or can't be used.
+    #[error("{file}: {source}")]
+    Template {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        source: crate::chat::TemplateError,
+    },
+
     /// Something this crate has no way to do, such as quantising to a read-only type.
     #[error("{0}")]
     Unsupported(String),

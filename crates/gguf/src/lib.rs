@@ -6,6 +6,7 @@
 
 pub mod blocks;
 mod bytes;
+pub mod chat;
 mod error;
 #[doc(hidden)]
 pub mod fuzz;
@@ -19,6 +20,7 @@ pub mod types;
 pub mod writer;
 
 pub use bytes::Bytes;
+pub use chat::{ChatTemplate, TemplateError};
 pub use error::{Error, Result};
 pub use metadata::{Array, Metadata, Value, ValueType};
 pub use mmap::Advice;

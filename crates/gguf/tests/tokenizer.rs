@@ -204,3 +204,48 @@ fn doubtful_vocabularies_warn() {
     }
     assert_eq!((t.eos(), t.bos(), t.add_bos()), (None, None, false));
 }
+
+/// The fuzz target's body over texts and vocabularies drawn at random from what matters.
+#[test]
+fn random_vocabularies_do_not_panic() {
+    let parts: &[&[u8]] = &[
+        b"\xff",
+        b"\xff\x01",
+        b"\xff\x03",
+        b"\xff\x04",
+        b"\xff\x06",
+        b"a",
+        b"b",
+        b" ",
+        "Ġ".as_bytes(),
+        "\u{2581}".as_bytes(),
+        b"<s>",
+        b"</s>",
+        b"<|im_end|>",
+        b"<|endoftext|>",
+        b"<0x41>",
+        b"<0x>",
+        "é".as_bytes(),
+        "🦀".as_bytes(),
+        b"\xf0\x9f",
+        b"\n",
+        b"1",
+        b"a b",
+        b"\xffa a\xff\x01aa",
+        b"\0",
+    ];
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    let mut random = |n: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % n as u64) as usize
+    };
+    for _ in 0..20_000 {
+        let mut data = vec![random(256) as u8, random(60) as u8];
+        for _ in 0..random(40) {
+            data.extend_from_slice(parts[random(parts.len())]);
+        }
+        tegula_gguf::tokenizer::fuzz_tokenizer(&data);
+    }
+}

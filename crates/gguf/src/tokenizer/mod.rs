@@ -13,6 +13,7 @@
 
 mod bpe;
 mod decode;
+mod fuzz;
 mod pretokenize;
 mod spm;
 mod unicode;
@@ -25,6 +26,8 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
 use crate::Gguf;
 use crate::metadata::{Array, Metadata};
 pub use decode::Decoder;
+#[doc(hidden)]
+pub use fuzz::fuzz_tokenizer;
 use pretokenize::PreTokenizer;
 pub use vocab::{SpecialIds, TokenKind, VocabKind, VocabSpec};
 use vocab::{Vocab, shorten};

@@ -7,7 +7,7 @@
 //!
 //! The rules are published as regular expressions; here they are hand-written scanners that
 //! look at each character a bounded number of times, so that no text makes them slow.
-//! `tests/pretokenizers.rs` holds them against the expressions themselves.
+//! The tests hold them against the expressions themselves.
 
 use std::ops::Range;
 
@@ -722,3 +722,7 @@ impl Scan<'_> {
         self.line_breaks(at).or_else(|| self.spaces(at))
     }
 }
+
+#[cfg(test)]
+#[path = "pretokenize_tests.rs"]
+mod tests;
