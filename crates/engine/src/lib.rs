@@ -1,1 +1,26 @@
-//! See `docs/ARCHITECTURE.md`.
+//! The engine: what a model is, where its tensors go, how a batch runs through it, and how
+//! text comes out.
+//!
+//! Names operations and formats, never instruction sets; holds no unsafe code.
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod context;
+mod error;
+mod model;
+mod models;
+mod perplexity;
+pub mod plan;
+pub mod sampler;
+mod session;
+mod state;
+pub mod threads;
+
+pub use config::{Arch, ModelConfig};
+pub use context::{Batch, BatchToken, Context, ContextOptions, Outputs};
+pub use error::{Error, Result};
+pub use model::{LoadEvent, LoadOptions, Model, Source};
+pub use perplexity::{Perplexity, perplexity, windows};
+pub use plan::{Plan, PlanFlags, plan};
+pub use sampler::{Sampler, SamplerOptions};
+pub use session::{GenerateOptions, Generation, StopReason, Timings, generate};

@@ -1,0 +1,285 @@
+//! A context: sequences, their KV cache, and batches that run through the model.
+
+use crate::{
+    Error, Model, Result,
+    models::{self, Buffers, Step},
+};
+use std::sync::Arc;
+use tegula_kernels::{
+    kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
+    ops::Token,
+};
+
+/// How to make a [`Context`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ContextOptions {
+    /// Positions that one sequence may hold; 0 for what the model was trained with.
+    pub context: usize,
+    /// Tokens that [`Context::decode`] takes at most at once.
+    pub batch: usize,
+    /// Tokens that run through the layers together.
+    pub ubatch: usize,
+    /// Sequences.
+    pub sequences: usize,
+    pub k_type: KvType,
+    pub v_type: KvType,
+}
+
+impl Default for ContextOptions {
+    fn default() -> Self {
+        ContextOptions {
+            context: 0,
+            batch: 2048,
+            ubatch: 512,
+            sequences: 1,
+            k_type: KvType::F16,
+            v_type: KvType::F16,
+        }
+    }
+}
+
+/// A token to append to a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchToken {
+    pub id: u32,
+    pub sequence: usize,
+    /// Whether logits are wanted behind this token.
+    pub logits: bool,
+}
+
+/// Tokens for one call of [`Context::decode`], in order per sequence.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    pub tokens: Vec<BatchToken>,
+}
+
+impl Batch {
+    /// Tokens of one sequence; logits behind the last one.
+    pub fn prompt(sequence: usize, ids: &[u32]) -> Batch {
+        let last = ids.len();
+        let token = |(i, &id)| BatchToken {
+            id,
+            sequence,
+            logits: i + 1 == last,
+        };
+        Batch {
+            tokens: ids.iter().enumerate().map(token).collect(),
+        }
+    }
+
+    /// The same with logits behind all of them.
+    pub fn all_logits(sequence: usize, ids: &[u32]) -> Batch {
+        Batch {
+            tokens: ids
+                .iter()
+                .map(|&id| BatchToken {
+                    id,
+                    sequence,
+                    logits: true,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// What a batch left, one row per token that wanted logits, in the batch's order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outputs {
+    logits: Vec<f32>,
+    hidden: Vec<f32>,
+    rows: usize,
+}
+
+impl Outputs {
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// True if no token wanted logits.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// Logits of the `i`-th row, `[vocab]`.
+    pub fn logits(&self, i: usize) -> &[f32] {
+        let vocab = self.logits.len() / self.rows;
+        &self.logits[i * vocab..(i + 1) * vocab]
+    }
+
+    /// The normalised last hidden state of the `i`-th row, `[embd]`.
+    pub fn hidden(&self, i: usize) -> &[f32] {
+        let embd = self.hidden.len() / self.rows;
+        &self.hidden[i * embd..(i + 1) * embd]
+    }
+}
+
+/// One sequence.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sequence {
+    pub table: PageTable,
+    pub tokens: Vec<u32>,
+}
+
+/// Sequences of one model with their memory.
+pub struct Context {
+    model: Arc<Model>,
+    options: ContextOptions,
+    pub(crate) cache: KvCache,
+    pub(crate) sequences: Vec<Sequence>,
+    buffers: Buffers,
+}
+
+impl Context {
+    /// Reserves the cache; its memory becomes resident as it fills.
+    pub fn new(model: Arc<Model>, options: &ContextOptions) -> Result<Context> {
+        let c = model.config();
+        let mut options = *options;
+        if options.context == 0 {
+            options.context = c.context;
+        }
+        options.sequences = options.sequences.max(1);
+        options.batch = options.batch.max(1);
+        options.ubatch = options.ubatch.clamp(1, options.batch);
+        let shape = KvShape {
+            layers: c.layers,
+            heads: c.kv_heads,
+            dim: c.head_dim,
+            k: options.k_type,
+            v: options.v_type,
+        };
+        let pages = options.context.div_ceil(KV_PAGE) * options.sequences;
+        let cache = KvCache::new(shape, pages)?;
+        let sequences = vec![Sequence::default(); options.sequences];
+        Ok(Context {
+            model,
+            options,
+            cache,
+            sequences,
+            buffers: Buffers::default(),
+        })
+    }
+
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The options with all defaults filled in.
+    pub fn options(&self) -> &ContextOptions {
+        &self.options
+    }
+
+    /// Bytes that the cache takes when it is full.
+    pub fn kv_bytes(&self) -> usize {
+        self.cache.shape().bytes(self.cache.pages())
+    }
+
+    fn sequence(&self, sequence: usize) -> Result<&Sequence> {
+        let sequences = self.sequences.len();
+        self.sequences.get(sequence).ok_or(Error::Sequence {
+            sequence,
+            sequences,
+        })
+    }
+
+    /// The tokens that a sequence holds.
+    pub fn tokens(&self, sequence: usize) -> Result<&[u32]> {
+        Ok(&self.sequence(sequence)?.tokens)
+    }
+
+    /// Forgets a sequence's tokens from position `len` on.
+    pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.sequence(sequence)?;
+        let s = &mut self.sequences[sequence];
+        self.cache.truncate(&mut s.table, len);
+        s.tokens.truncate(len);
+        Ok(())
+    }
+
+    /// Makes `to` a copy of the first `len` tokens of `from`. Memory is shared until one of
+    /// them writes.
+    pub fn copy(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        self.sequence(to)?;
+        let source = self.sequence(from)?;
+        let tokens = source.tokens[..len.min(source.tokens.len())].to_vec();
+        let table = self.cache.share(&self.sequences[from].table, len);
+        self.truncate(to, 0)?;
+        self.sequences[to] = Sequence { table, tokens };
+        Ok(())
+    }
+
+    /// Appends the tokens to their sequences and runs them. A token's result depends on its
+    /// sequence alone, not on what else is in the batch.
+    ///
+    /// On error no sequence has changed.
+    pub fn decode(&mut self, batch: &Batch) -> Result<Outputs> {
+        self.check(batch)?;
+        let mut outputs = Outputs::default();
+        for part in batch.tokens.chunks(self.options.ubatch) {
+            self.step(part, &mut outputs)?;
+        }
+        Ok(outputs)
+    }
+
+    /// Everything that can be refused, before anything changes.
+    fn check(&self, batch: &Batch) -> Result<()> {
+        if batch.tokens.is_empty() {
+            return Err(Error::Empty("batch"));
+        }
+        let vocab = self.model.config().vocab;
+        let mut lengths: Vec<_> = self.sequences.iter().map(|s| s.tokens.len()).collect();
+        for token in &batch.tokens {
+            self.sequence(token.sequence)?;
+            if token.id as usize >= vocab {
+                return Err(Error::Token {
+                    id: token.id,
+                    vocab,
+                });
+            }
+            lengths[token.sequence] += 1;
+        }
+        let needed = lengths.into_iter().max().unwrap_or(0);
+        if needed > self.options.context {
+            return Err(Error::ContextFull {
+                needed,
+                context: self.options.context,
+            });
+        }
+        Ok(())
+    }
+
+    /// One micro-batch.
+    fn step(&mut self, part: &[BatchToken], outputs: &mut Outputs) -> Result<()> {
+        let mut tokens = Vec::with_capacity(part.len());
+        for token in part {
+            let s = &mut self.sequences[token.sequence];
+            self.cache.extend(&mut s.table, 1)?;
+            tokens.push(Token {
+                sequence: token.sequence,
+                position: s.tokens.len(),
+            });
+            s.tokens.push(token.id);
+        }
+        let ids: Vec<_> = part.iter().map(|t| t.id).collect();
+        let wanted: Vec<_> = (0..part.len()).filter(|&i| part[i].logits).collect();
+        let tables: Vec<_> = self.sequences.iter().map(|s| &s.table).collect();
+        let model = &*self.model;
+        let mut step = Step {
+            compute: &model.compute,
+            config: model.config(),
+            cache: &mut self.cache,
+            tables: &tables,
+            tokens: &tokens,
+            outputs: &wanted,
+            buffers: &mut self.buffers,
+            m: part.len(),
+        };
+        step.embed(&model.matrices.embedding, &ids);
+        models::forward(model.config().arch, &model.matrices, &mut step);
+        if !wanted.is_empty() {
+            step.logits(&model.matrices, &mut outputs.hidden, &mut outputs.logits);
+            outputs.rows += wanted.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,237 @@
+//! What the graphs are made of. A [`Step`] holds one micro-batch on its way through the
+//! layers; its buffers are kept from step to step.
+
+use super::{Ffn, Layer, Matrices};
+use crate::ModelConfig;
+use tegula_kernels::{
+    Acts, Compute, Forms, Weights,
+    kv::{KvCache, PageTable},
+    ops::{
+        RopeTable, Token,
+        moe::{MoeScratch, RouteOptions},
+    },
+};
+
+/// Buffers of a step, as large as the largest step so far.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    /// `[m][embd]`: the residual stream.
+    pub x: Vec<f32>,
+    /// `[m][embd]`: normalised.
+    input: Vec<f32>,
+    /// `input` in the forms that the next products take.
+    acts: Acts,
+    /// `[m][heads][dim]`
+    q: Vec<f32>,
+    /// `[m][kv_heads][dim]`
+    k: Vec<f32>,
+    v: Vec<f32>,
+    /// `[m][heads][dim]`
+    attention: Vec<f32>,
+    /// `[m][ff]`, in the form that `down` takes.
+    hidden: Acts,
+    /// `[m][embd]`: what is about to be added to `x`.
+    delta: Vec<f32>,
+    /// `[m][experts]`
+    router: Vec<f32>,
+    experts: MoeScratch,
+    rope: RopeTable,
+}
+
+/// One micro-batch.
+pub(crate) struct Step<'a> {
+    pub compute: &'a Compute,
+    pub config: &'a ModelConfig,
+    pub cache: &'a mut KvCache,
+    pub tables: &'a [&'a PageTable],
+    /// Where each token stands.
+    pub tokens: &'a [Token],
+    /// Rows that want logits, ascending.
+    pub outputs: &'a [usize],
+    pub buffers: &'a mut Buffers,
+    /// Rows of `x`.
+    pub m: usize,
+}
+
+impl Step<'_> {
+    /// Looks the tokens up: `x = embedding[ids]`.
+    pub fn embed(&mut self, embedding: &Weights, ids: &[u32]) {
+        let b = &mut *self.buffers;
+        self.m = ids.len();
+        b.x.resize(self.m * self.config.embd, 0.0);
+        self.compute.get_rows(embedding, ids, &mut b.x);
+        let positions = self.tokens.iter().map(|t| t.position);
+        b.rope.fill(&self.config.rope, positions);
+    }
+
+    /// `input = rms_norm(x) * w`.
+    pub fn norm(&mut self, w: &[f32]) {
+        let b = &mut *self.buffers;
+        b.input.resize(b.x.len(), 0.0);
+        self.compute
+            .rms_norm(&b.x, w, self.config.rms_eps, &mut b.input);
+    }
+
+    fn prepare_input(&mut self, forms: Forms) {
+        let b = &mut *self.buffers;
+        self.compute
+            .prepare(&mut b.acts, &b.input, self.m, self.config.embd, forms);
+    }
+
+    /// The three projections of `input` in one dispatch, biases added.
+    pub fn qkv(&mut self, layer: &Layer) {
+        self.prepare_input(self.compute.forms([&layer.q, &layer.k, &layer.v]));
+        let b = &mut *self.buffers;
+        let (c, m) = (self.config, self.m);
+        b.q.resize(m * c.heads * c.head_dim, 0.0);
+        b.k.resize(m * c.kv_heads * c.head_dim, 0.0);
+        b.v.resize(m * c.kv_heads * c.head_dim, 0.0);
+        let mut products = [
+            (&layer.q, &mut b.q[..]),
+            (&layer.k, &mut b.k[..]),
+            (&layer.v, &mut b.v[..]),
+        ];
+        self.compute.matmul_many(&mut products, &b.acts);
+        let biases = [
+            (&layer.q_bias, &mut b.q),
+            (&layer.k_bias, &mut b.k),
+            (&layer.v_bias, &mut b.v),
+        ];
+        for (bias, rows) in biases {
+            if let Some(bias) = bias {
+                self.compute.add_bias(rows, bias);
+            }
+        }
+    }
+
+    /// Normalises each head of q and k.
+    pub fn norm_heads(&mut self, layer: &Layer) {
+        let (b, c) = (&mut *self.buffers, self.config);
+        for (rows, heads, norm) in [
+            (&mut b.q, c.heads, &layer.q_norm),
+            (&mut b.k, c.kv_heads, &layer.k_norm),
+        ] {
+            if let Some(w) = norm {
+                self.compute.rms_norm_heads(rows, heads, w, c.rms_eps);
+            }
+        }
+    }
+
+    /// Rotates q and k by their positions.
+    pub fn rope(&mut self) {
+        let (b, c) = (&mut *self.buffers, self.config);
+        let style = c.rope.style;
+        self.compute
+            .rope(&mut b.q, c.heads, c.head_dim, style, &b.rope);
+        self.compute
+            .rope(&mut b.k, c.kv_heads, c.head_dim, style, &b.rope);
+    }
+
+    /// Writes k and v to the cache and attends.
+    pub fn attend(&mut self, layer: usize) {
+        let (b, c) = (&mut *self.buffers, self.config);
+        self.compute
+            .kv_store(self.cache, layer, self.tables, self.tokens, &b.k, &b.v);
+        b.attention.resize(b.q.len(), 0.0);
+        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let out = &mut b.attention;
+        self.compute.attention(
+            self.cache,
+            layer,
+            self.tables,
+            self.tokens,
+            &b.q,
+            c.heads,
+            scale,
+            out,
+        );
+    }
+
+    /// Behind the last attention only tokens that want logits matter: the others' rows are
+    /// dropped.
+    pub fn last_layer_keeps_outputs(&mut self, layer: usize) {
+        let (b, c) = (&mut *self.buffers, self.config);
+        if layer + 1 != c.layers || self.outputs.len() == self.m {
+            return;
+        }
+        keep_rows(&mut b.x, c.embd, self.outputs);
+        keep_rows(&mut b.attention, c.heads * c.head_dim, self.outputs);
+        self.m = self.outputs.len();
+    }
+
+    /// `x += out · attention`.
+    pub fn add_attention_output(&mut self, layer: &Layer) {
+        let b = &mut *self.buffers;
+        let k = layer.out.k();
+        self.compute.prepare(
+            &mut b.acts,
+            &b.attention,
+            self.m,
+            k,
+            self.compute.forms([&layer.out]),
+        );
+        b.delta.resize(b.x.len(), 0.0);
+        self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
+        if let Some(bias) = &layer.out_bias {
+            self.compute.add_bias(&mut b.delta, bias);
+        }
+        self.compute.add_assign(&mut b.x, &b.delta);
+    }
+
+    /// `x += ffn(input)`.
+    pub fn add_ffn(&mut self, ffn: &Ffn) {
+        match ffn {
+            Ffn::Dense { gate, up, down } => {
+                self.prepare_input(self.compute.forms([gate, up]));
+                let b = &mut *self.buffers;
+                self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
+                b.delta.resize(b.x.len(), 0.0);
+                self.compute.matmul(down, &b.hidden, &mut b.delta);
+            }
+            Ffn::Experts {
+                router,
+                gate,
+                up,
+                down,
+            } => {
+                self.prepare_input(self.compute.forms([router, gate, up]));
+                let b = &mut *self.buffers;
+                b.router.resize(self.m * router.n(), 0.0);
+                self.compute.matmul(router, &b.acts, &mut b.router);
+                let used = self.config.experts.map_or(1, |e| e.used);
+                let options = RouteOptions {
+                    used,
+                    normalize: true,
+                    scale: 1.0,
+                };
+                let routing = self.compute.route(&b.router, router.n(), &options);
+                b.delta.resize(b.x.len(), 0.0);
+                let (acts, scratch) = (&b.acts, &mut b.experts);
+                self.compute
+                    .moe_ffn(acts, &routing, gate, up, down, scratch, &mut b.delta);
+            }
+        }
+        let b = &mut *self.buffers;
+        self.compute.add_assign(&mut b.x, &b.delta);
+    }
+
+    /// Final norm and output matrix: `hidden` `[m][embd]`, `logits` `[m][vocab]`.
+    pub fn logits(&mut self, model: &Matrices, hidden: &mut Vec<f32>, logits: &mut Vec<f32>) {
+        self.norm(&model.output_norm);
+        let output = model.output.as_ref().unwrap_or(&model.embedding);
+        self.prepare_input(self.compute.forms([output]));
+        let b = &mut *self.buffers;
+        hidden.extend_from_slice(&b.input);
+        let start = logits.len();
+        logits.resize(start + self.m * output.n(), 0.0);
+        self.compute.matmul(output, &b.acts, &mut logits[start..]);
+    }
+}
+
+/// Moves the given rows (ascending) to the front and drops the rest.
+fn keep_rows(x: &mut Vec<f32>, len: usize, rows: &[usize]) {
+    for (to, &from) in rows.iter().enumerate() {
+        x.copy_within(from * len..(from + 1) * len, to * len);
+    }
+    x.truncate(rows.len() * len);
+}

@@ -1,0 +1,226 @@
+//! Where each tensor goes and what multiplies it: a pure function of the model and the
+//! flags. The loader only executes it, `explain` only prints it.
+
+use crate::{Arch, ModelConfig};
+use serde::Serialize;
+use tegula_gguf::{GgmlType, Gguf, TensorInfo};
+use tegula_kernels::{Kernels, Tier, strip};
+
+/// What decides the placement besides the model.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanFlags {
+    pub tier: Tier,
+    /// Repack matrices to strips where it pays.
+    pub repack: bool,
+    /// The file is mapped, not read.
+    pub mmap: bool,
+}
+
+/// Where a tensor lives.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    Cpu,
+}
+
+/// In which memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Buffer {
+    /// The file's own pages.
+    Mmap,
+    /// Memory that the file was read into, or small tensors converted to f32.
+    Heap,
+    /// Memory for repacked weights.
+    Packed,
+}
+
+/// In which order of bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encoding {
+    /// As in the file.
+    Raw,
+    /// Strips of 16 interleaved rows.
+    Strip16,
+    /// Plain f32.
+    F32,
+}
+
+/// What a tensor is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Role {
+    /// Rows are looked up.
+    Embedding,
+    /// Rows are looked up, and it is the output matrix too.
+    TiedEmbedding,
+    Matrix,
+    /// Norms, biases, frequencies.
+    Vector,
+    /// Nothing that the graphs of this architecture read.
+    Unused,
+}
+
+/// One tensor's place.
+#[derive(Clone, Debug, Serialize)]
+pub struct Placement {
+    pub tensor: String,
+    /// ggml order: row length first.
+    pub shape: Vec<u64>,
+    #[serde(rename = "type")]
+    pub ty: String,
+    pub device: Device,
+    pub buffer: Buffer,
+    pub encoding: Encoding,
+    /// The kernel that will read it.
+    pub kernel: String,
+    /// Resident bytes in that encoding.
+    pub bytes: u64,
+    /// Why there and not otherwise.
+    pub reason: String,
+}
+
+/// All tensors, in file order.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    pub placements: Vec<Placement>,
+}
+
+impl Plan {
+    /// Resident bytes of all tensors in a buffer.
+    pub fn bytes_in(&self, buffer: Buffer) -> u64 {
+        self.placements
+            .iter()
+            .filter(|p| p.buffer == buffer)
+            .map(|p| p.bytes)
+            .sum()
+    }
+
+    /// The place of a tensor.
+    pub fn get(&self, tensor: &str) -> Option<&Placement> {
+        self.placements.iter().find(|p| p.tensor == tensor)
+    }
+}
+
+/// What the graphs use a tensor for, by its name.
+pub(crate) fn role(arch: Arch, gguf: &Gguf, tensor: &TensorInfo) -> Role {
+    let name = tensor.name.as_str();
+    let tied = gguf.tensor("output.weight").is_none();
+    match name {
+        "token_embd.weight" if tied => return Role::TiedEmbedding,
+        "token_embd.weight" => return Role::Embedding,
+        "output.weight" => return Role::Matrix,
+        "output_norm.weight" | "rope_freqs.weight" => return Role::Vector,
+        _ => {}
+    }
+    let Some((_, part)) = name
+        .strip_prefix("blk.")
+        .and_then(|rest| rest.split_once('.'))
+    else {
+        return Role::Unused;
+    };
+    match part {
+        "attn_q.weight"
+        | "attn_k.weight"
+        | "attn_v.weight"
+        | "attn_output.weight"
+        | "ffn_gate.weight"
+        | "ffn_up.weight"
+        | "ffn_down.weight"
+        | "ffn_gate_inp.weight"
+        | "ffn_gate_exps.weight"
+        | "ffn_up_exps.weight"
+        | "ffn_down_exps.weight" => Role::Matrix,
+        "attn_norm.weight" | "ffn_norm.weight" | "attn_q.bias" | "attn_k.bias" | "attn_v.bias"
+        | "attn_output.bias" => Role::Vector,
+        "attn_q_norm.weight" | "attn_k_norm.weight" if arch.has_qk_norm() => Role::Vector,
+        _ => Role::Unused,
+    }
+}
+
+/// Places every tensor.
+pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
+    let file = if flags.mmap {
+        Buffer::Mmap
+    } else {
+        Buffer::Heap
+    };
+    let place = |tensor: &TensorInfo| {
+        let role = role(config.arch, gguf, tensor);
+        let strips = strip_bytes(tensor);
+        let packable = flags.repack && flags.tier > Tier::Scalar;
+        let raw = (file, Encoding::Raw, tensor.bytes);
+        let ((buffer, encoding, bytes), kernel, reason) = match role {
+            Role::Unused => (
+                raw,
+                "none".to_owned(),
+                "no operation of this architecture reads it",
+            ),
+            Role::Vector => {
+                let bytes = tensor.elements() * 4;
+                (
+                    (Buffer::Heap, Encoding::F32, bytes),
+                    "f32 rows".to_owned(),
+                    "small: kept as f32",
+                )
+            }
+            Role::Embedding => (
+                raw,
+                "row look-up".to_owned(),
+                "rows are looked up, never multiplied",
+            ),
+            Role::Matrix | Role::TiedEmbedding => {
+                let product = kernel_name(tensor.ty, flags.tier);
+                match strips {
+                    Some(bytes) if packable => {
+                        let reason = match role {
+                            Role::TiedEmbedding => {
+                                "output matrix too: strips, from which rows can be looked up"
+                            }
+                            _ => "repacked to strips of 16 rows: one activation feeds 16 products",
+                        };
+                        ((Buffer::Packed, Encoding::Strip16, bytes), product, reason)
+                    }
+                    _ if flags.tier == Tier::Scalar => {
+                        (raw, product, "the scalar kernels gain nothing from strips")
+                    }
+                    Some(_) => (
+                        raw,
+                        product,
+                        "--no-repack: strips are made anew for each product",
+                    ),
+                    None => (raw, "none".to_owned(), "no kernel takes this type or shape"),
+                }
+            }
+        };
+        Placement {
+            tensor: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+            ty: tensor.ty.name().to_owned(),
+            device: Device::Cpu,
+            buffer,
+            encoding,
+            kernel,
+            bytes,
+            reason: reason.to_owned(),
+        }
+    };
+    Plan {
+        placements: gguf.tensors().iter().map(place).collect(),
+    }
+}
+
+fn kernel_name(ty: GgmlType, tier: Tier) -> String {
+    format!("{ty} product, {}", Kernels::for_tier(tier).matmul.name)
+}
+
+/// Bytes of a matrix (or a stack of them) as strips, if it can be packed.
+fn strip_bytes(tensor: &TensorInfo) -> Option<u64> {
+    let k = tensor.row_len();
+    tensor.ty.bytes_for(k)?;
+    let layout = strip::layout(tensor.ty)?;
+    let n = tensor.shape.get(1).copied().unwrap_or(1);
+    let experts = tensor.shape.get(2).copied().unwrap_or(1);
+    let strips = n.div_ceil(strip::ROWS as u64).checked_mul(experts)?;
+    strips.checked_mul(layout.strip_bytes(usize::try_from(k).ok()?) as u64)
+}

@@ -1,0 +1,438 @@
+//! From logits to a token: the chain of samplers in llama.cpp's order.
+//!
+//! logit bias → penalties → top-k → typical → top-p → min-p → temperature → draw.
+//! Each step drops or rescales candidates; equal logits keep the lower id first, so a seed
+//! gives one text.
+
+use std::collections::{HashMap, VecDeque};
+
+/// Settings of the chain. The defaults are llama.cpp's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplerOptions {
+    /// 0 and below: always the most likely token.
+    pub temperature: f32,
+    /// Keep the k most likely; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the most likely whose probabilities sum to p; 1 keeps all.
+    pub top_p: f32,
+    /// Keep those at least this fraction as likely as the best; 0 keeps all.
+    pub min_p: f32,
+    /// Locally typical sampling; 1 keeps all.
+    pub typical: f32,
+    /// Every filter keeps at least this many.
+    pub min_keep: usize,
+    /// Tokens of the past that penalties look at; 0 switches them off.
+    pub penalty_last_n: usize,
+    /// 1 switches it off.
+    pub repeat_penalty: f32,
+    /// Subtracted once per occurrence.
+    pub frequency_penalty: f32,
+    /// Subtracted once if it occurred.
+    pub presence_penalty: f32,
+    /// Added to a token's logit; −∞ forbids it.
+    pub logit_bias: Vec<(u32, f32)>,
+    pub seed: u64,
+}
+
+impl Default for SamplerOptions {
+    fn default() -> Self {
+        SamplerOptions {
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            typical: 1.0,
+            min_keep: 0,
+            penalty_last_n: 64,
+            repeat_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+impl SamplerOptions {
+    /// Always the most likely token.
+    pub fn greedy() -> SamplerOptions {
+        SamplerOptions {
+            temperature: 0.0,
+            ..SamplerOptions::default()
+        }
+    }
+}
+
+/// A token that may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    id: u32,
+    logit: f32,
+    p: f32,
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014): a counter and a finaliser.
+#[derive(Clone, Debug)]
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    /// Uniform in [0, 1), 53 bits.
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// One sequence's sampler: the settings, the past, the random stream.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    options: SamplerOptions,
+    recent: VecDeque<u32>,
+    random: SplitMix64,
+    candidates: Vec<Candidate>,
+}
+
+impl Sampler {
+    /// A sampler without a past.
+    pub fn new(options: SamplerOptions) -> Sampler {
+        let random = SplitMix64(options.seed);
+        Sampler {
+            options,
+            recent: VecDeque::new(),
+            random,
+            candidates: Vec::new(),
+        }
+    }
+
+    /// Notes a token that the sequence now holds, prompt or chosen.
+    pub fn accept(&mut self, id: u32) {
+        if self.options.penalty_last_n == 0 {
+            return;
+        }
+        if self.recent.len() >= self.options.penalty_last_n {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(id);
+    }
+
+    /// Chooses a token. The caller `accept`s it.
+    ///
+    /// NaN counts as impossible; if nothing is possible the answer is token 0.
+    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        let o = &self.options;
+        let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l };
+        self.candidates.clear();
+        let all = logits.iter().enumerate();
+        self.candidates.extend(all.map(|(id, &l)| Candidate {
+            id: id as u32,
+            logit: clean(l),
+            p: 0.0,
+        }));
+        let c = &mut self.candidates;
+        for &(id, bias) in &o.logit_bias {
+            if let Some(c) = c.get_mut(id as usize) {
+                c.logit = clean(c.logit + bias);
+            }
+        }
+        penalize(c, o, &self.recent);
+        if o.temperature <= 0.0 {
+            let better = |a: &Candidate, b: &Candidate| b.logit > a.logit;
+            let first = c.first().copied();
+            let best = c.iter().fold(first, |best, x| match best {
+                Some(b) if !better(&b, x) => Some(b),
+                _ => Some(*x),
+            });
+            return best.map_or(0, |c| c.id);
+        }
+        top_k(
+            c,
+            if o.top_k == 0 {
+                0
+            } else {
+                o.top_k.max(o.min_keep)
+            },
+        );
+        typical(c, o.typical, o.min_keep);
+        top_p(c, o.top_p, o.min_keep);
+        min_p(c, o.min_p, o.min_keep);
+        c.iter_mut().for_each(|c| c.logit /= o.temperature);
+        softmax(c);
+        let point = self.random.uniform();
+        let mut sum = 0.0;
+        for candidate in c.iter() {
+            sum += f64::from(candidate.p);
+            if point < sum {
+                return candidate.id;
+            }
+        }
+        // Rounding may leave the sum a hair below the point.
+        c.iter()
+            .rev()
+            .find(|c| c.p > 0.0)
+            .or(c.first())
+            .map_or(0, |c| c.id)
+    }
+}
+
+fn penalize(c: &mut [Candidate], o: &SamplerOptions, recent: &VecDeque<u32>) {
+    let idle = o.repeat_penalty == 1.0 && o.frequency_penalty == 0.0 && o.presence_penalty == 0.0;
+    if idle || recent.is_empty() {
+        return;
+    }
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    for &id in recent {
+        *counts.entry(id).or_default() += 1;
+    }
+    for (id, count) in counts {
+        let Some(c) = c.get_mut(id as usize) else {
+            continue;
+        };
+        // Dividing a negative logit would reward it.
+        c.logit = if c.logit > 0.0 {
+            c.logit / o.repeat_penalty
+        } else {
+            c.logit * o.repeat_penalty
+        };
+        c.logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
+    }
+}
+
+fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
+    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+/// Sorts, best first, and keeps `k` (all when 0).
+fn top_k(c: &mut Vec<Candidate>, k: usize) {
+    if k > 0 && k < c.len() {
+        c.select_nth_unstable_by(k - 1, by_logit);
+        c.truncate(k);
+    }
+    c.sort_unstable_by(by_logit);
+}
+
+/// Fills in the probabilities of sorted candidates.
+fn softmax(c: &mut [Candidate]) {
+    let max = c.first().map_or(0.0, |c| c.logit);
+    let mut sum = 0.0;
+    for c in c.iter_mut() {
+        // All impossible: equal shares rather than NaN.
+        c.p = if max == f32::NEG_INFINITY {
+            1.0
+        } else {
+            (c.logit - max).exp()
+        };
+        sum += c.p;
+    }
+    c.iter_mut().for_each(|c| c.p /= sum);
+}
+
+/// Locally typical sampling (Meister et al., arXiv 2202.00666): those whose surprise is
+/// nearest to the entropy, until their probabilities sum to `p`.
+fn typical(c: &mut Vec<Candidate>, p: f32, min_keep: usize) {
+    if p >= 1.0 {
+        return;
+    }
+    softmax(c);
+    let entropy: f32 = c
+        .iter()
+        .filter(|c| c.p > 0.0)
+        .map(|c| -c.p * c.p.ln())
+        .sum();
+    let distance = |c: &Candidate| (-c.p.ln() - entropy).abs();
+    c.sort_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.id.cmp(&b.id)));
+    keep_mass(c, p, min_keep);
+    c.sort_unstable_by(by_logit);
+}
+
+fn top_p(c: &mut Vec<Candidate>, p: f32, min_keep: usize) {
+    if p < 1.0 {
+        softmax(c);
+        keep_mass(c, p, min_keep);
+    }
+}
+
+/// Keeps the first candidates whose probabilities reach `p`, at least `min_keep` and one.
+fn keep_mass(c: &mut Vec<Candidate>, p: f32, min_keep: usize) {
+    let mut sum = 0.0;
+    let reached = c.iter().enumerate().position(|(i, c)| {
+        sum += c.p;
+        sum >= p && i + 1 >= min_keep
+    });
+    if let Some(last) = reached {
+        c.truncate(last + 1);
+    }
+}
+
+fn min_p(c: &mut Vec<Candidate>, p: f32, min_keep: usize) {
+    if p <= 0.0 {
+        return;
+    }
+    let floor = c
+        .first()
+        .map_or(f32::NEG_INFINITY, |best| best.logit + p.ln());
+    let keep = c.partition_point(|c| c.logit >= floor).max(min_keep).max(1);
+    c.truncate(keep);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn neutral() -> SamplerOptions {
+        SamplerOptions {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            ..SamplerOptions::default()
+        }
+    }
+
+    /// Which of the tokens ever come out.
+    fn support(options: &SamplerOptions, logits: &[f32]) -> Vec<u32> {
+        let mut sampler = Sampler::new(options.clone());
+        let mut seen: Vec<u32> = (0..4000).map(|_| sampler.sample(logits)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        seen
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() {
+        let mut sampler = Sampler::new(SamplerOptions::greedy());
+        assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, f32::NAN]), 1);
+        assert_eq!(sampler.sample(&[f32::NAN; 3]), 0);
+        assert_eq!(sampler.sample(&[f32::NEG_INFINITY, -1e30]), 1);
+    }
+
+    #[test]
+    fn filters_keep_what_they_promise() {
+        // Probabilities 0.5, 0.25, 0.125, 0.0625, 0.0625.
+        let logits = [4f32, 2.0, 1.0, 0.5, 0.5].map(f32::ln);
+        assert_eq!(support(&neutral(), &logits), [0, 1, 2, 3, 4]);
+        assert_eq!(
+            support(
+                &SamplerOptions {
+                    top_k: 2,
+                    ..neutral()
+                },
+                &logits
+            ),
+            [0, 1]
+        );
+        assert_eq!(
+            support(
+                &SamplerOptions {
+                    top_p: 0.7,
+                    ..neutral()
+                },
+                &logits
+            ),
+            [0, 1]
+        );
+        assert_eq!(
+            support(
+                &SamplerOptions {
+                    min_p: 0.24,
+                    ..neutral()
+                },
+                &logits
+            ),
+            [0, 1, 2]
+        );
+        assert_eq!(
+            support(
+                &SamplerOptions {
+                    min_p: 0.9,
+                    min_keep: 3,
+                    ..neutral()
+                },
+                &logits
+            ),
+            [0, 1, 2]
+        );
+        // Entropy is 1.3 nats; surprises are 0.69, 1.39, 2.08, 2.77.
+        assert_eq!(
+            support(
+                &SamplerOptions {
+                    typical: 0.2,
+                    ..neutral()
+                },
+                &logits
+            ),
+            [1]
+        );
+        let forbidden = SamplerOptions {
+            logit_bias: vec![(0, f32::NEG_INFINITY), (9, 1.0)],
+            ..neutral()
+        };
+        assert_eq!(support(&forbidden, &logits), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn frequencies_follow_the_distribution_and_the_temperature() {
+        let logits = [0.75f32.ln(), 0.25f32.ln()];
+        let share = |temperature| {
+            let mut sampler = Sampler::new(SamplerOptions {
+                temperature,
+                ..neutral()
+            });
+            (0..20_000).filter(|_| sampler.sample(&logits) == 0).count() as f64 / 20_000.0
+        };
+        assert!((share(1.0) - 0.75).abs() < 0.01);
+        // At half the temperature 9 : 1.
+        assert!((share(0.5) - 0.9).abs() < 0.01);
+    }
+
+    #[test]
+    fn penalties_push_down_what_was_seen() {
+        let options = SamplerOptions {
+            repeat_penalty: 2.0,
+            temperature: 0.0,
+            ..neutral()
+        };
+        let mut sampler = Sampler::new(options);
+        assert_eq!(sampler.sample(&[3.0, 2.0, -1.0]), 0);
+        sampler.accept(0);
+        assert_eq!(sampler.sample(&[3.0, 2.0, -1.0]), 1);
+        let negative = SamplerOptions {
+            repeat_penalty: 2.0,
+            temperature: 0.0,
+            ..neutral()
+        };
+        let mut sampler = Sampler::new(negative);
+        sampler.accept(0);
+        assert_eq!(
+            sampler.sample(&[-1.0, -1.5]),
+            1,
+            "a negative logit falls too"
+        );
+        let window = SamplerOptions {
+            presence_penalty: 5.0,
+            penalty_last_n: 1,
+            temperature: 0.0,
+            ..neutral()
+        };
+        let mut sampler = Sampler::new(window);
+        sampler.accept(0);
+        sampler.accept(1);
+        assert_eq!(sampler.sample(&[3.0, 2.9]), 0, "only the last token counts");
+    }
+
+    #[test]
+    fn a_seed_is_a_text() {
+        let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin()).collect();
+        let run = |seed| {
+            let mut sampler = Sampler::new(SamplerOptions {
+                seed,
+                ..SamplerOptions::default()
+            });
+            (0..50).map(|_| sampler.sample(&logits)).collect::<Vec<_>>()
+        };
+        assert_eq!(run(7), run(7));
+        assert_ne!(run(7), run(8));
+    }
+}

@@ -1,0 +1,265 @@
+//! Generating text: the loop that run, chat and serve share.
+
+use crate::{Batch, Context, Error, Result, Sampler, SamplerOptions};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
+use tegula_gguf::tokenizer::Decoder;
+
+/// How to generate.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// Tokens at most; without a limit until the context is full.
+    pub limit: Option<usize>,
+    /// Texts that end the generation; they are not part of the result.
+    pub stop: Vec<String>,
+    pub sampler: SamplerOptions,
+    /// Go on behind end-of-generation tokens.
+    pub ignore_eog: bool,
+    /// Show special tokens as text.
+    pub show_special: bool,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The model ended it.
+    EndOfGeneration,
+    /// The limit was reached.
+    Limit,
+    /// This stop string came up.
+    StopString(String),
+    /// The context holds no more.
+    ContextFull,
+    /// The caller's flag was set.
+    Cancelled,
+}
+
+/// What it took.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// Prompt tokens that were run (not those that were already in the cache).
+    pub prompt_tokens: usize,
+    pub prompt_ms: f64,
+    /// Time of each generated token behind the first, which the prompt's run gave.
+    pub token_ms: Vec<f64>,
+}
+
+impl Timings {
+    /// Prompt tokens per second.
+    pub fn prompt_tps(&self) -> f64 {
+        per_second(self.prompt_tokens, self.prompt_ms)
+    }
+
+    /// Milliseconds of generation.
+    pub fn decode_ms(&self) -> f64 {
+        self.token_ms.iter().sum()
+    }
+
+    /// Generated tokens per second.
+    pub fn decode_tps(&self) -> f64 {
+        per_second(self.token_ms.len(), self.decode_ms())
+    }
+}
+
+fn per_second(count: usize, ms: f64) -> f64 {
+    if ms > 0.0 {
+        count as f64 * 1e3 / ms
+    } else {
+        0.0
+    }
+}
+
+/// A finished generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// Generated ids, without the end-of-generation token.
+    pub tokens: Vec<u32>,
+    pub text: String,
+    pub reason: StopReason,
+    pub timings: Timings,
+}
+
+/// Runs `prompt` in `sequence` and generates. The part of the prompt that the sequence
+/// already holds is not run again. `on_text` receives the text as it becomes certain.
+pub fn generate(
+    ctx: &mut Context,
+    sequence: usize,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generation> {
+    if prompt.is_empty() {
+        return Err(Error::Empty("prompt"));
+    }
+    let context = ctx.options().context;
+    if prompt.len() > context {
+        return Err(Error::ContextFull {
+            needed: prompt.len(),
+            context,
+        });
+    }
+    let tokenizer = ctx.model().tokenizer().clone();
+    let mut sampler = Sampler::new(options.sampler.clone());
+    prompt.iter().for_each(|&id| sampler.accept(id));
+
+    let start = Instant::now();
+    let held = ctx.tokens(sequence)?;
+    let common = held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+    // At least the last token must run: its logits are wanted.
+    let common = common.min(prompt.len() - 1);
+    ctx.truncate(sequence, common)?;
+    let rest = &prompt[common..];
+    let mut timings = Timings {
+        prompt_tokens: rest.len(),
+        ..Timings::default()
+    };
+    let mut text = Text::new(
+        Decoder::new(&tokenizer).show_special(options.show_special),
+        &options.stop,
+    );
+    let mut tokens = Vec::new();
+    let mut outputs = None;
+    let batch = ctx.options().batch;
+    for (i, part) in rest.chunks(batch).enumerate() {
+        if cancel.load(Ordering::Relaxed) {
+            break;
+        }
+        let mut step = Batch::prompt(sequence, part);
+        if (i + 1) * batch < rest.len() {
+            step.tokens.iter_mut().for_each(|t| t.logits = false);
+        }
+        outputs = Some(ctx.decode(&step)?);
+    }
+    timings.prompt_ms = start.elapsed().as_secs_f64() * 1e3;
+
+    let reason = loop {
+        let Some(row) = outputs.as_ref().filter(|_| !cancel.load(Ordering::Relaxed)) else {
+            break StopReason::Cancelled;
+        };
+        if options.limit.is_some_and(|limit| tokens.len() >= limit) {
+            break StopReason::Limit;
+        }
+        let id = sampler.sample(row.logits(0));
+        if tokenizer.is_eog(id) && !options.ignore_eog {
+            break StopReason::EndOfGeneration;
+        }
+        tokens.push(id);
+        sampler.accept(id);
+        if let Some(stop) = text.push(id, on_text) {
+            break StopReason::StopString(stop);
+        }
+        if options.limit.is_some_and(|limit| tokens.len() >= limit) {
+            break StopReason::Limit;
+        }
+        let begin = Instant::now();
+        match ctx.decode(&Batch::prompt(sequence, &[id])) {
+            Ok(next) => outputs = Some(next),
+            Err(Error::ContextFull { .. }) => break StopReason::ContextFull,
+            Err(other) => return Err(other),
+        }
+        timings.token_ms.push(begin.elapsed().as_secs_f64() * 1e3);
+    };
+    let (text, reason) = text.finish(reason, on_text);
+    Ok(Generation {
+        tokens,
+        text,
+        reason,
+        timings,
+    })
+}
+
+/// Text on its way out: whole characters only, and nothing that may be the beginning of a
+/// stop string.
+struct Text<'a> {
+    decoder: Decoder,
+    stop: &'a [String],
+    text: String,
+    shown: usize,
+}
+
+impl<'a> Text<'a> {
+    fn new(decoder: Decoder, stop: &'a [String]) -> Text<'a> {
+        Text {
+            decoder,
+            stop,
+            text: String::new(),
+            shown: 0,
+        }
+    }
+
+    /// Adds a token; returns the stop string if one is complete now.
+    fn push(&mut self, id: u32, on_text: &mut dyn FnMut(&str)) -> Option<String> {
+        let piece = self.decoder.push(id);
+        self.add(&piece, on_text)
+    }
+
+    fn add(&mut self, piece: &str, on_text: &mut dyn FnMut(&str)) -> Option<String> {
+        self.text.push_str(piece);
+        let pending = &self.text[self.shown..];
+        let found = self.stop.iter().filter(|s| !s.is_empty());
+        let found = found
+            .filter_map(|s| Some((pending.find(s.as_str())?, s)))
+            .min_by_key(|f| f.0);
+        if let Some((at, stop)) = found {
+            self.show(self.shown + at, on_text);
+            self.text.truncate(self.shown);
+            return Some(stop.clone());
+        }
+        let held = self
+            .stop
+            .iter()
+            .map(|s| overlap(pending, s))
+            .max()
+            .unwrap_or(0);
+        self.show(self.text.len() - held, on_text);
+        None
+    }
+
+    fn show(&mut self, end: usize, on_text: &mut dyn FnMut(&str)) {
+        if end > self.shown {
+            on_text(&self.text[self.shown..end]);
+            self.shown = end;
+        }
+    }
+
+    fn finish(mut self, reason: StopReason, on_text: &mut dyn FnMut(&str)) -> (String, StopReason) {
+        if matches!(reason, StopReason::StopString(_)) {
+            return (self.text, reason);
+        }
+        let rest = self.decoder.flush();
+        if let Some(stop) = self.add(&rest, on_text) {
+            return (self.text, StopReason::StopString(stop));
+        }
+        self.show(self.text.len(), on_text);
+        (self.text, reason)
+    }
+}
+
+/// Bytes at the end of `text` that are a proper beginning of `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    let longest = text.len().min(stop.len().saturating_sub(1));
+    let fits = |&n: &usize| stop.is_char_boundary(n) && text.ends_with(&stop[..n]);
+    (1..=longest).rev().find(fits).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlaps_are_the_longest_prefix_at_the_end() {
+        assert_eq!(overlap("hello <|im", "<|im_end|>"), 4);
+        assert_eq!(overlap("aab", "aabaa"), 3);
+        assert_eq!(
+            overlap("aabaa", "aabaa"),
+            2,
+            "the whole string is a match, not an overlap"
+        );
+        assert_eq!(overlap("x", "yz"), 0);
+        assert_eq!(overlap("naï", "ïve"), 2);
+        assert_eq!(overlap("", "abc"), 0);
+    }
+}
