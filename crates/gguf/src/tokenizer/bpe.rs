@@ -98,6 +98,7 @@ impl Bpe {
 
         let mut table = HashMap::with_capacity(merges.len());
         let mut merged = String::new();
+        let mut last = 0;
         for (rank, merge) in merges.iter().enumerate() {
             // The first character may itself be a space.
             let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');
@@ -120,7 +121,17 @@ impl Bpe {
                     ),
                 })
             };
-            let (left, right, merged) = (id(left)?, id(right)?, id(&merged)?);
+            // Vocabularies mostly list merged tokens in the order of the merges, one merge or
+            // several for each: comparing is cheaper than looking up.
+            let next = [last, last + 1]
+                .into_iter()
+                .find(|&id| vocab.text(id) == Some(&merged));
+            let (left, right) = (id(left)?, id(right)?);
+            let merged = match next {
+                Some(id) => id,
+                None => id(&merged)?,
+            };
+            last = merged;
             // Of repeated merges the first, which is the best, counts.
             table
                 .entry(pair(left, right))

@@ -54,7 +54,7 @@ pub fn fuzz_tokenizer(data: &[u8]) {
     }
     spec.token_types = Some(types);
     spec.scores = Some(scores);
-    spec.merges = Some(merges);
+    spec.merges = Some(merges.into());
     let Ok(tokenizer) = Tokenizer::new(spec) else {
         return;
     };

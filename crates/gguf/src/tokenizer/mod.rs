@@ -19,6 +19,7 @@ mod spm;
 mod unicode;
 mod vocab;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
@@ -207,7 +208,7 @@ impl Tokenizer {
             tokens: md.require_strings("tokenizer.ggml.tokens")?.to_vec(),
             token_types: md.i32s(&format!("{P}token_type"))?,
             scores,
-            merges: strings("merges")?.map(<[String]>::to_vec),
+            merges: strings("merges")?.map(Cow::Borrowed),
             add_bos: flag("add_bos_token")?,
             add_eos: flag("add_eos_token")?,
             add_sep: flag("add_sep_token")?,
@@ -235,7 +236,7 @@ impl Tokenizer {
     /// An unknown model, missing arrays or arrays shorter than the vocabulary, token types out
     /// of range, two tokens of the same text, scores that aren't numbers, merges of what isn't
     /// a token.
-    pub fn new(mut spec: VocabSpec) -> Result<Tokenizer, TokenizerError> {
+    pub fn new(mut spec: VocabSpec<'_>) -> Result<Tokenizer, TokenizerError> {
         let kind = vocab_kind(&spec.model)
             .ok_or_else(|| TokenizerError::UnknownModel(shorten(&spec.model)))?;
         let mut warnings = Vec::new();

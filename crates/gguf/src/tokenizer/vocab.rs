@@ -1,5 +1,6 @@
 //! The vocabulary: tokens, their kinds, and which of them are special.
 
+use std::borrow::Cow;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 
@@ -10,7 +11,7 @@ use super::TokenizerError;
 /// [`Tokenizer::from_metadata`](super::Tokenizer::from_metadata) fills one from the keys
 /// `tokenizer.ggml.*`; `None` is a key that the file doesn't have.
 #[derive(Clone, Debug, Default)]
-pub struct VocabSpec {
+pub struct VocabSpec<'a> {
     /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece-style).
     pub model: String,
     /// `tokenizer.ggml.pre`: how byte-level BPE cuts text into words.
@@ -24,7 +25,7 @@ pub struct VocabSpec {
     /// `tokenizer.ggml.scores`: merge priorities of a SentencePiece-style vocabulary.
     pub scores: Option<Vec<f32>>,
     /// `tokenizer.ggml.merges`: pairs of tokens separated by a space, best first.
-    pub merges: Option<Vec<String>>,
+    pub merges: Option<Cow<'a, [String]>>,
     /// `tokenizer.ggml.add_bos_token`.
     pub add_bos: Option<bool>,
     /// `tokenizer.ggml.add_eos_token`.
@@ -158,27 +159,33 @@ const SHOWN: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain
 /// The hash is keyed at random, so no vocabulary can be made whose texts all collide.
 struct TextIndex {
     hasher: RandomState,
-    slots: Vec<u32>,
+    /// An id and its text's hash, which spares looking at most texts that don't match.
+    slots: Vec<(u32, u32)>,
 }
 
 const EMPTY: u32 = u32::MAX;
 
 impl TextIndex {
     fn with_capacity(n: usize) -> TextIndex {
-        let slots = vec![EMPTY; (n * 2).next_power_of_two().max(8)];
         TextIndex {
             hasher: RandomState::new(),
-            slots,
+            slots: vec![(EMPTY, 0); (n * 2).next_power_of_two().max(8)],
         }
     }
 
-    fn slot(&self, text: &str, tokens: &[String]) -> usize {
+    /// Where `text` is or would be, and its hash.
+    fn slot(&self, text: &str, tokens: &[String]) -> (usize, u32) {
         let mask = self.slots.len() - 1;
-        let mut at = self.hasher.hash_one(text) as usize & mask;
-        while self.slots[at] != EMPTY && tokens[self.slots[at] as usize] != text {
-            at = (at + 1) & mask;
+        let hash = self.hasher.hash_one(text);
+        let tag = (hash >> 32) as u32;
+        let mut at = hash as usize & mask;
+        loop {
+            match self.slots[at] {
+                (EMPTY, _) => return (at, tag),
+                (id, found) if found == tag && tokens[id as usize] == text => return (at, tag),
+                _ => at = (at + 1) & mask,
+            }
         }
-        at
     }
 }
 
@@ -199,7 +206,7 @@ pub(crate) struct Vocab {
 impl Vocab {
     /// Takes the tokens out of `spec` and checks everything but merges and scores.
     pub(crate) fn new(
-        spec: &mut VocabSpec,
+        spec: &mut VocabSpec<'_>,
         kind: VocabKind,
         warnings: &mut Vec<String>,
     ) -> Result<Vocab, TokenizerError> {
@@ -235,9 +242,9 @@ impl Vocab {
                 tokens[id] = format!("[EMPTY_{id}]");
             }
             max_token_bytes = max_token_bytes.max(tokens[id].len());
-            let slot = index.slot(&tokens[id], &tokens);
-            if index.slots[slot] == EMPTY {
-                index.slots[slot] = id as u32;
+            let (slot, tag) = index.slot(&tokens[id], &tokens);
+            if index.slots[slot].0 == EMPTY {
+                index.slots[slot] = (id as u32, tag);
             } else if tokens[id].contains('\u{FFFD}') {
                 // Texts that aren't UTF-8 may have become equal when the file was read.
                 warnings.push(format!(
@@ -246,7 +253,7 @@ impl Vocab {
             } else {
                 return Err(TokenizerError::DuplicateToken {
                     id: id as u32,
-                    first: index.slots[slot],
+                    first: index.slots[slot].0,
                     text: shorten(&tokens[id]),
                 });
             }
@@ -372,7 +379,7 @@ impl Vocab {
     }
 
     /// The format doesn't carry this attribute; llama.cpp knows it for Phi-3 by the name.
-    fn find_rstrip(&mut self, spec: &VocabSpec) {
+    fn find_rstrip(&mut self, spec: &VocabSpec<'_>) {
         let name = spec
             .model_name
             .as_deref()
@@ -404,7 +411,8 @@ impl Vocab {
         if text.len() > self.max_token_bytes {
             return None;
         }
-        let id = self.index.slots[self.index.slot(text, &self.tokens)];
+        let (slot, _) = self.index.slot(text, &self.tokens);
+        let (id, _) = self.index.slots[slot];
         (id != EMPTY).then_some(id)
     }
 
