@@ -11,7 +11,7 @@ use tegula_engine::{
     generate, perplexity,
 };
 use tegula_gguf::tokenizer::EncodeOptions;
-use tegula_kernels::Tier;
+use tegula_kernels::{Kernels, Tier};
 
 fn shared() -> PathBuf {
     let default = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared"));
@@ -131,6 +131,9 @@ fn perplexities(name: &str, file: &str) -> Result<(), Failed> {
 
 fn main() {
     let absent = !shared().join("models/golden.json").exists();
+    // Half a minute per file with vector kernels, many minutes without.
+    let product = |tier| Kernels::for_tier(tier).matmul.name;
+    let slow = product(Tier::detect_max()) == product(Tier::Scalar);
     let mut trials = Vec::new();
     for name in ["ferrous-7m", "ferrous-moe-21m"] {
         for tier in Tier::ALL {
@@ -154,7 +157,7 @@ fn main() {
             let trial = Trial::test(format!("perplexity::{name}::{file}"), move || {
                 perplexities(name, file)
             });
-            trials.push(trial.with_ignored_flag(absent || Tier::detect_max() == Tier::Scalar));
+            trials.push(trial.with_ignored_flag(absent || slow));
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
