@@ -2,3 +2,4 @@
 
 pub(crate) mod attention;
 pub(crate) mod float;
+pub(crate) mod matmul;

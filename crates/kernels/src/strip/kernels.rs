@@ -62,8 +62,12 @@ pub struct MatmulKernels {
 
 impl MatmulKernels {
     /// The kernels of `tier`, which the CPU must have.
-    pub fn for_tier(_tier: Tier) -> MatmulKernels {
-        crate::scalar::matmul::KERNELS
+    pub fn for_tier(tier: Tier) -> MatmulKernels {
+        match tier {
+            Tier::Scalar => crate::scalar::matmul::KERNELS,
+            Tier::Avx2 => crate::avx2::matmul::kernels(),
+            Tier::Avx512 => crate::avx512::matmul::kernels(),
+        }
     }
 
     /// The form of activations that weights of type `ty` take.

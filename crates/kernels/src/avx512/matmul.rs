@@ -1,0 +1,132 @@
+//! The matrix products for AVX-512, with `vdpbf16ps` where the CPU has it.
+
+use std::arch::x86_64::*;
+
+use tegula_gguf::GgmlType;
+
+use crate::{
+    acts::{Forms, Q8Dest},
+    generic::matmul as generic,
+    scalar::matmul::q8_scale,
+    strip::{
+        ROWS,
+        kernels::{MatmulKernels, PANEL_K, StripArgs},
+    },
+    tier::Features,
+};
+
+/// The kernels that this CPU can run.
+pub(crate) fn kernels() -> MatmulKernels {
+    let bf16 = Features::get().avx512bf16;
+    MatmulKernels {
+        name: if bf16 { "avx512+bf16" } else { "avx512" },
+        quantize_q8,
+        mul_strips: if bf16 {
+            mul_strips_bf16
+        } else {
+            generic::mul_strips::<Avx512>
+        },
+        bf16_form: if bf16 { Forms::BF16 } else { Forms::F32 },
+    }
+}
+
+generic::tier_kernels!(
+    Avx512,
+    __m512i,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
+);
+
+/// # Safety
+/// As [`MatmulKernels::mul_strips`]; the CPU has bf16 dot products.
+unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
+    if args.ty != GgmlType::BF16 {
+        // SAFETY: the caller's.
+        return unsafe { generic::mul_strips::<Avx512>(args) };
+    }
+    let acts = &args.acts;
+    let pairs = args.k.div_ceil(2);
+    for (s, &strip) in args.strips.iter().enumerate() {
+        let tile = args.tile_of(s);
+        // SAFETY: the caller's; pairs and tokens are inside the strip and the view.
+        unsafe {
+            tile.write_bytes(0, acts.m * ROWS);
+            for i in (0..pairs).step_by(PANEL_K / 2) {
+                let len = (PANEL_K / 2).min(pairs - i);
+                let w = strip.add(i * 64);
+                generic::token_runs(acts.m, 8, |base, stride, at, run| {
+                    let x = acts.pairs.add(base * pairs + i * stride + at);
+                    let tile = tile.add((base + at) * ROWS);
+                    match run {
+                        8 => bf16_pairs::<8>(w, len, x, stride, tile),
+                        4 => bf16_pairs::<4>(w, len, x, stride, tile),
+                        2 => bf16_pairs::<2>(w, len, x, stride, tile),
+                        _ => bf16_pairs::<1>(w, len, x, stride, tile),
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Adds the products of `len` pairs of inputs with `T` tokens to their sums `[T][16]`.
+///
+/// # Safety
+/// `w` is `len` times 64 bytes, `x` is `[len][stride]` of which `T` tokens are read.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn bf16_pairs<const T: usize>(
+    w: *const u8,
+    len: usize,
+    x: *const u32,
+    stride: usize,
+    tile: *mut f32,
+) {
+    // SAFETY: the caller's; both bf16 vectors are 512 plain bits.
+    unsafe {
+        let mut acc = [_mm512_setzero_ps(); T];
+        for (t, acc) in acc.iter_mut().enumerate() {
+            *acc = _mm512_loadu_ps(tile.add(t * ROWS));
+        }
+        for i in 0..len {
+            let w: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()));
+            let x = x.add(i * stride);
+            for (t, acc) in acc.iter_mut().enumerate() {
+                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*x.add(t) as i32));
+                *acc = _mm512_dpbf16_ps(*acc, w, x);
+            }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            _mm512_storeu_ps(tile.add(t * ROWS), *acc);
+        }
+    }
+}
+
+/// # Safety
+/// As [`MatmulKernels::quantize_q8`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn quantize_q8(x: &[f32], dest: &Q8Dest) {
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+    for (kb, x) in x.as_chunks::<32>().0.iter().enumerate() {
+        // SAFETY: 32 values are two vectors; the destination is the caller's.
+        unsafe {
+            let v = [
+                _mm512_loadu_ps(x.as_ptr()),
+                _mm512_loadu_ps(x.as_ptr().add(16)),
+            ];
+            let bits = v.map(|v| _mm512_and_si512(_mm512_castps_si512(v), magnitude));
+            let largest = _mm512_reduce_max_epi32(_mm512_max_epi32(bits[0], bits[1]));
+            let (d, inverse) = q8_scale(f32::from_bits(largest as u32));
+            let mut sums = [0; 2];
+            for (h, v) in v.into_iter().enumerate() {
+                let codes = if inverse == 0.0 {
+                    _mm512_setzero_si512()
+                } else {
+                    _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)))
+                };
+                sums[h] = _mm512_reduce_add_epi32(codes);
+                let out = dest.q.add(kb * dest.tokens * 32 + 16 * h);
+                _mm_storeu_si128(out.cast(), _mm512_cvtepi32_epi8(codes));
+            }
+            dest.put_sums(kb, d, sums[0], sums[1]);
+        }
+    }
+}

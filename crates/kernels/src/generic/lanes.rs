@@ -1,0 +1,393 @@
+//! Sixteen 32-bit lanes, one per row of a strip: one register of AVX-512, two of AVX2.
+
+use std::arch::x86_64::*;
+
+/// Sixteen dwords, each of them four bytes, one integer or one f32.
+///
+/// # Safety
+/// All functions must be inlined into code compiled for the type's features, on a CPU that
+/// has them; pointers must be valid for what is read or written (unaligned).
+pub(crate) trait Lanes: Copy {
+    /// Sixteen f32.
+    type Floats: Copy;
+    /// Tokens whose sums fit the registers.
+    const TOKENS: usize;
+
+    unsafe fn load(p: *const u8) -> Self;
+    unsafe fn store(self, p: *mut u8);
+    /// Sixteen unsigned bytes, widened.
+    unsafe fn load_u8(p: *const u8) -> Self;
+    /// Sixteen unsigned words, widened.
+    unsafe fn load_u16(p: *const u8) -> Self;
+    unsafe fn splat(x: i32) -> Self;
+    /// The dword at `p`, in all lanes.
+    unsafe fn broadcast(p: *const i32) -> Self;
+    unsafe fn and(self, o: Self) -> Self;
+    unsafe fn or(self, o: Self) -> Self;
+    unsafe fn add(self, o: Self) -> Self;
+    unsafe fn min(self, o: Self) -> Self;
+    unsafe fn max(self, o: Self) -> Self;
+    /// Logical shift of every dword, `n` < 32.
+    unsafe fn shr(self, n: u32) -> Self;
+    unsafe fn shl(self, n: u32) -> Self;
+    /// The low byte of every dword, sign-extended.
+    unsafe fn sign_extend_u8(self) -> Self;
+    /// `table[byte]` for every byte; all bytes are below 16.
+    unsafe fn lookup(self, table: &[i8; 16]) -> Self;
+    /// Adds to each lane the dot product of four unsigned bytes of `codes`, below 128, with
+    /// the four signed bytes at `x`, which are not -128.
+    unsafe fn dot(self, codes: Self, x: *const i8) -> Self;
+    /// The same for codes up to 255, which stand for `code - 128`: the caller must have
+    /// added [`Lanes::FULL_ZERO`] times the negated sum of the activations.
+    unsafe fn dot_full(self, codes: Self, x: *const i8) -> Self;
+    /// log2 of the zero point that [`Lanes::dot_full`] leaves to its caller, if any.
+    const FULL_ZERO: Option<u32>;
+    unsafe fn to_floats(self) -> Self::Floats;
+    /// The bits as f32.
+    unsafe fn as_floats(self) -> Self::Floats;
+
+    unsafe fn fsplat(x: f32) -> Self::Floats;
+    unsafe fn fbroadcast(p: *const f32) -> Self::Floats;
+    unsafe fn fload(p: *const f32) -> Self::Floats;
+    unsafe fn fstore(x: Self::Floats, p: *mut f32);
+    /// Sixteen f16, widened.
+    unsafe fn load_f16(p: *const u8) -> Self::Floats;
+    unsafe fn fmul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a * b + c`, one rounding.
+    unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    unsafe fn fneg(a: Self::Floats) -> Self::Floats;
+}
+
+impl Lanes for __m512i {
+    type Floats = __m512;
+    const TOKENS: usize = 8;
+    const FULL_ZERO: Option<u32> = Some(7);
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        unsafe { _mm512_storeu_si512(p.cast(), self) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(p: *const u8) -> Self {
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> Self {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const i32) -> Self {
+        unsafe { _mm512_set1_epi32(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn and(self, o: Self) -> Self {
+        unsafe { _mm512_and_si512(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn or(self, o: Self) -> Self {
+        unsafe { _mm512_or_si512(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, o: Self) -> Self {
+        unsafe { _mm512_add_epi32(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, o: Self) -> Self {
+        unsafe { _mm512_min_epi32(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, o: Self) -> Self {
+        unsafe { _mm512_max_epi32(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn shr(self, n: u32) -> Self {
+        unsafe { _mm512_srlv_epi32(self, _mm512_set1_epi32(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shl(self, n: u32) -> Self {
+        unsafe { _mm512_sllv_epi32(self, _mm512_set1_epi32(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn sign_extend_u8(self) -> Self {
+        unsafe { _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(self)) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(self, table: &[i8; 16]) -> Self {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, self)
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot(self, codes: Self, x: *const i8) -> Self {
+        unsafe { _mm512_dpbusd_epi32(self, codes, Self::broadcast(x.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn dot_full(self, codes: Self, x: *const i8) -> Self {
+        unsafe { self.dot(codes, x) }
+    }
+    #[inline(always)]
+    unsafe fn to_floats(self) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(self) }
+    }
+    #[inline(always)]
+    unsafe fn as_floats(self) -> __m512 {
+        unsafe { _mm512_castsi512_ps(self) }
+    }
+    #[inline(always)]
+    unsafe fn fsplat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn fbroadcast(p: *const f32) -> __m512 {
+        unsafe { _mm512_set1_ps(*p) }
+    }
+    #[inline(always)]
+    unsafe fn fload(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn fstore(x: __m512, p: *mut f32) {
+        unsafe { _mm512_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn fmul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn fneg(a: __m512) -> __m512 {
+        unsafe { _mm512_xor_ps(a, _mm512_set1_ps(-0.0)) }
+    }
+}
+
+/// Two 256-bit registers; `VNNI` says whether the CPU has `vpdpbusd` in its VEX form.
+#[derive(Clone, Copy)]
+pub(crate) struct Pair<const VNNI: bool>(__m256i, __m256i);
+
+macro_rules! both {
+    ($a:expr, $op:ident) => {
+        Pair($op($a.0), $op($a.1))
+    };
+    ($a:expr, $b:expr, $op:ident) => {
+        Pair($op($a.0, $b.0), $op($a.1, $b.1))
+    };
+}
+
+impl<const VNNI: bool> Lanes for Pair<VNNI> {
+    type Floats = (__m256, __m256);
+    const TOKENS: usize = 4;
+    const FULL_ZERO: Option<u32> = if VNNI { Some(7) } else { None };
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
+        unsafe {
+            Pair(
+                _mm256_loadu_si256(p.cast()),
+                _mm256_loadu_si256(p.add(32).cast()),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), self.0);
+            _mm256_storeu_si256(p.add(32).cast(), self.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        unsafe {
+            let x = _mm_loadu_si128(p.cast());
+            Pair(
+                _mm256_cvtepu8_epi32(x),
+                _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(x)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(p: *const u8) -> Self {
+        unsafe {
+            Pair(
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())),
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(16).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> Self {
+        unsafe { Pair(_mm256_set1_epi32(x), _mm256_set1_epi32(x)) }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const i32) -> Self {
+        unsafe { Self::splat(p.read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn and(self, o: Self) -> Self {
+        unsafe { both!(self, o, _mm256_and_si256) }
+    }
+    #[inline(always)]
+    unsafe fn or(self, o: Self) -> Self {
+        unsafe { both!(self, o, _mm256_or_si256) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, o: Self) -> Self {
+        unsafe { both!(self, o, _mm256_add_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, o: Self) -> Self {
+        unsafe { both!(self, o, _mm256_min_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, o: Self) -> Self {
+        unsafe { both!(self, o, _mm256_max_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn shr(self, n: u32) -> Self {
+        unsafe { both!(self, Self::splat(n as i32), _mm256_srlv_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn shl(self, n: u32) -> Self {
+        unsafe { both!(self, Self::splat(n as i32), _mm256_sllv_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn sign_extend_u8(self) -> Self {
+        unsafe {
+            Pair(
+                _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(self.0)),
+                _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(self.1)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(self, table: &[i8; 16]) -> Self {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            Pair(
+                _mm256_shuffle_epi8(table, self.0),
+                _mm256_shuffle_epi8(table, self.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot(self, codes: Self, x: *const i8) -> Self {
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            if VNNI {
+                return Pair(
+                    _mm256_dpbusd_avx_epi32(self.0, codes.0, x),
+                    _mm256_dpbusd_avx_epi32(self.1, codes.1, x),
+                );
+            }
+            // 2 · 127 · 127 < 2^15: the pairwise sums do not saturate.
+            let ones = _mm256_set1_epi16(1);
+            Pair(
+                _mm256_add_epi32(
+                    self.0,
+                    _mm256_madd_epi16(_mm256_maddubs_epi16(codes.0, x), ones),
+                ),
+                _mm256_add_epi32(
+                    self.1,
+                    _mm256_madd_epi16(_mm256_maddubs_epi16(codes.1, x), ones),
+                ),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_full(self, codes: Self, x: *const i8) -> Self {
+        unsafe {
+            if VNNI {
+                return self.dot(codes, x);
+            }
+            // Unsigned codes would saturate; magnitudes up to 128 with the signs moved to
+            // the activations do not: 2 · 128 · 127 < 2^15.
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            let (ones, top) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
+            let (a, b) = (
+                _mm256_xor_si256(codes.0, top),
+                _mm256_xor_si256(codes.1, top),
+            );
+            let a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(x, a));
+            let b = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(x, b));
+            Pair(
+                _mm256_add_epi32(self.0, _mm256_madd_epi16(a, ones)),
+                _mm256_add_epi32(self.1, _mm256_madd_epi16(b, ones)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn to_floats(self) -> (__m256, __m256) {
+        unsafe { (_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)) }
+    }
+    #[inline(always)]
+    unsafe fn as_floats(self) -> (__m256, __m256) {
+        unsafe { (_mm256_castsi256_ps(self.0), _mm256_castsi256_ps(self.1)) }
+    }
+    #[inline(always)]
+    unsafe fn fsplat(x: f32) -> (__m256, __m256) {
+        unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+    #[inline(always)]
+    unsafe fn fbroadcast(p: *const f32) -> (__m256, __m256) {
+        unsafe { Self::fsplat(*p) }
+    }
+    #[inline(always)]
+    unsafe fn fload(p: *const f32) -> (__m256, __m256) {
+        unsafe { (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn fstore(x: (__m256, __m256), p: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(p, x.0);
+            _mm256_storeu_ps(p.add(8), x.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> (__m256, __m256) {
+        unsafe {
+            (
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(16).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn fmul(a: (__m256, __m256), b: (__m256, __m256)) -> (__m256, __m256) {
+        unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn fma(
+        a: (__m256, __m256),
+        b: (__m256, __m256),
+        c: (__m256, __m256),
+    ) -> (__m256, __m256) {
+        unsafe {
+            (
+                _mm256_fmadd_ps(a.0, b.0, c.0),
+                _mm256_fmadd_ps(a.1, b.1, c.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn fneg(a: (__m256, __m256)) -> (__m256, __m256) {
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            (_mm256_xor_ps(a.0, sign), _mm256_xor_ps(a.1, sign))
+        }
+    }
+}

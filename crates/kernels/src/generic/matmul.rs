@@ -1,0 +1,619 @@
+//! Strips times tokens, over [`Lanes`]: 16 rows share each broadcast of four activations,
+//! and there are no sums across lanes.
+//!
+//! One token multiplies codes straight from the strip, which is read once as one stream.
+//! More tokens decode a stretch of the strip to a panel (codes, scales and minima, 24 KiB)
+//! that stays in the first-level cache while groups of tokens pass over it. Both add the
+//! sub-blocks up in the same order, so results do not depend on the batch.
+
+use super::{
+    format::{self, Format, Shape},
+    lanes::Lanes,
+};
+use crate::{
+    acts::{ActsView, GROUP},
+    strip::{
+        self, ROWS,
+        kernels::{PANEL_K, StripArgs},
+    },
+};
+use tegula_gguf::{GgmlType, blocks};
+
+/// Bytes of the codes of 32 weights of 16 rows.
+const CODES: usize = 32 * ROWS;
+
+/// Decoded weights of up to [`PANEL_K`] inputs of 16 rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel {
+    /// `[group of 32][8][16]` dwords of codes.
+    codes: *mut u8,
+    /// `[scale][16]`.
+    scales: *mut f32,
+    /// `[scale][16]`.
+    mins: *mut f32,
+    /// Groups of 32.
+    groups: usize,
+    /// Index of the first one in the row.
+    first: usize,
+    /// log2 of the zero point.
+    zero: u32,
+}
+
+/// Tokens of one group, as products with q8 activations read them.
+#[derive(Clone, Copy)]
+pub(crate) struct Tokens {
+    /// The interleave.
+    stride: usize,
+    q: *const i8,
+    d: *const f32,
+    /// Minus the sums of 32 or, for two scales per 32, of 16.
+    nsum: *const i32,
+    /// Scaled sums, likewise.
+    fsum: *const f32,
+    /// `[token][16]`: the sums so far.
+    tile: *mut f32,
+}
+
+/// A float type of weights.
+///
+/// # Safety
+/// As [`Lanes`].
+pub(crate) trait FloatWeights {
+    /// Bytes of two inputs of 16 rows.
+    const PAIR_BYTES: usize;
+    /// Two inputs.
+    unsafe fn pair<L: Lanes>(p: *const u8) -> (L::Floats, L::Floats);
+    /// The first of two inputs; the second may not exist.
+    unsafe fn first<L: Lanes>(p: *const u8) -> L::Floats;
+}
+
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct BF16;
+
+impl FloatWeights for F32 {
+    const PAIR_BYTES: usize = 128;
+
+    #[inline(always)]
+    unsafe fn pair<L: Lanes>(p: *const u8) -> (L::Floats, L::Floats) {
+        unsafe { (Self::first::<L>(p), Self::first::<L>(p.add(64))) }
+    }
+    #[inline(always)]
+    unsafe fn first<L: Lanes>(p: *const u8) -> L::Floats {
+        unsafe { L::load(p).as_floats() }
+    }
+}
+
+impl FloatWeights for F16 {
+    const PAIR_BYTES: usize = 64;
+
+    #[inline(always)]
+    unsafe fn pair<L: Lanes>(p: *const u8) -> (L::Floats, L::Floats) {
+        unsafe { (L::load_f16(p), L::load_f16(p.add(32))) }
+    }
+    #[inline(always)]
+    unsafe fn first<L: Lanes>(p: *const u8) -> L::Floats {
+        unsafe { L::load_f16(p) }
+    }
+}
+
+impl FloatWeights for BF16 {
+    const PAIR_BYTES: usize = 64;
+
+    #[inline(always)]
+    unsafe fn pair<L: Lanes>(p: *const u8) -> (L::Floats, L::Floats) {
+        unsafe {
+            let x = L::load(p);
+            (
+                x.shl(16).as_floats(),
+                x.and(L::splat(0xffff_0000_u32 as i32)).as_floats(),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn first<L: Lanes>(p: *const u8) -> L::Floats {
+        unsafe { L::load(p).shl(16).as_floats() }
+    }
+}
+
+/// The kernels below, compiled for one set of features: what [`tier_kernels`] writes.
+///
+/// # Safety
+/// The CPU has the features; pointers are valid as the functions of this module state.
+pub(crate) trait Machine {
+    type Lanes: Lanes;
+    unsafe fn one_token<F: Format>(strip: *const u8, blocks: usize, tokens: &Tokens);
+    unsafe fn decode<F: Format>(block: *const u8, blocks: usize, panel: &Panel);
+    unsafe fn product<S: Shape, const T: usize>(panel: &Panel, tokens: &Tokens);
+    unsafe fn floats<W: FloatWeights, const T: usize>(w: *const u8, k: usize, x: &Floats);
+}
+
+/// Writes `$name`, a [`Machine`] whose functions are compiled with `$features`, and its
+/// `mul_strips`.
+macro_rules! tier_kernels {
+    ($name:ident, $lanes:ty, $features:literal) => {
+        struct $name;
+
+        // SAFETY (all four): the features are the function's own; the rest is the caller's.
+        impl $crate::generic::matmul::Machine for $name {
+            type Lanes = $lanes;
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn one_token<F: $crate::generic::format::Format>(
+                strip: *const u8,
+                blocks: usize,
+                tokens: &$crate::generic::matmul::Tokens,
+            ) {
+                // SAFETY: see above.
+                unsafe { $crate::generic::matmul::one_token::<$lanes, F>(strip, blocks, tokens) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn decode<F: $crate::generic::format::Format>(
+                block: *const u8,
+                blocks: usize,
+                panel: &$crate::generic::matmul::Panel,
+            ) {
+                // SAFETY: see above.
+                unsafe { $crate::generic::matmul::decode::<$lanes, F>(block, blocks, panel) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn product<S: $crate::generic::format::Shape, const T: usize>(
+                panel: &$crate::generic::matmul::Panel,
+                tokens: &$crate::generic::matmul::Tokens,
+            ) {
+                // SAFETY: see above.
+                unsafe { $crate::generic::matmul::product::<$lanes, S, T>(panel, tokens) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn floats<W: $crate::generic::matmul::FloatWeights, const T: usize>(
+                w: *const u8,
+                k: usize,
+                x: &$crate::generic::matmul::Floats,
+            ) {
+                // SAFETY: see above.
+                unsafe { $crate::generic::matmul::floats::<$lanes, W, T>(w, k, x) }
+            }
+        }
+    };
+}
+pub(crate) use tier_kernels;
+
+/// Adds one group of 32 to `T` sums. `scale` and `min` are those of the group, or of its two
+/// halves.
+///
+/// # Safety
+/// `t` points at the group's first token.
+#[inline(always)]
+unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
+    acc: &mut [L::Floats; T],
+    codes: impl Fn(usize) -> L,
+    scales: [(L::Floats, L::Floats); 2],
+    zero: u32,
+    kb: usize,
+    x: &Tokens,
+) {
+    let parts = if S::HALVES { 2 } else { 1 };
+    let dwords = 8 / parts;
+    unsafe {
+        let q = x.q.add(kb * x.stride * 32);
+        let d = x.d.add(kb * x.stride);
+        for h in 0..parts {
+            let at = (kb * parts + h) * x.stride;
+            let mut sums = [L::splat(0); T];
+            if !S::MIN && (!S::FULL || L::FULL_ZERO.is_some()) {
+                for t in 0..T {
+                    sums[t] = L::broadcast(x.nsum.add(at + t)).shl(zero);
+                }
+            }
+            for e in h * dwords..(h + 1) * dwords {
+                let c = codes(e);
+                for t in 0..T {
+                    let q = q.add(t * 32 + e * 4);
+                    sums[t] = if S::FULL {
+                        sums[t].dot_full(c, q)
+                    } else {
+                        sums[t].dot(c, q)
+                    };
+                }
+            }
+            let (scale, min) = scales[h];
+            for t in 0..T {
+                let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
+                acc[t] = L::fma(sums[t].to_floats(), scale, acc[t]);
+                if S::MIN {
+                    acc[t] = L::fma(min, L::fbroadcast(x.fsum.add(at + t)), acc[t]);
+                }
+            }
+        }
+    }
+}
+
+/// A whole strip times one token; the tile is written, not added to.
+#[inline(always)]
+pub(crate) unsafe fn one_token<L: Lanes, F: Format>(
+    strip: *const u8,
+    blocks: usize,
+    tokens: &Tokens,
+) {
+    unsafe {
+        let mut acc = [L::fsplat(0.0)];
+        for b in 0..blocks {
+            let block = strip.add(b * F::BYTES);
+            for g in 0..F::GROUPS {
+                let codes = F::codes::<L>(block, g);
+                let scales = if F::Shape::HALVES {
+                    [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
+                } else {
+                    [F::scale::<L>(block, g); 2]
+                };
+                let kb = b * F::GROUPS + g;
+                add_group::<L, F::Shape, 1>(
+                    &mut acc,
+                    #[inline(always)]
+                    |e| codes[e],
+                    scales,
+                    F::ZERO,
+                    kb,
+                    tokens,
+                );
+            }
+        }
+        L::fstore(acc[0], tokens.tile);
+    }
+}
+
+/// Decodes blocks to a panel.
+#[inline(always)]
+pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
+    let parts = if F::Shape::HALVES { 2 } else { 1 };
+    unsafe {
+        for b in 0..blocks {
+            let block = block.add(b * F::BYTES);
+            for g in 0..F::GROUPS {
+                let out = panel.codes.add((b * F::GROUPS + g) * CODES);
+                let codes = F::codes::<L>(block, g);
+                for e in 0..8 {
+                    codes[e].store(out.add(64 * e));
+                }
+            }
+            for g in 0..F::GROUPS * parts {
+                let at = (b * F::GROUPS * parts + g) * ROWS;
+                let (scale, min) = F::scale::<L>(block, g);
+                L::fstore(scale, panel.scales.add(at));
+                if F::Shape::MIN {
+                    L::fstore(min, panel.mins.add(at));
+                }
+            }
+        }
+    }
+}
+
+/// Adds a panel's products with `T` tokens to their sums.
+#[inline(always)]
+pub(crate) unsafe fn product<L: Lanes, S: Shape, const T: usize>(panel: &Panel, x: &Tokens) {
+    let parts = if S::HALVES { 2 } else { 1 };
+    unsafe {
+        let mut acc = [L::fsplat(0.0); T];
+        for t in 0..T {
+            acc[t] = L::fload(x.tile.add(t * ROWS));
+        }
+        for g in 0..panel.groups {
+            let codes = panel.codes.add(g * CODES);
+            let mut scales = [(L::fsplat(0.0), L::fsplat(0.0)); 2];
+            for h in 0..parts {
+                let at = (g * parts + h) * ROWS;
+                scales[h].0 = L::fload(panel.scales.add(at));
+                if S::MIN {
+                    scales[h].1 = L::fload(panel.mins.add(at));
+                }
+            }
+            add_group::<L, S, T>(
+                &mut acc,
+                #[inline(always)]
+                |e| L::load(codes.add(64 * e)),
+                scales,
+                panel.zero,
+                panel.first + g,
+                x,
+            );
+        }
+        for t in 0..T {
+            L::fstore(acc[t], x.tile.add(t * ROWS));
+        }
+    }
+}
+
+/// Tokens of one group, as products with f32 activations read them.
+#[derive(Clone, Copy)]
+pub(crate) struct Floats {
+    /// The interleave.
+    stride: usize,
+    /// `[input][stride]`.
+    x: *const f32,
+    /// `[token][16]`: the sums so far.
+    tile: *mut f32,
+}
+
+/// Adds `k` inputs' products with `T` tokens to their sums.
+#[inline(always)]
+pub(crate) unsafe fn floats<L: Lanes, W: FloatWeights, const T: usize>(
+    w: *const u8,
+    k: usize,
+    x: &Floats,
+) {
+    unsafe {
+        let mut acc = [L::fsplat(0.0); T];
+        for t in 0..T {
+            acc[t] = L::fload(x.tile.add(t * ROWS));
+        }
+        for i in 0..k / 2 {
+            let (a, b) = W::pair::<L>(w.add(i * W::PAIR_BYTES));
+            let even = x.x.add(2 * i * x.stride);
+            let odd = even.add(x.stride);
+            for t in 0..T {
+                acc[t] = L::fma(a, L::fbroadcast(even.add(t)), acc[t]);
+            }
+            for t in 0..T {
+                acc[t] = L::fma(b, L::fbroadcast(odd.add(t)), acc[t]);
+            }
+        }
+        if k % 2 == 1 {
+            let a = W::first::<L>(w.add(k / 2 * W::PAIR_BYTES));
+            let x = x.x.add((k - 1) * x.stride);
+            for t in 0..T {
+                acc[t] = L::fma(a, L::fbroadcast(x.add(t)), acc[t]);
+            }
+        }
+        for t in 0..T {
+            L::fstore(acc[t], x.tile.add(t * ROWS));
+        }
+    }
+}
+
+/// Cuts the tokens of a segment into runs that stay inside a group and have a length that
+/// kernels are compiled for: `f(first token of the group, tokens in it, offset, run)`.
+#[inline(always)]
+pub(crate) fn token_runs(m: usize, most: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
+    for base in (0..m).step_by(GROUP) {
+        let stride = GROUP.min(m - base);
+        let (mut at, mut run) = (0, most);
+        while at < stride {
+            while run > stride - at {
+                run /= 2;
+            }
+            f(base, stride, at, run);
+            at += run;
+        }
+    }
+}
+
+/// The strip kernel of a tier.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`.
+pub(crate) unsafe fn mul_strips<M: Machine>(args: &StripArgs<'_>) {
+    use GgmlType as T;
+    // SAFETY: the caller's.
+    unsafe {
+        match args.ty {
+            T::F32 => all_floats::<M, F32>(args),
+            T::F16 => all_floats::<M, F16>(args),
+            T::BF16 => all_floats::<M, BF16>(args),
+            T::Q4_0 => quantized::<M, format::Q4_0>(args),
+            T::Q4_1 => quantized::<M, format::Q4_1>(args),
+            T::Q5_0 => quantized::<M, format::Q5_0>(args),
+            T::Q5_1 => quantized::<M, format::Q5_1>(args),
+            T::Q8_0 => quantized::<M, format::Q8_0>(args),
+            T::IQ4_NL => quantized::<M, format::IQ4_NL>(args),
+            T::MXFP4 => quantized::<M, format::MXFP4>(args),
+            T::Q2_K => quantized::<M, format::Q2_K>(args),
+            T::Q3_K => quantized::<M, format::Q3_K>(args),
+            T::Q4_K => quantized::<M, format::Q4_K>(args),
+            T::Q5_K => quantized::<M, format::Q5_K>(args),
+            T::Q6_K => quantized::<M, format::Q6_K>(args),
+            T::IQ4_XS => quantized::<M, format::IQ4_XS>(args),
+            T::IQ2_XXS | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => {
+                from_grids::<M, format::Plain>(args);
+            }
+            T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<M, format::PlainHalves>(args),
+            T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => {
+                unreachable!("no product takes {}", args.ty)
+            }
+        }
+    }
+}
+
+/// The tokens at `base` of a segment.
+///
+/// # Safety
+/// The view holds the q8 form.
+unsafe fn tokens_at<S: Shape>(acts: &ActsView<'_>, base: usize, stride: usize) -> Tokens {
+    let (nsum, fsum, per) = if S::HALVES {
+        (acts.nsum16, acts.fsum16, 16)
+    } else {
+        (acts.nsum32, acts.fsum32, 32)
+    };
+    // SAFETY: the offset of a group inside the view.
+    unsafe {
+        Tokens {
+            stride,
+            q: acts.q.add(base * acts.k),
+            d: acts.d.add(base * (acts.k / 32)),
+            nsum: nsum.add(base * (acts.k / per)),
+            fsum: fsum.add(base * (acts.k / per)),
+            tile: std::ptr::null_mut(),
+        }
+    }
+}
+
+/// # Safety
+/// As `MatmulKernels::mul_strips`.
+unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
+    let per_block = F::GROUPS * 32;
+    for (s, &strip) in args.strips.iter().enumerate() {
+        let tile = args.tile_of(s);
+        // SAFETY: the caller's; blocks and groups are inside the strip.
+        unsafe {
+            if args.acts.m == 1 {
+                let tokens = Tokens {
+                    tile,
+                    ..tokens_at::<F::Shape>(&args.acts, 0, 1)
+                };
+                M::one_token::<F>(strip, args.k / per_block, &tokens);
+                continue;
+            }
+            tile.write_bytes(0, args.acts.m * ROWS);
+            for k in (0..args.k).step_by(PANEL_K) {
+                let len = PANEL_K.min(args.k - k);
+                let panel = panel_at(args.panel, k / 32, len / 32, F::ZERO);
+                M::decode::<F>(strip.add(k / per_block * F::BYTES), len / per_block, &panel);
+                panel_products::<M, F::Shape>(&panel, &args.acts, tile);
+            }
+        }
+    }
+}
+
+/// The panel in scratch of `PANEL_BYTES`.
+unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zero: u32) -> Panel {
+    let scales = PANEL_K / 16 * ROWS;
+    // SAFETY: the scratch holds codes, scales and minima in this order.
+    unsafe {
+        let floats = scratch.add(PANEL_K * ROWS).cast::<f32>();
+        Panel {
+            codes: scratch,
+            scales: floats,
+            mins: floats.add(scales),
+            groups,
+            first,
+            zero,
+        }
+    }
+}
+
+/// # Safety
+/// The panel is decoded, the view holds the q8 form, the tile is `[m][16]`.
+unsafe fn panel_products<M: Machine, S: Shape>(panel: &Panel, acts: &ActsView<'_>, tile: *mut f32) {
+    token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
+        // SAFETY: tokens `base + at ..` of the view.
+        unsafe {
+            let x = tokens_at::<S>(acts, base, stride);
+            let x = Tokens {
+                q: x.q.add(at * 32),
+                d: x.d.add(at),
+                nsum: x.nsum.add(at),
+                fsum: x.fsum.add(at),
+                tile: tile.add((base + at) * ROWS),
+                ..x
+            };
+            match run {
+                8 => M::product::<S, 8>(panel, &x),
+                4 => M::product::<S, 4>(panel, &x),
+                2 => M::product::<S, 2>(panel, &x),
+                _ => M::product::<S, 1>(panel, &x),
+            }
+        }
+    });
+}
+
+/// Zero point of grid codes, which are within ±62: log2 of 64.
+const GRID_ZERO: u32 = 6;
+
+/// The formats whose codes come from codebooks: rows are decoded one by one.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`.
+unsafe fn from_grids<M: Machine, S: Shape>(args: &StripArgs<'_>) {
+    const LEN: usize = 256;
+    let scales_per_block = if S::HALVES { 16 } else { 8 };
+    let layout = strip::layout(args.ty).expect("a type that products take");
+    let mut codes = [0i8; LEN];
+    let mut scales = [0f32; 16];
+    let bytes = args.ty.block_bytes();
+    for (s, &strip) in args.strips.iter().enumerate() {
+        let tile = args.tile_of(s);
+        // SAFETY: the caller's; blocks, rows and groups are inside strip and panel.
+        unsafe {
+            tile.write_bytes(0, args.acts.m * ROWS);
+            for k in (0..args.k).step_by(PANEL_K) {
+                let len = PANEL_K.min(args.k - k);
+                let panel = panel_at(args.panel, k / 32, len / 32, GRID_ZERO);
+                for b in 0..len / LEN {
+                    let block = strip.add((k / LEN + b) * layout.strip_block_bytes());
+                    for row in 0..ROWS {
+                        let raw = std::slice::from_raw_parts(block.add(row * bytes), bytes);
+                        let scales = &mut scales[..scales_per_block];
+                        blocks::decode_codes(args.ty, raw, &mut codes, scales, &mut [])
+                            .expect("one block of a quantised type");
+                        let out = panel.codes.add(b * LEN * ROWS).cast::<[i8; 4]>();
+                        for (e, &four) in codes.as_chunks::<4>().0.iter().enumerate() {
+                            *out.add(e * ROWS + row) = four.map(|c| c + (1 << GRID_ZERO));
+                        }
+                        let out = panel.scales.add(b * scales_per_block * ROWS);
+                        for (g, &scale) in scales.iter().enumerate() {
+                            *out.add(g * ROWS + row) = scale;
+                        }
+                    }
+                }
+                panel_products::<M, S>(&panel, &args.acts, tile);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As `MatmulKernels::mul_strips`, with f32 activations.
+unsafe fn all_floats<M: Machine, W: FloatWeights>(args: &StripArgs<'_>) {
+    let acts = &args.acts;
+    for (s, &strip) in args.strips.iter().enumerate() {
+        let tile = args.tile_of(s);
+        // SAFETY: the caller's; inputs and tokens are inside the strip and the view.
+        unsafe {
+            tile.write_bytes(0, acts.m * ROWS);
+            for k in (0..args.k).step_by(PANEL_K) {
+                let len = PANEL_K.min(args.k - k);
+                let w = strip.add(k / 2 * W::PAIR_BYTES);
+                token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
+                    let x = Floats {
+                        stride,
+                        x: acts.floats.add(base * acts.k + k * stride + at),
+                        tile: tile.add((base + at) * ROWS),
+                    };
+                    match run {
+                        8 => M::floats::<W, 8>(w, len, &x),
+                        4 => M::floats::<W, 4>(w, len, &x),
+                        2 => M::floats::<W, 2>(w, len, &x),
+                        _ => M::floats::<W, 1>(w, len, &x),
+                    }
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_every_token_once_inside_its_group() {
+        for most in [4, 8] {
+            for m in 0..40 {
+                let mut next = 0;
+                token_runs(m, most, |base, stride, at, run| {
+                    assert_eq!(base + at, next);
+                    assert_eq!((base % GROUP, stride), (0, GROUP.min(m - base)));
+                    assert!(run <= most && run.is_power_of_two() && at + run <= stride);
+                    next += run;
+                });
+                assert_eq!(next, m);
+            }
+        }
+    }
+}
