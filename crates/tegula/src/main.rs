@@ -1,1 +1,16 @@
-fn main() {}
+//! The program: `tegula COMMAND …`.
+#![forbid(unsafe_code)]
+
+mod args;
+mod cmd;
+mod exit;
+mod output;
+mod progress;
+
+use clap::Parser as _;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = cmd::Cli::parse_from(args::spell_out(std::env::args_os()));
+    exit::guard(|| cmd::run(cli))
+}

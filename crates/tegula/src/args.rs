@@ -1,0 +1,513 @@
+//! What several commands take: the model, the CPU, the context, prompts, sampling.
+
+use crate::{exit::Refusal, output, progress::Progress};
+use anyhow::Context as _;
+use clap::Args;
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tegula_engine::{
+    Context, ContextOptions, LoadEvent, LoadOptions, Model, ModelConfig, SamplerOptions, Source,
+    plan::Buffer, threads::default_threads,
+};
+use tegula_kernels::{
+    Tier,
+    kv::{KV_PAGE, KvShape, KvType},
+};
+
+/// The model inside the program: 21 M parameters, 12 MB.
+static EMBEDDED: &[u8] = include_bytes!("../assets/ferrous-moe-21m-Q4_0.gguf");
+
+/// What the embedded model is called.
+const EMBEDDED_NAME: &str = "the embedded ferrous-moe-21m";
+
+/// llama.cpp's flags of several letters behind one dash, which clap doesn't know.
+const SPELT_OUT: &[(&str, &str)] = &[
+    ("-ub", "--ubatch-size"),
+    ("-tb", "--threads-batch"),
+    ("-ctk", "--cache-type-k"),
+    ("-ctv", "--cache-type-v"),
+    ("-fa", "--flash-attn"),
+    ("-pg", "--prompt-gen"),
+];
+
+/// Flags whose value is text of any kind.
+const TAKES_TEXT: &[&str] = &["-p", "--prompt", "--stop", "--system", "-f", "--file"];
+
+/// Gives the flags that llama.cpp writes with several letters behind one dash the names
+/// that clap knows them by. Values of flags that take text, and everything behind `--`, stay
+/// as they are.
+pub fn spell_out(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut out: Vec<OsString> = Vec::new();
+    let mut literal = false;
+    for arg in args {
+        let value = out
+            .last()
+            .is_some_and(|previous| TAKES_TEXT.iter().any(|f| previous == OsStr::new(f)));
+        literal |= arg == "--" && !value;
+        let known = |(short, long): &(&str, &str)| {
+            let rest = arg.to_str()?.strip_prefix(short)?;
+            (rest.is_empty() || rest.starts_with('=')).then(|| format!("{long}{rest}"))
+        };
+        let long = if literal || value {
+            None
+        } else {
+            SPELT_OUT.iter().find_map(known)
+        };
+        out.push(long.map_or(arg, OsString::from));
+    }
+    out
+}
+
+/// Which model.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// GGUF file (of a split model, any part) [default: the embedded ferrous-moe-21m]
+    #[arg(value_name = "MODEL", conflicts_with = "model_flag")]
+    model: Option<PathBuf>,
+    /// The same as MODEL
+    #[arg(short = 'm', long = "model", value_name = "MODEL")]
+    model_flag: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Where the model comes from.
+    pub fn source(&self) -> Source {
+        match self.model.as_ref().or(self.model_flag.as_ref()) {
+            Some(path) => Source::Path(path.clone()),
+            None => Source::Embedded {
+                bytes: EMBEDDED,
+                name: EMBEDDED_NAME,
+            },
+        }
+    }
+}
+
+/// How to load it and what to run it on.
+#[derive(Args, Clone, Debug)]
+pub struct CpuArgs {
+    /// Threads [default: the physical cores that this process may use]
+    #[arg(short, long, value_name = "N", value_parser = thread_count)]
+    pub threads: Option<usize>,
+    /// Threads for prompts (-tb); one pool does both, so it must equal -t
+    #[arg(long, value_name = "N", value_parser = thread_count)]
+    threads_batch: Option<usize>,
+    /// Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU's best]
+    #[arg(long, value_name = "TIER", env = "TEGULA_ISA")]
+    isa: Option<Tier>,
+    /// Read the file instead of mapping it
+    #[arg(long)]
+    no_mmap: bool,
+    /// Lock the model in memory
+    #[arg(long)]
+    mlock: bool,
+    /// Leave matrices as they are in the file; slower
+    #[arg(long)]
+    no_repack: bool,
+}
+
+fn thread_count(s: &str) -> Result<usize, String> {
+    match s.parse() {
+        Ok(n @ 1..=1024) => Ok(n),
+        _ => Err("expected a number from 1 to 1024".to_owned()),
+    }
+}
+
+/// The tier, if the CPU has it.
+pub fn require_tier(tier: Tier) -> Result<Tier, Refusal> {
+    match tier.why_not() {
+        None => Ok(tier),
+        Some(why) => {
+            let best = Tier::detect_max();
+            let what = format!("--isa {tier} is not available: {why} (the best here is {best})");
+            Err(Refusal::Requirement(what))
+        }
+    }
+}
+
+impl CpuArgs {
+    /// The engine's options for loading from `source`.
+    pub fn options(&self, source: Source) -> anyhow::Result<LoadOptions> {
+        let tier = self.isa.unwrap_or_else(Tier::detect_max);
+        let threads = self.threads.unwrap_or_else(default_threads);
+        if self.threads_batch.is_some_and(|n| n != threads) {
+            let what = format!(
+                "-tb must equal -t, which is {threads}: one pool of threads runs prompts and \
+                 generation"
+            );
+            return Err(Refusal::Usage(what).into());
+        }
+        Ok(LoadOptions {
+            mmap: !self.no_mmap,
+            mlock: self.mlock,
+            repack: !self.no_repack,
+            tier: require_tier(tier)?,
+            threads,
+            ..LoadOptions::new(source)
+        })
+    }
+
+    /// Loads the model and shows how far it is.
+    pub fn load(&self, model: &ModelArgs) -> anyhow::Result<Arc<Model>> {
+        load(&self.options(model.source())?)
+    }
+}
+
+/// Loads a model, shows how far it is, and warns of what is doubtful about it.
+pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
+    enough_memory(options)?;
+    let mut progress = Progress::new("loading", 0);
+    let model = Model::load(options, &mut |event| {
+        let LoadEvent::Tensor { name, done, total } = event;
+        progress.total(total);
+        progress.message(name);
+        progress.done(done);
+    })?;
+    drop(progress);
+    let warnings = model.gguf().warnings().iter();
+    for warning in warnings.chain(model.tokenizer().warnings()) {
+        eprintln!("warning: {warning}");
+    }
+    Ok(Arc::new(model))
+}
+
+/// Refuses a model whose resident part can't fit, before the system kills the process.
+fn enough_memory(options: &LoadOptions) -> anyhow::Result<()> {
+    // Mapped, so that looking costs nothing.
+    let gguf = LoadOptions {
+        mmap: true,
+        mlock: false,
+        ..options.clone()
+    }
+    .open()?;
+    let config = ModelConfig::from_gguf(&gguf)?;
+    let plan = tegula_engine::plan(&config, &gguf, &options.plan_flags());
+    let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
+    require_memory(
+        "the weights",
+        needed,
+        "a smaller quantisation or --no-repack",
+    )
+}
+
+/// Refuses what needs more than the machine's available memory.
+fn require_memory(what: &str, needed: u64, instead: &str) -> anyhow::Result<()> {
+    let Some(available) = available_memory() else {
+        return Ok(());
+    };
+    if needed <= available {
+        return Ok(());
+    }
+    let message = format!(
+        "{what} need {} of memory and {} are available; use {instead}",
+        output::bytes(needed),
+        output::bytes(available)
+    );
+    Err(Refusal::Requirement(message).into())
+}
+
+/// What the system says new programs could take, in bytes.
+pub fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// The context's size and its cache.
+#[derive(Args, Clone, Debug)]
+pub struct ContextArgs {
+    /// Tokens that the context holds; 0: what the model was trained with
+    #[arg(short, long = "ctx-size", value_name = "N", default_value_t = 0)]
+    pub ctx_size: usize,
+    /// Tokens that are submitted together
+    #[arg(short, long = "batch-size", value_name = "N", default_value_t = 2048)]
+    batch_size: usize,
+    /// Tokens that run through the layers together (-ub)
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    ubatch_size: usize,
+    /// Type of the cached keys (-ctk): f16, bf16 or q8_0
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]
+    cache_type_k: KvType,
+    /// Type of the cached values (-ctv): f16, bf16 or q8_0
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]
+    cache_type_v: KvType,
+    /// Flash attention (-fa): on or auto; there is no other
+    #[arg(long, value_name = "on|off|auto", default_value = "auto", value_parser = flash_attn,
+          action = clap::ArgAction::Set)]
+    flash_attn: bool,
+}
+
+/// A type of the KV cache by its name.
+pub fn kv_type(s: &str) -> Result<KvType, String> {
+    KvType::parse(s).ok_or_else(|| "expected f16, bf16 or q8_0".to_owned())
+}
+
+fn flash_attn(s: &str) -> Result<bool, String> {
+    match s {
+        "on" | "auto" | "1" => Ok(true),
+        "off" | "0" => Err("attention is always flash attention here".to_owned()),
+        _ => Err("expected on or auto".to_owned()),
+    }
+}
+
+impl ContextArgs {
+    /// The engine's options.
+    pub fn options(&self) -> ContextOptions {
+        debug_assert!(self.flash_attn);
+        ContextOptions {
+            context: self.ctx_size,
+            batch: self.batch_size,
+            ubatch: self.ubatch_size,
+            sequences: 1,
+            k_type: self.cache_type_k,
+            v_type: self.cache_type_v,
+        }
+    }
+
+    /// A context of the model.
+    pub fn context(&self, model: &Arc<Model>) -> anyhow::Result<Context> {
+        context(model, &self.options())
+    }
+}
+
+/// A context of the model, if the memory suffices.
+pub fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Context> {
+    let c = model.config();
+    let positions = match options.context {
+        0 => c.context,
+        n => n,
+    };
+    let shape = KvShape {
+        layers: c.layers,
+        heads: c.kv_heads,
+        dim: c.head_dim,
+        k: options.k_type,
+        v: options.v_type,
+    };
+    let page = shape.bytes(1) as u64;
+    let pages = positions.div_ceil(KV_PAGE) as u64 * options.sequences as u64;
+    let what = format!("{positions} tokens of context");
+    require_memory(&what, page.saturating_mul(pages), "a smaller -c")?;
+    Ok(Context::new(Arc::clone(model), options)?)
+}
+
+/// The prompt.
+#[derive(Args, Clone, Debug)]
+pub struct PromptArgs {
+    /// The prompt; escapes such as \n are understood
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// File with the prompt, taken as it is; `-`: standard input
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// Take backslashes in -p as they are
+    #[arg(long)]
+    no_escape: bool,
+}
+
+impl PromptArgs {
+    /// The prompt, if one was given.
+    pub fn read(&self) -> anyhow::Result<Option<String>> {
+        match (&self.prompt, &self.file) {
+            (Some(text), _) if self.no_escape => Ok(Some(text.clone())),
+            (Some(text), _) => Ok(Some(unescape(text))),
+            (None, Some(path)) => read_text(path).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// A file (or, for `-`, standard input) as UTF-8 text.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let bytes = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::stdin()
+            .read_to_end(&mut bytes)
+            .context("cannot read standard input")?;
+        bytes
+    } else {
+        fs::read(path).with_context(|| format!("{shown}: cannot read"))?
+    };
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Refusal::Input(format!("{shown}: not UTF-8 text: invalid at byte {at}")).into()
+    })
+}
+
+/// Replaces `\n \t \r \' \" \\ \xHH` (one or two digits) by what they stand for; everything
+/// else, also bytes that would not be UTF-8, stays.
+pub fn unescape(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('\\') {
+        out.extend(before.as_bytes());
+        let plain = |c: char| match c {
+            'n' => Some(b'\n'),
+            't' => Some(b'\t'),
+            'r' => Some(b'\r'),
+            '\'' | '"' | '\\' => Some(c as u8),
+            _ => None,
+        };
+        let digits = after.strip_prefix('x').map_or(0, |hex| {
+            hex.bytes()
+                .take(2)
+                .take_while(u8::is_ascii_hexdigit)
+                .count()
+        });
+        if digits > 0 {
+            // At most two hexadecimal digits: always a byte.
+            out.extend(u8::from_str_radix(&after[1..=digits], 16).ok());
+            rest = &after[1 + digits..];
+        } else if let Some(byte) = after.chars().next().and_then(plain) {
+            out.push(byte);
+            rest = &after[1..];
+        } else {
+            out.push(b'\\');
+            rest = after;
+        }
+    }
+    out.extend(rest.as_bytes());
+    String::from_utf8(out).unwrap_or_else(|_| text.to_owned())
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Temperature; 0: always the most likely token
+    #[arg(long = "temp", value_name = "T", default_value_t = 0.8)]
+    temperature: f32,
+    /// Keep the K most likely; 0: all
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    top_k: usize,
+    /// Keep the most likely that sum to P; 1: all
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Keep those at least P times as likely as the best; 0: all
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Locally typical sampling; 1: off
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    typical: f32,
+    /// Divide the logits of what was seen; 1: off
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Tokens back that penalties look; 0: off, -1: the whole context
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        allow_negative_numbers = true
+    )]
+    repeat_last_n: i64,
+    /// Subtract this from the logits of what was seen; 0: off
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    presence_penalty: f32,
+    /// Subtract this for each time it was seen; 0: off
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    frequency_penalty: f32,
+    /// Seed of the random choice; -1: another one each time
+    #[arg(short, long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    seed: i64,
+    /// Add to a token's logit: ID+X or ID-X, `ID-inf` forbids it; may be repeated
+    #[arg(long, value_name = "ID(+/-)X", value_parser = logit_bias)]
+    logit_bias: Vec<(u32, f32)>,
+}
+
+fn logit_bias(s: &str) -> Result<(u32, f32), String> {
+    let parse = || {
+        let (id, bias) = s.split_at(s.find(['+', '-'])?);
+        let bias: f32 = bias.parse().ok()?;
+        (!bias.is_nan()).then_some((id.parse().ok()?, bias))
+    };
+    parse().ok_or_else(|| "expected a token id with a bias, such as 15+1.5 or 15-inf".to_owned())
+}
+
+impl SamplingArgs {
+    /// The engine's options.
+    pub fn options(&self) -> Result<SamplerOptions, Refusal> {
+        let not_negative = [
+            ("--temp", self.temperature),
+            ("--top-p", self.top_p),
+            ("--min-p", self.min_p),
+            ("--typical", self.typical),
+        ];
+        if let Some((flag, x)) = not_negative.iter().find(|(_, x)| x.is_nan() || *x < 0.0) {
+            return Err(Refusal::Usage(format!("{flag} {x}: must be 0 or more")));
+        }
+        if self.repeat_penalty.is_nan() || self.repeat_penalty <= 0.0 {
+            let what = format!("--repeat-penalty {}: must be positive", self.repeat_penalty);
+            return Err(Refusal::Usage(what));
+        }
+        Ok(SamplerOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical: self.typical,
+            penalty_last_n: usize::try_from(self.repeat_last_n).unwrap_or(usize::MAX),
+            repeat_penalty: self.repeat_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: u64::try_from(self.seed).unwrap_or_else(|_| random_seed()),
+            ..SamplerOptions::default()
+        })
+    }
+}
+
+/// Another number each time.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(std::process::id()) >> 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_stand_for_what_they_say() {
+        assert_eq!(unescape(r"a\nb\t\\n\'\"), "a\nb\t\\n'\\");
+        assert_eq!(unescape(r"\x41\x4g \xzz"), "A\u{4}g \\xzz");
+        assert_eq!(unescape(r"\xc3\xa4"), "ä");
+        assert_eq!(unescape(r"\xff stays"), r"\xff stays");
+        assert_eq!(unescape("\\ä"), "\\ä");
+    }
+
+    #[test]
+    fn flags_of_several_letters_are_spelt_out() {
+        let spelt = |args: &[&str]| spell_out(args.iter().map(OsString::from));
+        assert_eq!(
+            spelt(&["run", "-ub", "64", "-ctk=q8_0", "-u"]),
+            ["run", "--ubatch-size", "64", "--cache-type-k=q8_0", "-u"]
+        );
+        assert_eq!(spelt(&["-p", "-fa", "-fa"]), ["-p", "-fa", "--flash-attn"]);
+        assert_eq!(spelt(&["--", "-fa"]), ["--", "-fa"]);
+    }
+
+    #[test]
+    fn biases_are_read_as_llama_cpp_writes_them() {
+        assert_eq!(logit_bias("15+1.5"), Ok((15, 1.5)));
+        assert_eq!(logit_bias("15-inf"), Ok((15, f32::NEG_INFINITY)));
+        for bad in ["15", "x+1", "15+", "15+nan", "+1"] {
+            assert!(logit_bias(bad).is_err(), "{bad}");
+        }
+    }
+}
