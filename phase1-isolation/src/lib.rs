@@ -12,6 +12,7 @@ pub fn phase() -> Phase {
                has no AMX code; with it, AMX buffers hold CPU-resident weights alone, \
                and GPUs, one or several, work as before.",
         checks: checks(),
+        benches: Vec::new(),
     }
 }
 

@@ -13,6 +13,7 @@ pub fn phase() -> Phase {
                roofline and against llama.cpp and ik_llama.cpp, from records that \
                anyone can make again.",
         checks: checks(),
+        benches: Vec::new(),
     }
 }
 

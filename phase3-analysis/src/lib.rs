@@ -12,6 +12,7 @@ pub fn phase() -> Phase {
                each way in one laboratory, and what explains the difference, in \
                bytes, instructions and waits.",
         checks: checks(),
+        benches: Vec::new(),
     }
 }
 

@@ -15,6 +15,7 @@ pub fn phase() -> Phase {
                test; results are held against a plain f32 reference engine that is itself \
                held against results from elsewhere.",
         checks: checks(),
+        benches: Vec::new(),
     }
 }
 

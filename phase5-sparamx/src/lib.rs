@@ -11,6 +11,7 @@ pub fn phase() -> Phase {
         goal: "SparAMX's unstructured sparsity in GGUF, right at any shape and faster \
                than its dense twin; and the truth about quality at equal bytes.",
         checks: checks(),
+        benches: Vec::new(),
     }
 }
 

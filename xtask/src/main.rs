@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod ci;
+mod docs;
+mod phase;
 
 use std::{
     path::{Path, PathBuf},
@@ -21,13 +23,59 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// What CI runs after installing what is missing: format, lints, tests.
+    /// Runs a phase's checks, takes its measurements, or prints its page.
+    Phase {
+        /// 1 to 5.
+        #[arg(value_parser = clap::value_parser!(u8).range(1..=5))]
+        number: u8,
+        action: Action,
+    },
+    /// Prints where every phase stands, from the records.
+    Status,
+    /// Generates the pages under docs/ from the lists of checks and the records.
+    Codegen {
+        /// Changes nothing; fails, with the differences, if a page is stale.
+        #[arg(long)]
+        check: bool,
+    },
+    /// What CI runs after installing what is missing: format, lints, generated pages, tests.
     Ci,
 }
 
-fn main() -> Result<ExitCode> {
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Action {
+    /// Runs the checks, records the outcomes under docs/results and regenerates the pages.
+    Verify,
+    /// Takes the measurements and records the samples under docs/bench.
+    Bench,
+    /// Regenerates the pages and prints the phase's.
+    Report,
+}
+
+fn main() -> ExitCode {
+    run(Cli::parse().task).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(task: Task) -> Result<ExitCode> {
     let root = root()?;
-    match Cli::parse().task {
+    match task {
+        Task::Phase { number, action } => {
+            let phase = phase::numbered(number)?;
+            match action {
+                Action::Verify => phase::verify(&root, &phase),
+                Action::Bench => phase::bench(&root, &phase),
+                Action::Report => phase::report(&root, &phase),
+            }
+        }
+        Task::Status => {
+            print!("{}", docs::status(&root)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Codegen { check: true } => docs::check(&root),
+        Task::Codegen { check: false } => docs::write(&root).map(|()| ExitCode::SUCCESS),
         Task::Ci => ci::run(&root),
     }
 }

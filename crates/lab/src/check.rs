@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     time::Instant,
@@ -9,7 +10,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::Host;
+use crate::{Host, Series};
 
 /// One of the five research phases.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub struct Phase {
     pub goal: &'static str,
     /// Its tasks in the order of the master task list.
     pub checks: Vec<Check>,
+    /// What it can measure.
+    pub benches: Vec<Bench>,
 }
 
 /// A task that can be verified.
@@ -37,7 +40,19 @@ pub struct Check {
     pub run: fn(&Env) -> Outcome,
 }
 
-/// Something that a check can't run without.
+/// A measurement.
+#[derive(Clone, Debug)]
+pub struct Bench {
+    /// A few words, as a heading.
+    pub title: &'static str,
+    /// What the measurement can't be taken without.
+    pub requires: &'static [Need],
+    /// Takes it, every repetition; called only if every need is met. An error says why there
+    /// are no figures.
+    pub run: fn(&Env) -> Result<Vec<Series>, String>,
+}
+
+/// Something that a check or a measurement can't do without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// The subject does not exist yet; names what is waited for. Never met.
@@ -80,6 +95,21 @@ impl Need {
             Need::Cores(n) => {
                 (env.host.cores < n).then(|| format!("{n} logical CPUs (found {})", env.host.cores))
             }
+        }
+    }
+}
+
+/// The need itself, whether met or not.
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Need::Unbuilt(what) => f.write_str(what),
+            Need::Shared => f.write_str("the shared models"),
+            Need::Amx => f.write_str("a CPU with AMX"),
+            Need::Avx512 => f.write_str("a CPU with AVX-512 and VNNI"),
+            Need::Gpus(1) => f.write_str("a GPU"),
+            Need::Gpus(n) => write!(f, "{n} GPUs"),
+            Need::Cores(n) => write!(f, "{n} logical CPUs"),
         }
     }
 }
@@ -209,9 +239,14 @@ pub struct CheckResult {
     pub seconds: f64,
 }
 
+/// What of `needs` is not met.
+pub fn lacking(needs: &[Need], env: &Env) -> Vec<String> {
+    needs.iter().filter_map(|need| need.lacks(env)).collect()
+}
+
 /// Runs a check, or says what it lacks. A panic in it is a failure.
 pub fn verify(check: &Check, env: &Env) -> CheckResult {
-    let lacks: Vec<String> = check.requires.iter().filter_map(|n| n.lacks(env)).collect();
+    let lacks = lacking(check.requires, env);
     let start = Instant::now();
     let outcome = match lacks.is_empty() {
         false => Outcome::Blocked { lacks },

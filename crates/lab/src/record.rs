@@ -51,6 +51,19 @@ pub struct Series {
     pub samples: Vec<f64>,
 }
 
+impl Series {
+    /// The middle sample, or the mean of the two in the middle; not a number if there is none.
+    pub fn median(&self) -> f64 {
+        let mut sorted = self.samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        match (sorted.len(), sorted.len() / 2) {
+            (0, _) => f64::NAN,
+            (n, half) if n % 2 == 0 => (sorted[half - 1] + sorted[half]) / 2.0,
+            (_, half) => sorted[half],
+        }
+    }
+}
+
 /// Why a record could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -253,6 +266,21 @@ mod tests {
                 samples: vec![1.0, 2.5],
             }],
         }
+    }
+
+    #[test]
+    fn medians_are_in_the_middle() {
+        let median = |samples: &[f64]| {
+            let series = Series {
+                name: "tg64".into(),
+                unit: "t/s".into(),
+                samples: samples.to_vec(),
+            };
+            series.median()
+        };
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 9.0]), 3.0);
+        assert!(median(&[]).is_nan());
     }
 
     #[test]

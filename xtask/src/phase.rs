@@ -1,0 +1,126 @@
+//! A phase's checks, measurements and page.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+use tegula_lab::{Env, Outcome, Phase, Record, lacking};
+
+use crate::docs;
+
+/// Where `phase N bench` leaves its records, one directory per machine.
+const BENCH: &str = "docs/bench";
+
+/// The phases in order.
+pub fn all() -> Vec<Phase> {
+    vec![
+        phase1_isolation::phase(),
+        phase2_perf::phase(),
+        phase3_analysis::phase(),
+        phase4_parity::phase(),
+        phase5_sparamx::phase(),
+    ]
+}
+
+/// The phase of this number.
+pub fn numbered(number: u8) -> Result<Phase> {
+    let found = all().into_iter().find(|p| p.number == number);
+    found.with_context(|| format!("there is no phase {number}"))
+}
+
+/// Runs the phase's checks, records how they end, and brings the pages up to date. Fails if a
+/// check fails; a blocked one is no failure.
+pub fn verify(root: &Path, phase: &Phase) -> Result<ExitCode> {
+    let env = Env::detect(root);
+    let mut record = Record::new(&subject(phase), root, env.host.clone());
+    println!("phase {}: {}", phase.number, phase.title);
+    for check in &phase.checks {
+        let result = tegula_lab::verify(check, &env);
+        println!(
+            "{:<5}{:<9}{}\n     {}",
+            check.id,
+            result.outcome.status(),
+            check.title,
+            result.outcome.detail()
+        );
+        record.checks.push(result);
+    }
+    let count = |status| {
+        let of = |r: &&tegula_lab::CheckResult| r.outcome.status() == status;
+        record.checks.iter().filter(of).count()
+    };
+    let failed = count("failed");
+    println!(
+        "{} passed, {failed} failed, {} blocked",
+        count("passed"),
+        count("blocked")
+    );
+    save(&record, root, docs::RESULTS)?;
+    docs::write(root)?;
+    Ok(match failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// Takes the phase's measurements and records their samples.
+pub fn bench(root: &Path, phase: &Phase) -> Result<ExitCode> {
+    if phase.benches.is_empty() {
+        bail!("phase {} has no measurement yet", phase.number);
+    }
+    if cfg!(debug_assertions) {
+        bail!(
+            "measurements need the release build: cargo run --release -p xtask -- phase {} bench",
+            phase.number
+        );
+    }
+    let env = Env::detect(root);
+    let mut record = Record::new(&subject(phase), root, env.host.clone());
+    let mut all_taken = true;
+    for bench in &phase.benches {
+        let lacks = lacking(bench.requires, &env);
+        if !lacks.is_empty() {
+            println!("{}: {}", bench.title, Outcome::Blocked { lacks }.detail());
+            continue;
+        }
+        println!("{}:", bench.title);
+        match (bench.run)(&env) {
+            Ok(series) => {
+                for s in &series {
+                    println!("  {}: {:.2} {}", s.name, s.median(), s.unit);
+                }
+                record.series.extend(series);
+            }
+            Err(why) => {
+                println!("  failed: {why}");
+                all_taken = false;
+            }
+        }
+    }
+    if !record.series.is_empty() {
+        save(&record, root, BENCH)?;
+    }
+    Ok(match all_taken {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Brings the pages up to date and prints the phase's.
+pub fn report(root: &Path, phase: &Phase) -> Result<ExitCode> {
+    docs::write(root)?;
+    let name = format!("PHASE_{}.md", phase.number);
+    let mut pages = docs::pages(root)?;
+    println!("{}", pages.remove(&name).with_context(|| name)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn subject(phase: &Phase) -> String {
+    format!("phase-{}", phase.number)
+}
+
+fn save(record: &Record, root: &Path, dir: &str) -> Result<()> {
+    let name = format!("{dir}/{}/{}.json", record.host.slug(), record.subject);
+    record.write(&root.join(&name))?;
+    println!("recorded in {name}");
+    Ok(())
+}
