@@ -4,8 +4,10 @@
 mod args;
 mod cmd;
 mod exit;
+mod interrupt;
 mod output;
 mod progress;
+mod synth;
 
 use clap::Parser as _;
 use std::process::ExitCode;

@@ -44,7 +44,7 @@ pub(crate) struct Scratch {
 
 /// The character that stands for `byte` in the text of byte-level tokens: printable Latin-1
 /// stands for itself, the rest is numbered from U+0100.
-pub(crate) const fn byte_char(byte: u8) -> char {
+pub const fn byte_char(byte: u8) -> char {
     let code = match byte {
         b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => byte as u32,
         0..=0x20 => 0x100 + byte as u32,

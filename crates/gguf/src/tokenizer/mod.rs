@@ -26,6 +26,7 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, MatchKind};
 
 use crate::Gguf;
 use crate::metadata::{Array, Metadata};
+pub use bpe::byte_char;
 pub use decode::Decoder;
 #[doc(hidden)]
 pub use fuzz::fuzz_tokenizer;

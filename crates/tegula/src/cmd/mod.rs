@@ -1,6 +1,7 @@
 //! The commands, one module each.
 
 mod run;
+mod synth;
 
 use clap::{Parser, Subcommand};
 
@@ -23,11 +24,14 @@ pub struct Cli {
 enum Command {
     /// Continue a text
     Run(Box<run::RunArgs>),
+    /// Write a model of random weights, of a real or any shape
+    Synth(Box<synth::SynthArgs>),
 }
 
 /// Runs the command.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Synth(args) => synth::run(&args),
     }
 }

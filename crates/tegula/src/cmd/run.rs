@@ -3,18 +3,14 @@
 use crate::{
     args::{ContextArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs},
     exit::Refusal,
-    output,
+    interrupt, output,
 };
-use anyhow::Context as _;
 use clap::Args;
 use phase4_parity::oracle::Oracle;
 use serde::Serialize;
 use std::{
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
 use tegula_engine::{
@@ -203,7 +199,7 @@ fn engine(
     if !args.no_warmup {
         warm_up(&mut ctx)?;
     }
-    let cancel = interrupt_flag()?;
+    let cancel = interrupt::flag()?;
     let generation = generate(&mut ctx, 0, &prompt, options, &cancel, &mut |piece| {
         out.show(piece, &cancel);
     })?;
@@ -259,7 +255,7 @@ fn reference(
     let load_ms = millis(start);
     let prompt = tokenizer.encode(text, EncodeOptions::default());
     let limit = options.limit.unwrap_or(usize::MAX);
-    let cancel = interrupt_flag()?;
+    let cancel = interrupt::flag()?;
 
     let mut sampler = Sampler::new(options.sampler.clone());
     prompt.iter().for_each(|&id| sampler.accept(id));
@@ -353,20 +349,6 @@ impl Stdout {
             None => Ok(()),
         }
     }
-}
-
-/// A flag that Ctrl-C sets; the second Ctrl-C ends the program.
-pub fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let set = Arc::clone(&flag);
-    ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::Relaxed) {
-            // 128 and the number of SIGINT, as shells do.
-            std::process::exit(130);
-        }
-    })
-    .context("cannot handle Ctrl-C")?;
-    Ok(flag)
 }
 
 /// The reason as `--json` has it.
