@@ -36,6 +36,7 @@ pub fn can_fill(ty: GgmlType) -> bool {
 const SAMPLE: usize = 1 << 16;
 
 /// Makes blocks of one type and deviation.
+#[derive(Clone, Copy, Debug)]
 pub struct Filler {
     ty: GgmlType,
     /// The blocks' common scale; for plain floats the exponent of all weights.

@@ -14,6 +14,7 @@ pub use shape::{PRESETS, Shape};
 use crate::exit::Refusal;
 use blocks::Filler;
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{
         atomic::{AtomicBool, Ordering},
@@ -229,14 +230,15 @@ impl Synth {
 
     /// What fills each tensor.
     fn contents(&self) -> Vec<Content> {
-        let content = |t: &Tensor| match t.fill {
+        let mut fillers = HashMap::new();
+        let mut content = |t: &Tensor| match t.fill {
             Fill::Constant(x) => Content::Constant(x),
             Fill::Random => {
-                let deviation = 1.0 / (t.shape[0] as f32).sqrt();
-                Content::Random(Filler::new(t.ty, deviation))
+                let make = || Filler::new(t.ty, 1.0 / (t.shape[0] as f32).sqrt());
+                Content::Random(*fillers.entry((t.ty, t.shape[0])).or_insert_with(make))
             }
         };
-        self.tensors.iter().map(content).collect()
+        self.tensors.iter().map(&mut content).collect()
     }
 
     fn fill(&self, chunk: &Chunk, content: &Content, out: &mut [u8]) {
