@@ -1,6 +1,8 @@
 //! Phase 2: performance. Holds the phase's own code as it comes, and its checks.
 #![forbid(unsafe_code)]
 
+pub mod bench;
+
 use tegula_lab::{Check, Need, Phase, unbuilt};
 
 /// The phase, as the master task list describes it.

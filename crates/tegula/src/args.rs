@@ -64,7 +64,7 @@ pub fn spell_out(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
 }
 
 /// Which model.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
     /// GGUF file (of a split model, any part) [default: the embedded ferrous-moe-21m]
     #[arg(value_name = "MODEL", conflicts_with = "model_flag")]
@@ -110,7 +110,8 @@ pub struct CpuArgs {
     no_repack: bool,
 }
 
-fn thread_count(s: &str) -> Result<usize, String> {
+/// A number of threads.
+pub fn thread_count(s: &str) -> Result<usize, String> {
     match s.parse() {
         Ok(n @ 1..=1024) => Ok(n),
         _ => Err("expected a number from 1 to 1024".to_owned()),

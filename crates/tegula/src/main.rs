@@ -4,6 +4,7 @@
 mod args;
 mod cmd;
 mod exit;
+mod facts;
 mod interrupt;
 mod output;
 mod progress;

@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod bench;
 mod run;
 mod synth;
 
@@ -24,6 +25,8 @@ pub struct Cli {
 enum Command {
     /// Continue a text
     Run(Box<run::RunArgs>),
+    /// Measure prompts and generation
+    Bench(Box<bench::BenchArgs>),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
 }
@@ -32,6 +35,7 @@ enum Command {
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Synth(args) => synth::run(&args),
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     args::{ContextArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs},
     exit::Refusal,
-    interrupt, output,
+    facts, interrupt, output,
 };
 use clap::Args;
 use phase4_parity::oracle::Oracle;
@@ -391,11 +391,10 @@ fn print_statistics(run: &Run) {
 
 fn describe(model: &Model, ctx: &Context) {
     let c = model.config();
-    let weights = model.gguf().tensors().iter().map(|t| t.elements()).sum();
     eprintln!(
         "{}: {} parameters, {} layers, width {}, {} heads ({} KV) of {}, vocabulary {}",
         c.name,
-        output::count(weights),
+        output::count(facts::parameters(model.gguf())),
         c.layers,
         c.embd,
         c.heads,

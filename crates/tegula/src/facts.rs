@@ -1,0 +1,23 @@
+//! Facts about a model file that several commands show.
+
+use std::collections::BTreeMap;
+use tegula_gguf::{Gguf, quantize::FileType};
+
+/// Weights of all tensors.
+pub fn parameters(gguf: &Gguf) -> u64 {
+    gguf.tensors().iter().map(|t| t.elements()).sum()
+}
+
+/// The file type that the metadata name, or the tensor type that takes the most bytes.
+pub fn file_type(gguf: &Gguf) -> String {
+    let stated = gguf.metadata().u32("general.file_type").ok().flatten();
+    if let Some(file) = stated.and_then(FileType::from_id) {
+        return file.name().to_owned();
+    }
+    let mut bytes = BTreeMap::new();
+    for t in gguf.tensors() {
+        *bytes.entry(t.ty).or_insert(0) += t.bytes;
+    }
+    let largest = bytes.into_iter().max_by_key(|&(_, n)| n);
+    largest.map_or_else(|| "no tensors".to_owned(), |(ty, _)| ty.name().to_owned())
+}
