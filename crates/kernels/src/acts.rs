@@ -16,6 +16,9 @@
 //! tokens of a group, and a single token is simply contiguous. All arrays are linear in the
 //! number of tokens, so that a run of whole groups, or several independent segments (the
 //! tokens of each expert), are slices.
+//!
+//! The tile form is the same with groups of [`TILE_GROUP`] tokens: 32 bf16 of each token,
+//! then the next 32 of each, so that a group's 32 inputs are the rows of one tile.
 
 use std::marker::PhantomData;
 
@@ -25,6 +28,9 @@ use crate::strip::kernels::MatmulKernels;
 
 /// Tokens that are interleaved.
 pub const GROUP: usize = 8;
+
+/// Tokens that are interleaved in the tile form: the rows of a tile.
+pub const TILE_GROUP: usize = 16;
 
 /// A set of activation forms.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -39,6 +45,8 @@ impl Forms {
     pub const F32: Forms = Forms(2);
     /// Pairs of bf16, rounded to nearest even; for BF16 weights with `vdpbf16ps`.
     pub const BF16: Forms = Forms(4);
+    /// bf16, rounded to nearest even, as rows of tiles.
+    pub const TILES: Forms = Forms(8);
 
     /// True if every form of `other` is in `self`.
     pub const fn has(self, other: Forms) -> bool {
@@ -75,6 +83,7 @@ pub struct Acts {
     fsum16: Vec<f32>,
     floats: Vec<f32>,
     pairs: Vec<u32>,
+    tiles: Vec<u16>,
 }
 
 impl Acts {
@@ -102,7 +111,7 @@ impl Acts {
     /// every token is written through the returned writer.
     ///
     /// # Panics
-    /// When [`Forms::Q8`] is asked for and `k` is no multiple of 32.
+    /// When [`Forms::Q8`] or [`Forms::TILES`] is asked for and `k` is no multiple of 32.
     pub fn begin(&mut self, m: usize, k: usize, forms: Forms) -> ActsWriter<'_> {
         fn fit<T: Copy + Default>(v: &mut Vec<T>, wanted: bool, len: usize) {
             if wanted && v.len() < len {
@@ -110,9 +119,10 @@ impl Acts {
             }
         }
         let q8 = forms.has(Forms::Q8);
+        let tiles = forms.has(Forms::TILES);
         assert!(
-            !q8 || k.is_multiple_of(32),
-            "q8 activations of {k} values: no multiple of 32"
+            !(q8 || tiles) || k.is_multiple_of(32),
+            "q8 activations or tiles of {k} values: no multiple of 32"
         );
         let len = m.checked_mul(k).expect("activations fit the address space");
         self.m = m;
@@ -126,6 +136,7 @@ impl Acts {
         fit(&mut self.fsum16, q8, len / 16);
         fit(&mut self.floats, forms.has(Forms::F32), len);
         fit(&mut self.pairs, forms.has(Forms::BF16), m * k.div_ceil(2));
+        fit(&mut self.tiles, tiles, len);
         ActsWriter {
             m,
             k,
@@ -138,6 +149,7 @@ impl Acts {
             fsum16: self.fsum16.as_mut_ptr(),
             floats: self.floats.as_mut_ptr(),
             pairs: self.pairs.as_mut_ptr(),
+            tiles: self.tiles.as_mut_ptr(),
             acts: PhantomData,
         }
     }
@@ -162,6 +174,7 @@ impl Acts {
             fsum16: self.fsum16.as_ptr(),
             floats: self.floats.as_ptr(),
             pairs: self.pairs.as_ptr(),
+            tiles: self.tiles.as_ptr(),
             acts: PhantomData,
         };
         whole.advance(start, m)
@@ -194,6 +207,8 @@ pub struct ActsView<'a> {
     pub floats: *const f32,
     /// Pairs of bf16, the even one low: per group `[⌈k / 2⌉][tokens]`.
     pub pairs: *const u32,
+    /// bf16: per group of [`TILE_GROUP`] `[k / 32][tokens][32]`.
+    pub tiles: *const u16,
     acts: PhantomData<&'a Acts>,
 }
 
@@ -216,15 +231,16 @@ impl<'a> ActsView<'a> {
             fsum16: self.fsum16.wrapping_add(start * (k / 16)),
             floats: self.floats.wrapping_add(start * k),
             pairs: self.pairs.wrapping_add(start * k.div_ceil(2)),
+            tiles: self.tiles.wrapping_add(start * k),
             ..self
         }
     }
 
-    /// Tokens `start .. start + m` of the segment; `start` must be a multiple of [`GROUP`],
-    /// and the end too unless it is the segment's end.
+    /// Tokens `start .. start + m` of the segment; `start` must be a multiple of
+    /// [`TILE_GROUP`], and the end too unless it is the segment's end.
     pub fn slice(self, start: usize, m: usize) -> ActsView<'a> {
-        assert!(start.is_multiple_of(GROUP) && start + m <= self.m);
-        assert!((start + m).is_multiple_of(GROUP) || start + m == self.m);
+        assert!(start.is_multiple_of(TILE_GROUP) && start + m <= self.m);
+        assert!((start + m).is_multiple_of(TILE_GROUP) || start + m == self.m);
         self.advance(start, m)
     }
 }
@@ -283,6 +299,7 @@ pub struct ActsWriter<'a> {
     fsum16: *mut f32,
     floats: *mut f32,
     pairs: *mut u32,
+    tiles: *mut u16,
     acts: PhantomData<&'a mut Acts>,
 }
 
@@ -293,18 +310,20 @@ unsafe impl Sync for ActsWriter<'_> {}
 
 impl ActsWriter<'_> {
     /// Writes columns `col ..` of token `t` of the segment of `seg_m` tokens that starts at
-    /// token `seg`. With one segment that is `(0, m)`.
+    /// token `seg`, in the given forms. With one segment that is `(0, m)`.
     ///
     /// # Safety
     /// No two calls that overlap in time write the same token and column. Every token is
     /// written under one division into segments.
     ///
     /// # Panics
-    /// When the range is outside, or `col` or the length is no multiple of 32 with
-    /// [`Forms::Q8`], or `col` is odd with [`Forms::BF16`].
+    /// When the range is outside, a form was not begun, or `col` or the length is no
+    /// multiple of 32 with [`Forms::Q8`] or [`Forms::TILES`], or `col` is odd with
+    /// [`Forms::BF16`].
     pub unsafe fn put(
         &self,
         kernels: &MatmulKernels,
+        forms: Forms,
         (seg, seg_m): (usize, usize),
         t: usize,
         col: usize,
@@ -312,11 +331,23 @@ impl ActsWriter<'_> {
     ) {
         let k = self.k;
         assert!(t < seg_m && seg + seg_m <= self.m && col + x.len() <= k);
-        let group = t / GROUP;
-        let tokens = GROUP.min(seg_m - group * GROUP);
-        let start = seg + group * GROUP;
-        let t = t % GROUP;
-        if self.forms.has(Forms::Q8) {
+        assert!(self.forms.has(forms));
+        if forms.has(Forms::TILES) {
+            assert!(col.is_multiple_of(32) && x.len().is_multiple_of(32));
+            let tiles = kernels
+                .tiles
+                .as_ref()
+                .expect("tiles only with tile products");
+            let (start, tokens, t) = place(TILE_GROUP, seg_m, t);
+            // SAFETY: as below.
+            unsafe {
+                let at = (seg + start) * k + col * tokens + t * 32;
+                (tiles.pack)(x, self.tiles.add(at), tokens * 32);
+            }
+        }
+        let (start, tokens, t) = place(GROUP, seg_m, t);
+        let start = seg + start;
+        if forms.has(Forms::Q8) {
             assert!(col.is_multiple_of(32) && x.len().is_multiple_of(32));
             let kb = col / 32;
             // SAFETY: `start + tokens <= m` and the columns are inside, so every offset is
@@ -336,13 +367,13 @@ impl ActsWriter<'_> {
                 (kernels.quantize_q8)(x, &dest);
             }
         }
-        if self.forms.has(Forms::F32) {
+        if forms.has(Forms::F32) {
             for (i, &v) in x.iter().enumerate() {
                 // SAFETY: as above.
                 unsafe { *self.floats.add(start * k + (col + i) * tokens + t) = v };
             }
         }
-        if self.forms.has(Forms::BF16) {
+        if forms.has(Forms::BF16) {
             assert!(col.is_multiple_of(2));
             assert!(x.len().is_multiple_of(2) || col + x.len() == k);
             for (i, pair) in x.chunks(2).enumerate() {
@@ -355,15 +386,17 @@ impl ActsWriter<'_> {
         }
     }
 
-    /// Copies token `from` of `src`'s only segment to token `t` of a segment.
+    /// Copies the given forms of token `from` of `src`'s only segment to token `t` of a
+    /// segment.
     ///
     /// # Safety
     /// As for [`ActsWriter::put`].
     ///
     /// # Panics
-    /// When a token is outside, or `src` lacks a form that `self` has, or k differs.
+    /// When a token is outside, or one of the two lacks a form, or k differs.
     pub(crate) unsafe fn copy(
         &self,
+        forms: Forms,
         (seg, seg_m): (usize, usize),
         t: usize,
         src: &ActsView<'_>,
@@ -371,17 +404,10 @@ impl ActsWriter<'_> {
     ) {
         let k = self.k;
         assert!(t < seg_m && seg + seg_m <= self.m && from < src.m);
-        assert!(src.k == k && src.forms.has(self.forms));
-        let place = |start: usize, m: usize, t: usize| {
-            let group = t / GROUP;
-            (
-                start + group * GROUP,
-                GROUP.min(m - group * GROUP),
-                t % GROUP,
-            )
-        };
-        let (s0, st, s) = place(0, src.m, from);
-        let (d0, dt, d) = place(seg, seg_m, t);
+        assert!(src.k == k && src.forms.has(forms) && self.forms.has(forms));
+        let (s0, st, s) = place(GROUP, src.m, from);
+        let (d0, dt, d) = place(GROUP, seg_m, t);
+        let d0 = seg + d0;
         /// Copies `n` elements, `from + i * fs` to `to + i * ts`.
         ///
         /// # Safety
@@ -394,7 +420,7 @@ impl ActsWriter<'_> {
         }
         // SAFETY: offsets are inside the arrays by the assertions; `src` is another `Acts`.
         unsafe {
-            if self.forms.has(Forms::Q8) {
+            if forms.has(Forms::Q8) {
                 let n = k / 32;
                 let from = src.q.add(s0 * k + s * 32).cast::<[i8; 32]>();
                 strided(from, st, self.q.add(d0 * k + d * 32).cast(), dt, n);
@@ -406,7 +432,14 @@ impl ActsWriter<'_> {
                 strided(src.nsum16.add(f), st, self.nsum16.add(t), dt, 2 * n);
                 strided(src.fsum16.add(f), st, self.fsum16.add(t), dt, 2 * n);
             }
-            if self.forms.has(Forms::F32) {
+            if forms.has(Forms::TILES) {
+                let (s0, st, s) = place(TILE_GROUP, src.m, from);
+                let (d0, dt, d) = place(TILE_GROUP, seg_m, t);
+                let from = src.tiles.add(s0 * k + s * 32).cast::<[u16; 32]>();
+                let to = self.tiles.add((seg + d0) * k + d * 32);
+                strided(from, st, to.cast(), dt, k / 32);
+            }
+            if forms.has(Forms::F32) {
                 strided(
                     src.floats.add(s0 * k + s),
                     st,
@@ -415,7 +448,7 @@ impl ActsWriter<'_> {
                     k,
                 );
             }
-            if self.forms.has(Forms::BF16) {
+            if forms.has(Forms::BF16) {
                 let n = k.div_ceil(2);
                 strided(
                     src.pairs.add(s0 * n + s),
@@ -427,4 +460,11 @@ impl ActsWriter<'_> {
             }
         }
     }
+}
+
+/// Where token `t` of a segment of `m` stands among groups of `size`: the group's first
+/// token, the tokens in it, and its place there.
+fn place(size: usize, m: usize, t: usize) -> (usize, usize, usize) {
+    let start = t / size * size;
+    (start, size.min(m - start), t - start)
 }

@@ -2,6 +2,7 @@
 //! they work on. Engine code names operations and formats; only this crate knows ISAs.
 
 pub mod acts;
+pub mod amx;
 pub mod attn;
 mod avx2;
 mod avx512;
@@ -19,6 +20,7 @@ pub mod tier;
 pub mod weights;
 
 pub use acts::{Acts, Forms};
+pub use amx::{Amx, AmxFacts, AmxUnavailable};
 pub use ops::Compute;
 pub use pool::{Pool, PoolConfig};
 pub use table::Kernels;

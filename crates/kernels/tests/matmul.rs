@@ -4,66 +4,11 @@ use tegula_gguf::{Bytes, GgmlType, blocks};
 use tegula_kernels::{
     Acts, Compute, PoolConfig, Tier, Weights,
     ops::moe::{MoeScratch, RouteOptions},
-    strip,
 };
 
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
-
-/// Where a block's f16 numbers are, so that random blocks have sensible scales.
-fn halves(ty: GgmlType) -> &'static [usize] {
-    use GgmlType as T;
-    match ty {
-        T::Q4_0 | T::Q5_0 | T::Q8_0 | T::IQ4_NL | T::IQ4_XS | T::F16 => &[0],
-        T::IQ2_XXS | T::IQ2_XS | T::IQ2_S | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => &[0],
-        T::Q4_1 | T::Q5_1 | T::Q4_K | T::Q5_K => &[0, 2],
-        T::Q2_K => &[80, 82],
-        T::Q3_K => &[108],
-        T::Q6_K => &[208],
-        _ => &[],
-    }
-}
-
-fn random_weights(ty: GgmlType, rows: usize, k: usize, rng: &mut Rng) -> Vec<u8> {
-    let len = ty.bytes_for((rows * k) as u64).unwrap() as usize;
-    let mut bytes: Vec<u8> = (0..len).map(|_| (rng.next() >> 32) as u8).collect();
-    for block in bytes.chunks_exact_mut(ty.block_bytes()) {
-        match ty {
-            GgmlType::F32 => block.copy_from_slice(&rng.float().to_le_bytes()),
-            GgmlType::BF16 => {
-                block.copy_from_slice(&half::bf16::from_f32(rng.float()).to_le_bytes())
-            }
-            GgmlType::MXFP4 => block[0] = 118 + block[0] % 8,
-            // The scale's top nibble is in the last two bytes.
-            GgmlType::IQ1_M => block[55] = 0x20 | (block[55] & 0xf),
-            _ => {}
-        }
-        for &at in halves(ty) {
-            let d = half::f16::from_f32(rng.float() * 0.05);
-            block[at..at + 2].copy_from_slice(&d.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-fn matrix_types() -> impl Iterator<Item = GgmlType> {
-    GgmlType::ALL
-        .iter()
-        .copied()
-        .filter(|&ty| strip::layout(ty).is_some())
-}
+#[path = "common/mod.rs"]
+mod common;
+use common::{Rng, matrix_types, random_weights};
 
 fn compute(tier: Tier, threads: usize) -> Compute {
     Compute::new(tier, PoolConfig::new(threads))
@@ -71,7 +16,7 @@ fn compute(tier: Tier, threads: usize) -> Compute {
 
 fn product(c: &Compute, w: &Weights, x: &[f32], m: usize) -> Vec<f32> {
     let mut acts = Acts::new();
-    c.prepare(&mut acts, x, m, w.k(), c.form(w.ty()));
+    c.prepare(&mut acts, x, m, w.k(), c.forms(m, [w]));
     let mut y = vec![f32::NAN; m * w.n()];
     c.matmul(w, &acts, &mut y);
     y
@@ -225,7 +170,7 @@ fn experts_equal_dense_products() {
             let mut run = |m: usize| {
                 let routing = c.route(&logits[..m * experts], experts, &options);
                 let mut acts = Acts::new();
-                c.prepare(&mut acts, &x[..m * k], m, k, c.forms([&wg, &wu]));
+                c.prepare(&mut acts, &x[..m * k], m, k, c.expert_forms(m, &wg, &wu));
                 let mut out = vec![f32::NAN; m * n];
                 c.moe_ffn(&acts, &routing, &wg, &wu, &wd, &mut scratch, &mut out);
                 (routing, out)
@@ -239,7 +184,7 @@ fn experts_equal_dense_products() {
                     let (g, u) = (one(gate_ty, ff, k, &gate, e), one(up_ty, ff, k, &up, e));
                     let d = one(down_ty, n, ff, &down, e);
                     let mut acts = Acts::new();
-                    c.prepare(&mut acts, x, 1, k, c.forms([&g, &u]));
+                    c.prepare(&mut acts, x, 1, k, c.forms(1, [&g, &u]));
                     let mut hidden = Acts::new();
                     c.gate_up(&acts, &g, &u, &d, &mut hidden);
                     let mut y = vec![0.0; n];

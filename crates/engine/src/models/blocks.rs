@@ -80,7 +80,7 @@ impl Step<'_> {
 
     /// The three projections of `input` in one dispatch, biases added.
     pub fn qkv(&mut self, layer: &Layer) {
-        self.prepare_input(self.compute.forms([&layer.q, &layer.k, &layer.v]));
+        self.prepare_input(self.compute.forms(self.m, [&layer.q, &layer.k, &layer.v]));
         let b = &mut *self.buffers;
         let (c, m) = (self.config, self.m);
         b.q.resize(m * c.heads * c.head_dim, 0.0);
@@ -168,7 +168,7 @@ impl Step<'_> {
             &b.attention,
             self.m,
             k,
-            self.compute.forms([&layer.out]),
+            self.compute.forms(self.m, [&layer.out]),
         );
         b.delta.resize(b.x.len(), 0.0);
         self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
@@ -182,7 +182,7 @@ impl Step<'_> {
     pub fn add_ffn(&mut self, ffn: &Ffn) {
         match ffn {
             Ffn::Dense { gate, up, down } => {
-                self.prepare_input(self.compute.forms([gate, up]));
+                self.prepare_input(self.compute.forms(self.m, [gate, up]));
                 let b = &mut *self.buffers;
                 self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
                 b.delta.resize(b.x.len(), 0.0);
@@ -194,7 +194,8 @@ impl Step<'_> {
                 up,
                 down,
             } => {
-                self.prepare_input(self.compute.forms([router, gate, up]));
+                let router_form = self.compute.forms(self.m, [router]);
+                self.prepare_input(router_form | self.compute.expert_forms(self.m, gate, up));
                 let b = &mut *self.buffers;
                 b.router.resize(self.m * router.n(), 0.0);
                 self.compute.matmul(router, &b.acts, &mut b.router);
@@ -219,7 +220,7 @@ impl Step<'_> {
     pub fn logits(&mut self, model: &Matrices, hidden: &mut Vec<f32>, logits: &mut Vec<f32>) {
         self.norm(&model.output_norm);
         let output = model.output.as_ref().unwrap_or(&model.embedding);
-        self.prepare_input(self.compute.forms([output]));
+        self.prepare_input(self.compute.forms(self.m, [output]));
         let b = &mut *self.buffers;
         hidden.extend_from_slice(&b.input);
         let start = logits.len();

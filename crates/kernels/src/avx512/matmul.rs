@@ -27,6 +27,7 @@ pub(crate) fn kernels() -> MatmulKernels {
             generic::mul_strips::<Avx512>
         },
         bf16_form: if bf16 { Forms::BF16 } else { Forms::F32 },
+        tiles: None,
     }
 }
 

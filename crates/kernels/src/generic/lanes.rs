@@ -56,6 +56,22 @@ pub(crate) trait Lanes: Copy {
     /// `a * b + c`, one rounding.
     unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     unsafe fn fneg(a: Self::Floats) -> Self::Floats;
+
+    /// Both rounded to bf16, ties to even, NaN kept: `even` low, `odd` high in each dword.
+    unsafe fn bf16_pair(even: Self::Floats, odd: Self::Floats) -> Self;
+    /// 32 values as bf16, in order.
+    unsafe fn pack_bf16(x: *const f32, out: *mut u16);
+}
+
+/// The bits of `x` rounded to bf16 in the high half, NaN kept.
+#[inline(always)]
+fn round_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        bits + 0x7fff + (bits >> 16 & 1)
+    }
 }
 
 impl Lanes for __m512i {
@@ -174,7 +190,186 @@ impl Lanes for __m512i {
     unsafe fn fneg(a: __m512) -> __m512 {
         unsafe { _mm512_xor_ps(a, _mm512_set1_ps(-0.0)) }
     }
+    #[inline(always)]
+    unsafe fn bf16_pair(even: __m512, odd: __m512) -> Self {
+        unsafe { bf16_pair(even, odd) }
+    }
+    #[inline(always)]
+    unsafe fn pack_bf16(x: *const f32, out: *mut u16) {
+        unsafe { pack_bf16(x, out) }
+    }
 }
+
+/// [`Lanes::bf16_pair`] without instructions for it.
+#[inline(always)]
+unsafe fn bf16_pair<L: Lanes>(even: L::Floats, odd: L::Floats) -> L {
+    unsafe {
+        let (mut e, mut o) = ([0f32; 16], [0f32; 16]);
+        L::fstore(even, e.as_mut_ptr());
+        L::fstore(odd, o.as_mut_ptr());
+        let mut pairs = [0u32; 16];
+        for i in 0..16 {
+            pairs[i] = round_bf16(e[i]) >> 16 | round_bf16(o[i]) & 0xffff_0000;
+        }
+        L::load(pairs.as_ptr().cast())
+    }
+}
+
+/// [`Lanes::pack_bf16`] without instructions for it.
+#[inline(always)]
+unsafe fn pack_bf16(x: *const f32, out: *mut u16) {
+    unsafe {
+        for i in 0..32 {
+            *out.add(i) = (round_bf16(*x.add(i)) >> 16) as u16;
+        }
+    }
+}
+
+/// AVX-512 with bf16 conversions.
+#[derive(Clone, Copy)]
+pub(crate) struct WithBf16(__m512i);
+
+impl Lanes for WithBf16 {
+    type Floats = __m512;
+    const TOKENS: usize = <__m512i as Lanes>::TOKENS;
+    const FULL_ZERO: Option<u32> = <__m512i as Lanes>::FULL_ZERO;
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::load(p)) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        unsafe { <__m512i as Lanes>::store(self.0, p) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::load_u8(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(p: *const u8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::load_u16(p)) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::splat(x)) }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const i32) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::broadcast(p)) }
+    }
+    #[inline(always)]
+    unsafe fn and(self, o: Self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::and(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn or(self, o: Self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::or(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, o: Self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::add(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, o: Self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::min(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, o: Self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::max(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn shr(self, n: u32) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::shr(self.0, n)) }
+    }
+    #[inline(always)]
+    unsafe fn shl(self, n: u32) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::shl(self.0, n)) }
+    }
+    #[inline(always)]
+    unsafe fn sign_extend_u8(self) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::sign_extend_u8(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(self, table: &[i8; 16]) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::lookup(self.0, table)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(self, codes: Self, x: *const i8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::dot(self.0, codes.0, x)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_full(self, codes: Self, x: *const i8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::dot_full(self.0, codes.0, x)) }
+    }
+    #[inline(always)]
+    unsafe fn to_floats(self) -> __m512 {
+        unsafe { <__m512i as Lanes>::to_floats(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn as_floats(self) -> __m512 {
+        unsafe { <__m512i as Lanes>::as_floats(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn fsplat(x: f32) -> __m512 {
+        unsafe { <__m512i as Lanes>::fsplat(x) }
+    }
+    #[inline(always)]
+    unsafe fn fbroadcast(p: *const f32) -> __m512 {
+        unsafe { <__m512i as Lanes>::fbroadcast(p) }
+    }
+    #[inline(always)]
+    unsafe fn fload(p: *const f32) -> __m512 {
+        unsafe { <__m512i as Lanes>::fload(p) }
+    }
+    #[inline(always)]
+    unsafe fn fstore(x: __m512, p: *mut f32) {
+        unsafe { <__m512i as Lanes>::fstore(x, p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> __m512 {
+        unsafe { <__m512i as Lanes>::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn fmul(a: __m512, b: __m512) -> __m512 {
+        unsafe { <__m512i as Lanes>::fmul(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { <__m512i as Lanes>::fma(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn fneg(a: __m512) -> __m512 {
+        unsafe { <__m512i as Lanes>::fneg(a) }
+    }
+    #[inline(always)]
+    unsafe fn bf16_pair(even: __m512, odd: __m512) -> Self {
+        unsafe {
+            // The conversion puts `even` in the low half: the permutation interleaves.
+            let order = INTERLEAVE.as_ptr().cast();
+            let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+            WithBf16(_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pack_bf16(x: *const f32, out: *mut u16) {
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16)));
+            let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(out.cast(), both);
+        }
+    }
+}
+
+/// 0, 16, 1, 17, …
+static INTERLEAVE: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
 
 /// Two 256-bit registers; `VNNI` says whether the CPU has `vpdpbusd` in its VEX form.
 #[derive(Clone, Copy)]
@@ -389,5 +584,13 @@ impl<const VNNI: bool> Lanes for Pair<VNNI> {
             let sign = _mm256_set1_ps(-0.0);
             (_mm256_xor_ps(a.0, sign), _mm256_xor_ps(a.1, sign))
         }
+    }
+    #[inline(always)]
+    unsafe fn bf16_pair(even: (__m256, __m256), odd: (__m256, __m256)) -> Self {
+        unsafe { bf16_pair(even, odd) }
+    }
+    #[inline(always)]
+    unsafe fn pack_bf16(x: *const f32, out: *mut u16) {
+        unsafe { pack_bf16(x, out) }
     }
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     acts::{ActsView, GROUP},
     strip::{
-        self, ROWS,
+        ROWS,
         kernels::{PANEL_K, StripArgs},
     },
 };
@@ -26,17 +26,17 @@ const CODES: usize = 32 * ROWS;
 #[derive(Clone, Copy)]
 pub(crate) struct Panel {
     /// `[group of 32][8][16]` dwords of codes.
-    codes: *mut u8,
+    pub codes: *mut u8,
     /// `[scale][16]`.
-    scales: *mut f32,
+    pub scales: *mut f32,
     /// `[scale][16]`.
-    mins: *mut f32,
+    pub mins: *mut f32,
     /// Groups of 32.
-    groups: usize,
+    pub groups: usize,
     /// Index of the first one in the row.
-    first: usize,
+    pub first: usize,
     /// log2 of the zero point.
-    zero: u32,
+    pub zero: u32,
 }
 
 /// Tokens of one group, as products with q8 activations read them.
@@ -525,42 +525,57 @@ unsafe fn panel_products<M: Machine, S: Shape>(panel: &Panel, acts: &ActsView<'_
 /// Zero point of grid codes, which are within ±62: log2 of 64.
 const GRID_ZERO: u32 = 6;
 
-/// The formats whose codes come from codebooks: rows are decoded one by one.
+/// Decodes inputs `k .. k + len` of a strip of codebook indices, row by row.
 ///
+/// # Safety
+/// `strip` is a strip of `ty`, `scratch` is `PANEL_BYTES`.
+pub(crate) unsafe fn decode_grids<S: Shape>(
+    ty: GgmlType,
+    strip: *const u8,
+    k: usize,
+    len: usize,
+    scratch: *mut u8,
+) -> Panel {
+    const LEN: usize = 256;
+    let scales_per_block = if S::HALVES { 16 } else { 8 };
+    let bytes = ty.block_bytes();
+    let mut codes = [0i8; LEN];
+    let mut scales = [0f32; 16];
+    let scales = &mut scales[..scales_per_block];
+    // SAFETY: blocks and rows are inside strip and panel.
+    unsafe {
+        let panel = panel_at(scratch, k / 32, len / 32, GRID_ZERO);
+        for b in 0..len / LEN {
+            let block = strip.add((k / LEN + b) * bytes * ROWS);
+            for row in 0..ROWS {
+                let raw = std::slice::from_raw_parts(block.add(row * bytes), bytes);
+                blocks::decode_codes(ty, raw, &mut codes, scales, &mut [])
+                    .expect("one block of a quantised type");
+                let out = panel.codes.add(b * LEN * ROWS).cast::<[i8; 4]>();
+                for (e, &four) in codes.as_chunks::<4>().0.iter().enumerate() {
+                    *out.add(e * ROWS + row) = four.map(|c| c + (1 << GRID_ZERO));
+                }
+                let out = panel.scales.add(b * scales_per_block * ROWS);
+                for (g, &scale) in scales.iter().enumerate() {
+                    *out.add(g * ROWS + row) = scale;
+                }
+            }
+        }
+        panel
+    }
+}
+
 /// # Safety
 /// As `MatmulKernels::mul_strips`.
 unsafe fn from_grids<M: Machine, S: Shape>(args: &StripArgs<'_>) {
-    const LEN: usize = 256;
-    let scales_per_block = if S::HALVES { 16 } else { 8 };
-    let layout = strip::layout(args.ty).expect("a type that products take");
-    let mut codes = [0i8; LEN];
-    let mut scales = [0f32; 16];
-    let bytes = args.ty.block_bytes();
     for (s, &strip) in args.strips.iter().enumerate() {
         let tile = args.tile_of(s);
-        // SAFETY: the caller's; blocks, rows and groups are inside strip and panel.
+        // SAFETY: the caller's.
         unsafe {
             tile.write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
-                let panel = panel_at(args.panel, k / 32, len / 32, GRID_ZERO);
-                for b in 0..len / LEN {
-                    let block = strip.add((k / LEN + b) * layout.strip_block_bytes());
-                    for row in 0..ROWS {
-                        let raw = std::slice::from_raw_parts(block.add(row * bytes), bytes);
-                        let scales = &mut scales[..scales_per_block];
-                        blocks::decode_codes(args.ty, raw, &mut codes, scales, &mut [])
-                            .expect("one block of a quantised type");
-                        let out = panel.codes.add(b * LEN * ROWS).cast::<[i8; 4]>();
-                        for (e, &four) in codes.as_chunks::<4>().0.iter().enumerate() {
-                            *out.add(e * ROWS + row) = four.map(|c| c + (1 << GRID_ZERO));
-                        }
-                        let out = panel.scales.add(b * scales_per_block * ROWS);
-                        for (g, &scale) in scales.iter().enumerate() {
-                            *out.add(g * ROWS + row) = scale;
-                        }
-                    }
-                }
+                let panel = decode_grids::<S>(args.ty, strip, k, len, args.panel);
                 panel_products::<M, S>(&panel, &args.acts, tile);
             }
         }

@@ -2,8 +2,6 @@
 
 use std::cell::RefCell;
 
-use tegula_gguf::GgmlType;
-
 use super::Compute;
 use crate::{
     acts::{Acts, ActsView, Forms},
@@ -21,7 +19,7 @@ const MAX_STRIPS: usize = 4;
 
 /// Tokens whose activations are kept in the second-level cache: larger batches decode the
 /// weights once per this many.
-pub(crate) const TOKEN_BLOCK: usize = 512;
+const TOKEN_BLOCK: usize = 512;
 
 /// What a worker keeps between tasks.
 pub(crate) struct Scratch {
@@ -34,7 +32,7 @@ pub(crate) struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        panel: AlignedBuf::zeroed(PANEL_BYTES),
+        panel: AlignedBuf::zeroed(0),
         packed: Vec::new(),
         tile: Vec::new(),
     });
@@ -55,7 +53,8 @@ impl Scratch {
 
     #[allow(clippy::too_many_arguments)]
     /// Multiplies strips `first .. first + count` (`count` ≤ 4) of matrix `expert` with the
-    /// tokens of `acts`; `tile[at..]` receives `[count][acts.m][16]`.
+    /// tokens of `acts`, which are part of a product with `total` tokens; `tile[at..]`
+    /// receives `[count][acts.m][16]`.
     ///
     /// # Panics
     /// When `acts` has not the form or the k of the weights.
@@ -66,10 +65,10 @@ impl Scratch {
         expert: usize,
         first: usize,
         count: usize,
-        acts: ActsView<'_>,
+        (acts, total): (ActsView<'_>, usize),
         at: usize,
     ) {
-        assert!(acts.k == w.k() && acts.forms.has(kernels.form(w.ty())));
+        assert!(acts.k == w.k() && acts.forms.has(kernels.form(w, total)));
         assert!(count <= MAX_STRIPS);
         let len = count * acts.m * ROWS;
         self.fit_tile(at + len);
@@ -83,6 +82,11 @@ impl Scratch {
             let scratch = packed.split_off_mut(..bytes).unwrap_or_default();
             *slot = w.strip(expert, first + i, scratch).as_ptr();
         }
+        let tiles = kernels.tiles_for(w, total);
+        let panel = tiles.map_or(PANEL_BYTES, |t| t.scratch);
+        if self.panel.len() < panel {
+            self.panel = AlignedBuf::zeroed(panel);
+        }
         let args = StripArgs {
             ty: w.ty(),
             k: w.k(),
@@ -93,8 +97,17 @@ impl Scratch {
         };
         // SAFETY: strips are whole strips of the type and k; the view holds the form; the
         // tile is `[count][m][16]`; the table's tier was checked when it was made.
-        unsafe { (kernels.mul_strips)(&args) };
+        unsafe { (tiles.map_or(kernels.mul_strips, |t| t.mul_strips))(&args) };
     }
+}
+
+/// The pieces that a product with `m` tokens is cut into: (first token, tokens). They are
+/// about equal, and all but the last are whole groups.
+pub(crate) fn token_blocks(m: usize) -> impl Iterator<Item = (usize, usize)> {
+    let len = m
+        .div_ceil(m.div_ceil(TOKEN_BLOCK).max(1))
+        .next_multiple_of(32);
+    (0..m).step_by(len.max(1)).map(move |t| (t, len.min(m - t)))
 }
 
 /// Strips per task: enough tasks that the last ones even out, large enough that
@@ -104,15 +117,10 @@ fn strips_per_task(strips: usize, threads: usize) -> usize {
 }
 
 impl Compute {
-    /// The forms of activations that products with `weights` take.
-    pub fn forms<'w>(&self, weights: impl IntoIterator<Item = &'w Weights>) -> Forms {
-        let form = |f, w: &Weights| f | self.table.matmul.form(w.ty());
+    /// The forms of activations that products of `weights` with `m` tokens take.
+    pub fn forms<'w>(&self, m: usize, weights: impl IntoIterator<Item = &'w Weights>) -> Forms {
+        let form = |f, w: &Weights| f | self.table.matmul.form(w, m);
         weights.into_iter().fold(Forms::NONE, form)
-    }
-
-    /// The form of activations that a product with weights of type `ty` takes.
-    pub fn form(&self, ty: GgmlType) -> Forms {
-        self.table.matmul.form(ty)
     }
 
     /// Prepares `x`, `[m][k]`, in `forms`.
@@ -137,7 +145,7 @@ impl Compute {
             let (t, col) = (task / parts, task % parts * part);
             let end = k.min(col + part);
             // SAFETY: every task writes columns of its own.
-            unsafe { writer.put(kernels, (0, m), t, col, &x[t * k + col..t * k + end]) };
+            unsafe { writer.put(kernels, forms, (0, m), t, col, &x[t * k + col..t * k + end]) };
         });
     }
 
@@ -178,9 +186,9 @@ impl Compute {
             let first = (task - first) * per;
             let count = per.min(w.strips() - first);
             with_scratch(|scratch| {
-                for start in (0..m).step_by(TOKEN_BLOCK) {
-                    let acts = x.view().slice(start, TOKEN_BLOCK.min(m - start));
-                    scratch.mul(kernels, w, 0, first, count, acts, 0);
+                for (start, len) in token_blocks(m) {
+                    let acts = x.view().slice(start, len);
+                    scratch.mul(kernels, w, 0, first, count, (acts, m), 0);
                     for (i, tile) in scratch
                         .tile
                         .chunks_exact(acts.m * ROWS)

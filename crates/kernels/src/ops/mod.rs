@@ -8,6 +8,7 @@ mod rope;
 mod rows;
 
 use crate::{
+    amx::Amx,
     pool::{Pool, PoolConfig},
     table::Kernels,
     tier::Tier,
@@ -28,6 +29,14 @@ impl Compute {
         Compute {
             pool: Pool::new(pool),
             table: Kernels::for_tier(tier),
+        }
+    }
+
+    /// The same with tile products.
+    pub fn with_amx(tier: Tier, amx: Amx, pool: PoolConfig) -> Compute {
+        Compute {
+            pool: Pool::new(pool),
+            table: Kernels::with_amx(tier, amx),
         }
     }
 }

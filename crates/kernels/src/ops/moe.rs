@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 
 use super::{
     Compute,
-    matmul::{TOKEN_BLOCK, with_scratch},
+    matmul::{token_blocks, with_scratch},
 };
 use crate::{
-    acts::{Acts, ActsWriter, GROUP},
+    acts::{Acts, ActsWriter, Forms, GROUP},
     disjoint::DisjointMut,
     strip::ROWS,
     weights::Weights,
@@ -103,13 +103,6 @@ impl Groups {
     }
 }
 
-/// The pieces that a product over one segment is cut into: (first token, tokens).
-fn token_blocks(len: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..len)
-        .step_by(TOKEN_BLOCK)
-        .map(move |t| (t, TOKEN_BLOCK.min(len - t)))
-}
-
 impl Compute {
     /// Chooses the `used` best experts of each token: softmax over all `n_expert` logits,
     /// then the largest, ties to the lower id; a NaN is less than any number.
@@ -169,7 +162,7 @@ impl Compute {
             &segments
         };
         assert_eq!((gate.experts(), up.experts(), down.experts()), (1, 1, 1));
-        let writer = hidden.begin(x.m(), gate.n(), self.form(down.ty()));
+        let writer = hidden.begin(x.m(), gate.n(), self.forms(x.m(), [down]));
         self.gate_up_segments(x, segments, false, gate, up, down, &writer);
     }
 
@@ -200,6 +193,7 @@ impl Compute {
             let col = task % units * FF_UNIT;
             let cols = FF_UNIT.min(n_ff - col);
             let strips = cols.div_ceil(ROWS);
+            let form = kernels.form(down, len);
             let view = if shared {
                 x.view()
             } else {
@@ -209,6 +203,7 @@ impl Compute {
                 for (first, m) in token_blocks(len) {
                     let acts = view.slice(first, m);
                     let up_at = strips * m * ROWS;
+                    let acts = (acts, len);
                     scratch.mul(kernels, gate, expert, col / ROWS, strips, acts, 0);
                     scratch.mul(kernels, up, expert, col / ROWS, strips, acts, up_at);
                     for t in 0..m {
@@ -227,12 +222,18 @@ impl Compute {
                         // segments of their own.
                         unsafe {
                             (self.table.float.swiglu)(&g, &u, &mut h);
-                            hidden.put(kernels, (start, len), first + t, col, &h[..cols]);
+                            hidden.put(kernels, form, (start, len), first + t, col, &h[..cols]);
                         }
                     }
                 }
             });
         });
+    }
+
+    /// The forms that [`Compute::moe_ffn`] wants of `m` tokens: how many each expert gets is
+    /// not known beforehand.
+    pub fn expert_forms(&self, m: usize, gate: &Weights, up: &Weights) -> Forms {
+        self.forms(1, [gate, up]) | self.forms(m, [gate, up])
     }
 
     /// A mixture-of-experts feed-forward: for every token the sum over its experts, in the
@@ -269,9 +270,12 @@ impl Compute {
         let assigned = m * used;
         let kernels = &self.table.matmul;
         let shared = m == 1 && groups.segments.iter().all(|s| s.len == 1);
+        let all = |weights: &[&Weights]| {
+            let forms = |f, s: &Segment| f | self.forms(s.len, weights.iter().copied());
+            groups.segments.iter().fold(Forms::NONE, forms)
+        };
         if !shared {
-            let form = self.forms([gate, up]);
-            let writer = scratch.gathered.begin(assigned, x.k(), form);
+            let writer = scratch.gathered.begin(assigned, x.k(), all(&[gate, up]));
             let owner: Vec<(usize, usize)> = groups
                 .segments
                 .iter()
@@ -280,17 +284,15 @@ impl Compute {
             self.pool.run(assigned.div_ceil(GROUP), &|task| {
                 let first = task * GROUP;
                 for (a, &(start, len)) in owner.iter().enumerate().skip(first).take(GROUP) {
+                    let forms = self.forms(len, [gate, up]);
+                    let from = groups.tokens[a];
                     // SAFETY: every assignment is a token of its own.
-                    unsafe {
-                        writer.copy((start, len), a - start, &x.view(), groups.tokens[a]);
-                    }
+                    unsafe { writer.copy(forms, (start, len), a - start, &x.view(), from) };
                 }
             });
         }
         let source = if shared { x } else { &scratch.gathered };
-        let writer = scratch
-            .hidden
-            .begin(assigned, gate.n(), self.form(down.ty()));
+        let writer = scratch.hidden.begin(assigned, gate.n(), all(&[down]));
         self.gate_up_segments(source, &groups.segments, shared, gate, up, down, &writer);
 
         let hidden = &scratch.hidden;
@@ -303,7 +305,7 @@ impl Compute {
                     for (first, count) in token_blocks(len) {
                         let acts = hidden.segment(start, len).slice(first, count);
                         let at = (start + first) * ROWS;
-                        scratch.mul(kernels, down, expert, s, 1, acts, at);
+                        scratch.mul(kernels, down, expert, s, 1, (acts, len), at);
                     }
                 }
                 for t in 0..m {

@@ -4,8 +4,10 @@ use tegula_gguf::GgmlType;
 
 use crate::{
     acts::{ActsView, Forms, Q8Dest},
+    amx::{self, Amx},
     strip::ROWS,
     tier::Tier,
+    weights::Weights,
 };
 
 /// Values along k that are decoded to a panel at a time.
@@ -30,7 +32,7 @@ pub struct StripArgs<'a> {
     pub acts: ActsView<'a>,
     /// Receives `[strips][tokens][16]` products.
     pub tile: *mut f32,
-    /// [`PANEL_BYTES`] of scratch, 64-byte aligned.
+    /// [`PANEL_BYTES`] of scratch, or [`Tiles::scratch`]; 64-byte aligned.
     pub panel: *mut u8,
 }
 
@@ -58,21 +60,57 @@ pub struct MatmulKernels {
     pub mul_strips: unsafe fn(args: &StripArgs<'_>),
     /// The form of activations that BF16 weights take.
     pub bf16_form: Forms,
+    /// Products on tiles, where their use was asked for.
+    pub tiles: Option<Tiles>,
+}
+
+/// Matrix products on tile registers.
+#[derive(Clone, Copy)]
+pub struct Tiles {
+    /// As reports name it.
+    pub name: &'static str,
+    /// Multiplies strips with all tokens of a segment, which has [`Forms::TILES`].
+    ///
+    /// # Safety
+    /// As [`MatmulKernels::mul_strips`], with `panel` of `scratch` bytes.
+    pub mul_strips: unsafe fn(args: &StripArgs<'_>),
+    /// Writes values (a multiple of 32) of one token as bf16, each 32 `step` elements apart.
+    ///
+    /// # Safety
+    /// `out` is valid for that, and the CPU has the tier.
+    pub pack: unsafe fn(x: &[f32], out: *mut u16, step: usize),
+    /// Bytes that `mul_strips` wants as panel.
+    pub scratch: usize,
+    /// From how many tokens on tiles are faster than vectors, or `None` for types that they
+    /// don't take. Measured, see `docs/bench`.
+    pub fewest_tokens: fn(ty: GgmlType) -> Option<usize>,
 }
 
 impl MatmulKernels {
-    /// The kernels of `tier`, which the CPU must have.
-    pub fn for_tier(tier: Tier) -> MatmulKernels {
-        match tier {
+    /// The kernels of `tier`, which the CPU must have, with tiles if there is `amx`.
+    pub fn for_tier(tier: Tier, amx: Option<Amx>) -> MatmulKernels {
+        let kernels = match tier {
             Tier::Scalar => crate::scalar::matmul::KERNELS,
             Tier::Avx2 => crate::avx2::matmul::kernels(),
             Tier::Avx512 => crate::avx512::matmul::kernels(),
+        };
+        MatmulKernels {
+            tiles: amx.and_then(|amx| amx::matmul::tiles(amx, tier)),
+            ..kernels
         }
     }
 
-    /// The form of activations that weights of type `ty` take.
-    pub fn form(&self, ty: GgmlType) -> Forms {
-        match ty {
+    /// The tile products, if they take `weights` and win with `m` tokens.
+    pub fn tiles_for(&self, weights: &Weights, m: usize) -> Option<&Tiles> {
+        let tiles = self.tiles.as_ref()?;
+        let fewest = (tiles.fewest_tokens)(weights.ty())?;
+        (weights.k().is_multiple_of(32) && m >= fewest).then_some(tiles)
+    }
+
+    /// The form of activations that a product of `weights` with `m` tokens takes.
+    pub fn form(&self, weights: &Weights, m: usize) -> Forms {
+        match weights.ty() {
+            _ if self.tiles_for(weights, m).is_some() => Forms::TILES,
             GgmlType::BF16 => self.bf16_form,
             GgmlType::F32 | GgmlType::F16 => Forms::F32,
             _ => Forms::Q8,

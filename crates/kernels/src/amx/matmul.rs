@@ -1,0 +1,222 @@
+//! Strips times tokens on tiles: 16 outputs by 16 tokens by 32 inputs an instruction.
+//!
+//! A stretch of two strips is decoded to bf16 tiles once per batch, then all tokens pass
+//! over it, 32 at a time. Activations are bf16 too; sums are f32. There is no scaling inside
+//! a product, so all formats share one micro-kernel and every tile is full.
+
+use tegula_gguf::GgmlType;
+
+use super::{
+    Amx,
+    panel::{self, Choice, Decoders},
+    tile::{self, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
+};
+use crate::{
+    generic::{
+        format::{self, Format, Shape},
+        matmul::{self as generic, BF16, F16, FloatWeights},
+    },
+    strip::{
+        ROWS,
+        kernels::{PANEL_BYTES, StripArgs, Tiles},
+    },
+    tier::Tier,
+};
+
+/// Inputs that are decoded at a time: two strips' tiles are 64 KiB and stay, with the
+/// activations of 512 tokens (1 MiB), in a second-level cache of 2 MiB that two threads share.
+const PANEL_K: usize = 1024;
+
+/// Bytes of one strip's tiles.
+const STRIP_TILES: usize = PANEL_K / TILE_K * TILE_BYTES;
+
+/// The tile products, decoding with the instructions of `tier`. `None` for the scalar tier,
+/// which has no decoder.
+pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
+    let (mul_strips, pack): (unsafe fn(&StripArgs<'_>), _) = match panel::choose(tier)? {
+        Choice::Bf16 => (
+            mul_strips::<panel::Bf16> as unsafe fn(&StripArgs<'_>),
+            panel::Bf16::pack as unsafe fn(&[f32], *mut u16, usize),
+        ),
+        Choice::Avx512 => (
+            mul_strips::<panel::Avx512> as unsafe fn(&StripArgs<'_>),
+            panel::Avx512::pack as unsafe fn(&[f32], *mut u16, usize),
+        ),
+        Choice::Avx2 => (
+            mul_strips::<panel::Avx2> as unsafe fn(&StripArgs<'_>),
+            panel::Avx2::pack as unsafe fn(&[f32], *mut u16, usize),
+        ),
+    };
+    Some(Tiles {
+        name: amx.name(),
+        mul_strips,
+        pack,
+        scratch: PANEL_BYTES.next_multiple_of(64) + 2 * STRIP_TILES,
+        fewest_tokens,
+    })
+}
+
+/// From how many tokens on tiles are faster, or `None` for types that they don't take.
+fn fewest_tokens(ty: GgmlType) -> Option<usize> {
+    use GgmlType as T;
+    match ty {
+        // Routers and norms: few, and worth their precision.
+        T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => None,
+        T::BF16 => Some(4),
+        _ => Some(12),
+    }
+}
+
+/// # Safety
+/// As `MatmulKernels::mul_strips`, with activations in tiles; AMX may be executed and the
+/// CPU has what `D` is compiled for; `args.panel` is `Tiles::scratch` bytes.
+unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
+    use GgmlType as T;
+    // SAFETY: the caller's.
+    unsafe {
+        match args.ty {
+            T::BF16 => in_place(args),
+            T::F16 => through(args, |w, k, len, out| {
+                let w = w.add(k / 2 * F16::PAIR_BYTES);
+                D::floats::<F16>(w, len, out);
+            }),
+            T::Q4_0 => quantized::<D, format::Q4_0>(args),
+            T::Q4_1 => quantized::<D, format::Q4_1>(args),
+            T::Q5_0 => quantized::<D, format::Q5_0>(args),
+            T::Q5_1 => quantized::<D, format::Q5_1>(args),
+            T::Q8_0 => quantized::<D, format::Q8_0>(args),
+            T::IQ4_NL => quantized::<D, format::IQ4_NL>(args),
+            T::MXFP4 => quantized::<D, format::MXFP4>(args),
+            T::Q2_K => quantized::<D, format::Q2_K>(args),
+            T::Q3_K => quantized::<D, format::Q3_K>(args),
+            T::Q4_K => quantized::<D, format::Q4_K>(args),
+            T::Q5_K => quantized::<D, format::Q5_K>(args),
+            T::Q6_K => quantized::<D, format::Q6_K>(args),
+            T::IQ4_XS => quantized::<D, format::IQ4_XS>(args),
+            T::IQ2_XXS | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => {
+                from_grids::<D, format::Plain>(args);
+            }
+            T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<D, format::PlainHalves>(args),
+            T::F32 | T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => {
+                unreachable!("no tile product takes {}", args.ty)
+            }
+        }
+        tile::release();
+    }
+}
+
+/// # Safety
+/// As [`mul_strips`].
+unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
+    let per_block = F::GROUPS * 32;
+    // SAFETY: the caller's; panels begin at whole blocks.
+    unsafe {
+        through(args, |strip, k, len, out| {
+            let block = strip.add(k / per_block * F::BYTES);
+            D::quantized::<F>(block, len / per_block, out);
+        });
+    }
+}
+
+/// # Safety
+/// As [`mul_strips`].
+unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
+    // SAFETY: the caller's; the first part of the scratch holds codes.
+    unsafe {
+        through(args, |strip, k, len, out| {
+            let panel = generic::decode_grids::<S>(args.ty, strip, k, len, args.panel);
+            D::codes::<S>(&panel, out);
+        });
+    }
+}
+
+/// Decodes stretches of pairs of strips with `decode(strip, first input, inputs, out)` and
+/// multiplies them.
+///
+/// # Safety
+/// As [`mul_strips`].
+unsafe fn through(args: &StripArgs<'_>, decode: impl Fn(*const u8, usize, usize, *mut u8)) {
+    for (pair, strips) in args.strips.chunks(2).enumerate() {
+        for k in (0..args.k).step_by(PANEL_K) {
+            let len = PANEL_K.min(args.k - k);
+            let mut tiles = [std::ptr::null(); 2];
+            for (i, &strip) in strips.iter().enumerate() {
+                // SAFETY: behind the codes the scratch has room for two strips' tiles.
+                unsafe {
+                    let out = args
+                        .panel
+                        .add(PANEL_BYTES.next_multiple_of(64) + i * STRIP_TILES);
+                    decode(strip, k, len, out);
+                    tiles[i] = out;
+                }
+            }
+            // SAFETY: tiles of `len` inputs were written.
+            unsafe { all_tokens(args, 2 * pair, strips.len(), tiles, k, len) };
+        }
+    }
+}
+
+/// BF16 strips are tiles already.
+///
+/// # Safety
+/// As [`mul_strips`].
+unsafe fn in_place(args: &StripArgs<'_>) {
+    for (pair, strips) in args.strips.chunks(2).enumerate() {
+        for k in (0..args.k).step_by(PANEL_K) {
+            let len = PANEL_K.min(args.k - k);
+            let mut tiles = [std::ptr::null(); 2];
+            for (tiles, strip) in tiles.iter_mut().zip(strips) {
+                *tiles = strip.wrapping_add(k / 2 * BF16::PAIR_BYTES);
+            }
+            // SAFETY: a strip has the tiles of all its inputs.
+            unsafe { all_tokens(args, 2 * pair, strips.len(), tiles, k, len) };
+        }
+    }
+}
+
+/// Multiplies all tokens with inputs `k .. k + len` of one or two strips.
+///
+/// # Safety
+/// `tiles` hold these inputs; otherwise as [`mul_strips`].
+unsafe fn all_tokens(
+    args: &StripArgs<'_>,
+    first_strip: usize,
+    strips: usize,
+    tiles: [*const u8; 2],
+    k: usize,
+    len: usize,
+) {
+    let acts = &args.acts;
+    let sums = [first_strip, first_strip + strips - 1].map(|s| args.tile_of(s));
+    let mut configured = 0;
+    for t in (0..acts.m).step_by(MOST_TOKENS) {
+        let tokens = MOST_TOKENS.min(acts.m - t);
+        // SAFETY: groups of 16 tokens of the view, tiles of the caller, sums of the tile.
+        unsafe {
+            if tokens != configured {
+                tile::configure(tokens);
+                configured = tokens;
+            }
+            let group = |t: usize| {
+                let tokens = TILE_ROWS.min(acts.m - t);
+                let at = t * acts.k + k * tokens;
+                (acts.tiles.add(at).cast::<u8>(), tokens * 64)
+            };
+            let first = group(t);
+            let second = if tokens > TILE_ROWS {
+                group(t + TILE_ROWS)
+            } else {
+                first
+            };
+            let block = tile::Block {
+                a: [first.0, second.0],
+                a_step: [first.1, second.1],
+                b: tiles,
+                c: sums.map(|s| s.add(t * ROWS)),
+                steps: len / TILE_K,
+                fresh: k == 0,
+            };
+            tile::multiply(tokens, strips, &block);
+        }
+    }
+}

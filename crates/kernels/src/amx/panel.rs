@@ -1,0 +1,184 @@
+//! Weights as bf16 tiles: a stretch of a strip decoded to `[k / 32][16 pairs][16 outputs]`
+//! dwords, each two inputs of one output, which is what `tdpbf16ps` reads.
+//!
+//! BF16 strips have this very order; they are read in place.
+
+use std::arch::x86_64::__m512i;
+
+use crate::{
+    generic::{
+        format::{Format, Shape},
+        lanes::{Lanes, Pair, WithBf16},
+        matmul::{FloatWeights, Panel},
+    },
+    strip::ROWS,
+    tier::{Features, Tier},
+};
+
+/// Decoders compiled for one set of features: what [`decoders`] writes.
+///
+/// # Safety
+/// The CPU has the features, pointers are valid: `out` for the tiles of all inputs that are
+/// read, 64 bytes per two of them.
+pub(crate) trait Decoders {
+    unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8);
+    unsafe fn codes<S: Shape>(panel: &Panel, out: *mut u8);
+    unsafe fn floats<W: FloatWeights>(w: *const u8, k: usize, out: *mut u8);
+    /// 32 values at a time, `step` elements apart in `out`.
+    unsafe fn pack(x: &[f32], out: *mut u16, step: usize);
+}
+
+macro_rules! decoders {
+    ($name:ident, $lanes:ty, $features:literal) => {
+        pub(super) struct $name;
+
+        // SAFETY (all four): the features are the function's own; the rest is the caller's.
+        impl Decoders for $name {
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8) {
+                // SAFETY: see above.
+                unsafe { quantized::<$lanes, F>(block, blocks, out) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn codes<S: Shape>(panel: &Panel, out: *mut u8) {
+                // SAFETY: see above.
+                unsafe { codes::<$lanes, S>(panel, out) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn floats<W: FloatWeights>(w: *const u8, k: usize, out: *mut u8) {
+                // SAFETY: see above.
+                unsafe { floats::<$lanes, W>(w, k, out) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn pack(x: &[f32], out: *mut u16, step: usize) {
+                for (i, x) in x.as_chunks::<32>().0.iter().enumerate() {
+                    // SAFETY: see above.
+                    unsafe { <$lanes>::pack_bf16(x.as_ptr(), out.add(i * step)) };
+                }
+            }
+        }
+    };
+}
+
+// Every processor with AMX has bf16 conversions; the others serve emulation.
+decoders!(
+    Bf16,
+    WithBf16,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2"
+);
+decoders!(
+    Avx512,
+    __m512i,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
+);
+decoders!(Avx2, Pair<false>, "avx2,fma,f16c,bmi2");
+
+/// Which decoders this CPU can run at `tier`.
+pub(super) enum Choice {
+    Bf16,
+    Avx512,
+    Avx2,
+}
+
+/// The best decoders of `tier`, or `None` below AVX2.
+pub(super) fn choose(tier: Tier) -> Option<Choice> {
+    match tier {
+        Tier::Scalar => None,
+        Tier::Avx2 => Some(Choice::Avx2),
+        Tier::Avx512 if Features::get().avx512bf16 => Some(Choice::Bf16),
+        Tier::Avx512 => Some(Choice::Avx512),
+    }
+}
+
+/// Four inputs of 16 rows, from a dword of codes each: `(code - zero point) * scale`, or
+/// `code * scale + min`, with one rounding to f32 and one to bf16.
+#[inline(always)]
+unsafe fn four<L: Lanes>(codes: L, scale: L::Floats, bias: L::Floats, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        let byte = L::splat(0xff);
+        let value = [
+            L::fma(codes.and(byte).to_floats(), scale, bias),
+            L::fma(codes.shr(8).and(byte).to_floats(), scale, bias),
+            L::fma(codes.shr(16).and(byte).to_floats(), scale, bias),
+            L::fma(codes.shr(24).to_floats(), scale, bias),
+        ];
+        L::bf16_pair(value[0], value[1]).store(out);
+        L::bf16_pair(value[2], value[3]).store(out.add(64));
+    }
+}
+
+/// What is added to `code * scale`.
+#[inline(always)]
+unsafe fn bias<L: Lanes, S: Shape>(scale: L::Floats, min: L::Floats, zero: u32) -> L::Floats {
+    // SAFETY: the caller's.
+    unsafe {
+        if S::MIN {
+            min
+        } else {
+            L::fmul(scale, L::fsplat(-((1u32 << zero) as f32)))
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn quantized<L: Lanes, F: Format>(block: *const u8, blocks: usize, out: *mut u8) {
+    let parts = if F::Shape::HALVES { 2 } else { 1 };
+    let dwords = 8 / parts;
+    // SAFETY: the caller's.
+    unsafe {
+        for b in 0..blocks {
+            let block = block.add(b * F::BYTES);
+            for g in 0..F::GROUPS {
+                let out = out.add((b * F::GROUPS + g) * 1024);
+                let codes = F::codes::<L>(block, g);
+                for h in 0..parts {
+                    let (scale, min) = F::scale::<L>(block, g * parts + h);
+                    let bias = bias::<L, F::Shape>(scale, min, F::ZERO);
+                    for (e, &codes) in codes.iter().enumerate().skip(h * dwords).take(dwords) {
+                        four::<L>(codes, scale, bias, out.add(128 * e));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn codes<L: Lanes, S: Shape>(panel: &Panel, out: *mut u8) {
+    let parts = if S::HALVES { 2 } else { 1 };
+    let dwords = 8 / parts;
+    // SAFETY: the caller's.
+    unsafe {
+        for g in 0..panel.groups * parts {
+            let scale = L::fload(panel.scales.add(g * ROWS));
+            let bias = bias::<L, S>(scale, scale, panel.zero);
+            for e in g * dwords..(g + 1) * dwords {
+                four::<L>(
+                    L::load(panel.codes.add(64 * e)),
+                    scale,
+                    bias,
+                    out.add(128 * e),
+                );
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn floats<L: Lanes, W: FloatWeights>(w: *const u8, k: usize, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        for i in 0..k / 2 {
+            let (even, odd) = W::pair::<L>(w.add(i * W::PAIR_BYTES));
+            L::bf16_pair(even, odd).store(out.add(64 * i));
+        }
+    }
+}
