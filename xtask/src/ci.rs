@@ -106,9 +106,13 @@ impl Tally {
             failed,
             ignored,
         } = self;
+        let rest = match failed {
+            0 => "",
+            _ => "; those after the first with a failure did not run",
+        };
         format!(
             "tests: {passed} passed, {failed} failed, {ignored} ignored, \
-             in {binaries} test binaries (cargo stops after the first that fails)"
+             in {binaries} test binaries{rest}"
         )
     }
 }
@@ -116,6 +120,13 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_test_command_is_the_readmes() {
+        let readme = include_str!("../../README.md");
+        let last = STEPS[STEPS.len() - 1];
+        assert!(readme.contains(&format!("\n{last}\n")), "{last}");
+    }
 
     #[test]
     fn closing_lines_are_added_up_and_others_are_not() {
