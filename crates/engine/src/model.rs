@@ -7,7 +7,7 @@ use crate::{
 };
 use std::{path::PathBuf, time::Instant};
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks};
-use tegula_kernels::{Compute, PoolConfig, Tier, Weights};
+use tegula_kernels::{Amx, Compute, PoolConfig, Tier, Weights};
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub struct LoadOptions {
     pub repack: bool,
     /// The highest tier to use; what the CPU lacks is never used.
     pub tier: Tier,
+    /// Use AMX, with this right to.
+    pub amx: Option<Amx>,
     pub threads: usize,
 }
 
@@ -44,6 +46,7 @@ impl LoadOptions {
             huge_pages: true,
             repack: true,
             tier: Tier::detect_max(),
+            amx: None,
             threads: crate::threads::default_threads(),
         }
     }
@@ -69,6 +72,7 @@ impl LoadOptions {
         let tier = self.tier.min(Tier::detect_max());
         PlanFlags {
             tier,
+            amx: self.amx,
             repack: self.repack,
             mmap: self.mmap,
         }
@@ -112,7 +116,11 @@ impl Model {
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let flags = options.plan_flags();
         let plan = plan(&config, &gguf, &flags);
-        let compute = Compute::new(flags.tier, PoolConfig::new(options.threads));
+        let pool = PoolConfig::new(options.threads);
+        let compute = match options.amx {
+            None => Compute::new(flags.tier, pool),
+            Some(amx) => Compute::with_amx(flags.tier, amx, pool),
+        };
         let total = plan.placements.iter().map(|p| p.bytes).sum();
         let mut loader = Loader {
             gguf: &gguf,

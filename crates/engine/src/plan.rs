@@ -3,13 +3,15 @@
 
 use crate::{Arch, ModelConfig};
 use serde::Serialize;
-use tegula_gguf::{GgmlType, Gguf, TensorInfo};
-use tegula_kernels::{Kernels, Tier, strip};
+use tegula_gguf::{Gguf, TensorInfo};
+use tegula_kernels::{Amx, Kernels, Tier, strip};
 
 /// What decides the placement besides the model.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanFlags {
     pub tier: Tier,
+    /// AMX may be used.
+    pub amx: Option<Amx>,
     /// Repack matrices to strips where it pays.
     pub repack: bool,
     /// The file is mapped, not read.
@@ -170,7 +172,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 "rows are looked up, never multiplied",
             ),
             Role::Matrix | Role::TiedEmbedding => {
-                let product = kernel_name(tensor.ty, flags.tier);
+                let product = kernel_name(tensor, flags);
                 match strips {
                     Some(bytes) if packable => {
                         let reason = match role {
@@ -210,8 +212,20 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
     }
 }
 
-fn kernel_name(ty: GgmlType, tier: Tier) -> String {
-    format!("{ty} product, {}", Kernels::for_tier(tier).matmul.name)
+fn kernel_name(tensor: &TensorInfo, flags: &PlanFlags) -> String {
+    let kernels = match flags.amx {
+        None => Kernels::for_tier(flags.tier),
+        Some(amx) => Kernels::with_amx(flags.tier, amx),
+    };
+    let vectors = format!("{} product, {}", tensor.ty, kernels.matmul.name);
+    let Some(tiles) = &kernels.matmul.tiles else {
+        return vectors;
+    };
+    match (tiles.fewest_tokens)(tensor.ty) {
+        _ if tensor.row_len() % 32 != 0 => format!("{vectors} (rows are no whole tiles)"),
+        None => format!("{vectors} (no tile product of this type)"),
+        Some(n) => format!("{vectors}; {} from {n} tokens", tiles.name),
+    }
 }
 
 /// Bytes of a matrix (or a stack of them) as strips, if it can be packed.

@@ -15,7 +15,7 @@ use tegula_engine::{
     plan::Buffer, threads::default_threads,
 };
 use tegula_kernels::{
-    Tier,
+    Amx, Tier,
     kv::{KV_PAGE, KvShape, KvType},
 };
 
@@ -99,6 +99,10 @@ pub struct CpuArgs {
     /// Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU's best]
     #[arg(long, value_name = "TIER", env = "TEGULA_ISA")]
     isa: Option<Tier>,
+    /// Use Intel AMX; `auto`: where it is, `emulate`: in software, for tests
+    #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true,
+          default_missing_value = "on")]
+    amx: Option<AmxMode>,
     /// Read the file instead of mapping it
     #[arg(long)]
     no_mmap: bool,
@@ -108,6 +112,35 @@ pub struct CpuArgs {
     /// Leave matrices as they are in the file; slower
     #[arg(long)]
     no_repack: bool,
+}
+
+/// What `--amx` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum AmxMode {
+    /// An error where it can't be had
+    On,
+    /// Without it where it can't be had, and says so
+    Auto,
+    /// The same instructions in software
+    Emulate,
+}
+
+/// The right to use AMX, as far as `mode` asks for it.
+pub fn amx(mode: Option<AmxMode>, tier: Tier) -> Result<Option<Amx>, Refusal> {
+    let refuse = |why: &dyn std::fmt::Display| {
+        Refusal::Requirement(format!("--amx is not available: {why}"))
+    };
+    let Some(mode) = mode else { return Ok(None) };
+    if tier == Tier::Scalar {
+        return Err(refuse(&"the scalar kernels can't decode weights for it"));
+    }
+    match mode {
+        AmxMode::On => Amx::acquire().map(Some).map_err(|e| refuse(&e)),
+        AmxMode::Emulate => Amx::emulate().map(Some).map_err(|e| refuse(&e)),
+        AmxMode::Auto => Ok(Amx::acquire()
+            .inspect_err(|e| eprintln!("AMX: off ({e})"))
+            .ok()),
+    }
 }
 
 /// A number of threads.
@@ -147,6 +180,7 @@ impl CpuArgs {
             mlock: self.mlock,
             repack: !self.no_repack,
             tier: require_tier(tier)?,
+            amx: amx(self.amx, tier)?,
             threads,
             ..LoadOptions::new(source)
         })

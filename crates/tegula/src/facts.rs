@@ -1,7 +1,17 @@
 //! Facts about a model file that several commands show.
 
 use std::collections::BTreeMap;
+use tegula_engine::Model;
 use tegula_gguf::{Gguf, quantize::FileType};
+
+/// The instruction sets that run the model.
+pub fn isa(model: &Model) -> String {
+    let table = model.compute().table;
+    match table.amx {
+        None => table.tier.to_string(),
+        Some(amx) => format!("{}, {}", table.tier, amx.name()),
+    }
+}
 
 /// Weights of all tensors.
 pub fn parameters(gguf: &Gguf) -> u64 {

@@ -1,7 +1,7 @@
 //! `bench`: measures prompts and generation, in llama-bench's terms.
 
 use crate::{
-    args::{self, ModelArgs},
+    args::{self, AmxMode, ModelArgs},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -93,6 +93,9 @@ pub struct BenchArgs {
     /// Instruction sets: scalar, avx2, avx512 [default: the CPU's best]
     #[arg(long, value_name = "TIER", value_delimiter = ',', env = "TEGULA_ISA")]
     isa: Vec<Tier>,
+    /// Use Intel AMX
+    #[arg(long)]
+    amx: bool,
     /// Read the file instead of mapping it
     #[arg(long)]
     no_mmap: bool,
@@ -208,6 +211,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
                     mmap: !args.no_mmap,
                     repack: !args.no_repack,
                     tier,
+                    amx: args::amx(args.amx.then_some(AmxMode::On), tier)?,
                     threads,
                     ..LoadOptions::new(source.clone())
                 };
@@ -309,7 +313,7 @@ fn row(
         file_type: facts::file_type(gguf),
         size: gguf.file_bytes(),
         params: facts::parameters(gguf),
-        isa: model.compute().table.tier.to_string(),
+        isa: facts::isa(&model),
         threads: load.threads,
         batch: context.batch,
         ubatch: context.ubatch,

@@ -222,7 +222,7 @@ fn engine(
     Ok(Run {
         model: model.config().name.clone(),
         arch: model.config().arch.to_string(),
-        isa: compute.table.tier.to_string(),
+        isa: facts::isa(&model),
         threads: compute.pool.threads(),
         load_ms: model.load_ms(),
         prompt,
