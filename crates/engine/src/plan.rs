@@ -222,7 +222,7 @@ fn kernel_name(tensor: &TensorInfo, flags: &PlanFlags) -> String {
         return vectors;
     };
     match (tiles.fewest_tokens)(tensor.ty) {
-        _ if tensor.row_len() % 32 != 0 => format!("{vectors} (rows are no whole tiles)"),
+        _ if !tensor.row_len().is_multiple_of(32) => format!("{vectors} (rows are no whole tiles)"),
         None => format!("{vectors} (no tile product of this type)"),
         Some(n) => format!("{vectors}; {} from {n} tokens", tiles.name),
     }

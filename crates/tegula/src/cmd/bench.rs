@@ -313,7 +313,7 @@ fn row(
         file_type: facts::file_type(gguf),
         size: gguf.file_bytes(),
         params: facts::parameters(gguf),
-        isa: facts::isa(&model),
+        isa: facts::isa(model),
         threads: load.threads,
         batch: context.batch,
         ubatch: context.ubatch,
