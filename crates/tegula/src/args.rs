@@ -1,6 +1,10 @@
 //! What several commands take: the model, the CPU, the context, prompts, sampling.
 
-use crate::{exit::Refusal, output, progress::Progress};
+use crate::{
+    exit::Refusal,
+    facts, output,
+    progress::{Progress, Unit},
+};
 use anyhow::Context as _;
 use clap::Args;
 use std::{
@@ -14,6 +18,7 @@ use tegula_engine::{
     Context, ContextOptions, LoadEvent, LoadOptions, Model, ModelConfig, SamplerOptions, Source,
     plan::Buffer, threads::default_threads,
 };
+use tegula_gguf::Gguf;
 use tegula_kernels::{
     Amx, Tier,
     kv::{KV_PAGE, KvShape, KvType},
@@ -84,6 +89,14 @@ impl ModelArgs {
                 name: EMBEDDED_NAME,
             },
         }
+    }
+
+    /// The file, mapped and not loaded.
+    pub fn open(&self) -> anyhow::Result<Gguf> {
+        Ok(match self.source() {
+            Source::Path(path) => Gguf::open(path)?,
+            Source::Embedded { bytes, name } => Gguf::from_static(bytes, name)?,
+        })
     }
 }
 
@@ -195,12 +208,11 @@ impl CpuArgs {
 /// Loads a model, shows how far it is, and warns of what is doubtful about it.
 pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
     enough_memory(options)?;
-    let mut progress = Progress::new("loading", 0);
+    let mut progress = Progress::new("loading", Unit::Bytes);
     let model = Model::load(options, &mut |event| {
         let LoadEvent::Tensor { name, done, total } = event;
-        progress.total(total);
         progress.message(name);
-        progress.done(done);
+        progress.done(done, total);
     })?;
     drop(progress);
     let warnings = model.gguf().warnings().iter();
@@ -231,7 +243,7 @@ fn enough_memory(options: &LoadOptions) -> anyhow::Result<()> {
 
 /// Refuses what needs more than the machine's available memory.
 fn require_memory(what: &str, needed: u64, instead: &str) -> anyhow::Result<()> {
-    let Some(available) = available_memory() else {
+    let Some(available) = facts::available_memory() else {
         return Ok(());
     };
     if needed <= available {
@@ -245,20 +257,9 @@ fn require_memory(what: &str, needed: u64, instead: &str) -> anyhow::Result<()> 
     Err(Refusal::Requirement(message).into())
 }
 
-/// What the system says new programs could take, in bytes.
-pub fn available_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib * 1024)
-}
-
-/// The context's size and its cache.
+/// Batches and the context's cache.
 #[derive(Args, Clone, Debug)]
-pub struct ContextArgs {
-    /// Tokens that the context holds; 0: what the model was trained with
-    #[arg(short, long = "ctx-size", value_name = "N", default_value_t = 0)]
-    pub ctx_size: usize,
+pub struct CacheArgs {
     /// Tokens that are submitted together
     #[arg(short, long = "batch-size", value_name = "N", default_value_t = 2048)]
     batch_size: usize,
@@ -290,28 +291,24 @@ fn flash_attn(s: &str) -> Result<bool, String> {
     }
 }
 
-impl ContextArgs {
-    /// The engine's options.
-    pub fn options(&self) -> ContextOptions {
+impl CacheArgs {
+    /// A context of the model for `size` tokens; 0: for as many as it was trained with.
+    pub fn context(&self, model: &Arc<Model>, size: usize) -> anyhow::Result<Context> {
         debug_assert!(self.flash_attn);
-        ContextOptions {
-            context: self.ctx_size,
+        let options = ContextOptions {
+            context: size,
             batch: self.batch_size,
             ubatch: self.ubatch_size,
             sequences: 1,
             k_type: self.cache_type_k,
             v_type: self.cache_type_v,
-        }
-    }
-
-    /// A context of the model.
-    pub fn context(&self, model: &Arc<Model>) -> anyhow::Result<Context> {
-        context(model, &self.options())
+        };
+        context(model, &options)
     }
 }
 
 /// A context of the model, if the memory suffices.
-pub fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Context> {
+fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Context> {
     let c = model.config();
     let positions = match options.context {
         0 => c.context,

@@ -1,6 +1,6 @@
-//! Facts about a model file that several commands show.
+//! Facts about model files and the machine that several commands need.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fs};
 use tegula_engine::Model;
 use tegula_gguf::{Gguf, quantize::FileType};
 
@@ -30,4 +30,18 @@ pub fn file_type(gguf: &Gguf) -> String {
     }
     let largest = bytes.into_iter().max_by_key(|&(_, n)| n);
     largest.map_or_else(|| "no tensors".to_owned(), |(ty, _)| ty.name().to_owned())
+}
+
+/// What the system says new programs could take, in bytes.
+pub fn available_memory() -> Option<u64> {
+    Some(meminfo("MemAvailable")? * 1024)
+}
+
+/// A number of /proc/meminfo, in its unit: KiB or pages.
+pub fn meminfo(key: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+    line.split_whitespace().next()?.parse().ok()
 }

@@ -9,10 +9,16 @@ use std::{
 /// Without a terminal a line at most this often, and none for work that is done sooner.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    Bytes,
+    Chunks,
+}
+
 /// A task whose progress is shown. Dropped, it takes its bar away.
 pub struct Progress {
     label: &'static str,
-    total: u64,
     message: String,
     view: View,
 }
@@ -23,11 +29,11 @@ enum View {
 }
 
 impl Progress {
-    /// Starts to show a task of `total` bytes.
-    pub fn new(label: &'static str, total: u64) -> Progress {
+    /// Starts to show a task.
+    pub fn new(label: &'static str, unit: Unit) -> Progress {
         let view = if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            bar.set_style(style());
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            bar.set_style(style(unit));
             bar.set_prefix(label);
             View::Bar(bar)
         } else {
@@ -35,7 +41,6 @@ impl Progress {
         };
         Progress {
             label,
-            total,
             message: String::new(),
             view,
         }
@@ -49,22 +54,17 @@ impl Progress {
         }
     }
 
-    /// Of how much in total, where that was not known before.
-    pub fn total(&mut self, total: u64) {
-        self.total = total;
-        if let View::Bar(bar) = &self.view {
-            bar.set_length(total);
-        }
-    }
-
-    /// So much is done.
-    pub fn done(&mut self, done: u64) {
+    /// So much of the total is done.
+    pub fn done(&mut self, done: u64, total: u64) {
         match &mut self.view {
-            View::Bar(bar) => bar.set_position(done),
+            View::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
             View::Lines(last) => {
                 if last.elapsed() >= LINE_EVERY {
                     *last = Instant::now();
-                    let percent = done as f64 / self.total.max(1) as f64 * 100.0;
+                    let percent = done as f64 / total.max(1) as f64 * 100.0;
                     eprintln!("{}: {percent:.0} % {}", self.label, self.message);
                 }
             }
@@ -80,8 +80,13 @@ impl Drop for Progress {
     }
 }
 
-fn style() -> ProgressStyle {
-    let template = "{prefix} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {wide_msg}";
+fn style(unit: Unit) -> ProgressStyle {
+    let template = match unit {
+        Unit::Bytes => {
+            "{prefix} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {wide_msg}"
+        }
+        Unit::Chunks => "{prefix} [{bar:30}] {pos}/{len} {eta} {wide_msg}",
+    };
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")

@@ -1,8 +1,14 @@
 //! The commands, one module each.
 
 mod bench;
+mod doctor;
+mod explain;
+mod inspect;
+mod logits;
+mod perplexity;
 mod run;
 mod synth;
+mod tokenize;
 
 use clap::{Parser, Subcommand};
 
@@ -27,6 +33,18 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Measure prompts and generation
     Bench(Box<bench::BenchArgs>),
+    /// Score a text: perplexity as llama.cpp counts it
+    Perplexity(Box<perplexity::PerplexityArgs>),
+    /// Show what the model makes of a prompt's last position
+    Logits(Box<logits::LogitsArgs>),
+    /// Turn text into token ids
+    Tokenize(tokenize::TokenizeArgs),
+    /// List a file's metadata, tensors and types
+    Inspect(inspect::InspectArgs),
+    /// Say where each tensor goes, which kernel reads it, and why
+    Explain(explain::ExplainArgs),
+    /// Say what this machine has for inference, and why not more
+    Doctor(doctor::DoctorArgs),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
 }
@@ -36,6 +54,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Explain(args) => explain::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Synth(args) => synth::run(&args),
     }
 }

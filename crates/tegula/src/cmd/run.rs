@@ -1,7 +1,7 @@
 //! `run`: continues a text.
 
 use crate::{
-    args::{ContextArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs},
+    args::{CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -39,8 +39,11 @@ pub struct RunArgs {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(short, long = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     n_predict: i64,
+    /// Tokens that the context holds; 0: what the model was trained with
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    ctx_size: usize,
     #[command(flatten)]
-    context: ContextArgs,
+    cache: CacheArgs,
     #[command(flatten)]
     cpu: CpuArgs,
     /// Go on behind end-of-generation tokens
@@ -176,7 +179,7 @@ fn engine(
     out: &mut Stdout,
 ) -> anyhow::Result<Run> {
     let model = args.cpu.load(&args.model)?;
-    let mut ctx = args.context.context(&model)?;
+    let mut ctx = args.cache.context(&model, args.ctx_size)?;
     if args.verbose {
         describe(&model, &ctx);
     }

@@ -3,7 +3,7 @@
 use crate::{
     exit::Refusal,
     interrupt, output,
-    progress::Progress,
+    progress::{Progress, Unit},
     synth::{Mix, PRESETS, Shape, Synth},
 };
 use clap::Args;
@@ -138,10 +138,9 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let cancel = interrupt::flag()?;
     let start = Instant::now();
-    let mut progress = Progress::new("writing", 0);
+    let mut progress = Progress::new("writing", Unit::Bytes);
     let bytes = synth.write(&args.out, threads, &cancel, &mut |written| {
-        progress.total(written.total);
-        progress.done(written.done);
+        progress.done(written.done, written.total);
     })?;
     drop(progress);
     let seconds = start.elapsed().as_secs_f64();

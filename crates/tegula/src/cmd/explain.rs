@@ -1,0 +1,88 @@
+//! `explain`: where each tensor goes, which kernel reads it, and why; without loading it.
+
+use crate::{
+    args::{CpuArgs, ModelArgs},
+    output,
+};
+use clap::Args;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use tegula_engine::{ModelConfig, plan, plan::Placement};
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  tegula explain model.gguf
+  tegula explain model.gguf --isa avx2 --json")]
+pub struct ExplainArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    cpu: CpuArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a ModelConfig,
+    isa: &'a str,
+    /// Bytes by device and buffer.
+    buffers: BTreeMap<String, u64>,
+    tensors: &'a [Placement],
+}
+
+pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
+    let gguf = args.model.open()?;
+    let config = ModelConfig::from_gguf(&gguf)?;
+    let flags = args.cpu.options(args.model.source())?.plan_flags();
+    let plan = plan(&config, &gguf, &flags);
+    let mut buffers = BTreeMap::new();
+    for p in &plan.placements {
+        *buffers.entry(place(p)).or_insert(0) += p.bytes;
+    }
+    let isa = match flags.amx {
+        None => flags.tier.to_string(),
+        Some(amx) => format!("{}, {}", flags.tier, amx.name()),
+    };
+    if args.json {
+        return output::json(&Report {
+            model: &config,
+            isa: &isa,
+            buffers,
+            tensors: &plan.placements,
+        });
+    }
+    let mut out = format!("{} ({}), {isa}\n\n", config.name, config.arch);
+    for (place, bytes) in &buffers {
+        out += &format!("{place:12} {:>11}\n", output::bytes(*bytes));
+    }
+    out += "\n";
+    let width = |f: fn(&Placement) -> usize| plan.placements.iter().map(f).max().unwrap_or(0);
+    let (names, kernels) = (width(|p| p.tensor.len()), width(|p| p.kernel.len()));
+    for p in &plan.placements {
+        let shape: Vec<_> = p.shape.iter().map(u64::to_string).collect();
+        out += &format!(
+            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}\n",
+            p.tensor,
+            p.ty,
+            shape.join(" x "),
+            place(p),
+            output::bytes(p.bytes),
+            lower(&p.encoding),
+            p.kernel,
+            p.reason
+        );
+    }
+    output::text(&out)
+}
+
+/// Device and buffer: `cpu/packed`.
+fn place(p: &Placement) -> String {
+    format!("{}/{}", lower(&p.device), lower(&p.buffer))
+}
+
+/// The name as `--json` has it.
+fn lower(name: &impl std::fmt::Debug) -> String {
+    format!("{name:?}").to_lowercase()
+}
