@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod embedded;
 
-use tegula_lab::{Check, Need, Phase, unbuilt};
+use tegula_lab::{Bench, Check, Need, Phase, unbuilt};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -15,7 +16,11 @@ pub fn phase() -> Phase {
                roofline and against llama.cpp and ik_llama.cpp, from records that \
                anyone can make again.",
         checks: checks(),
-        benches: Vec::new(),
+        benches: vec![Bench {
+            title: "the embedded model, end to end, at every tier",
+            requires: &[],
+            run: embedded::tiers,
+        }],
     }
 }
 
