@@ -1,11 +1,13 @@
 //! The commands, one module each.
 
 mod bench;
+mod chat;
 mod doctor;
 mod explain;
 mod inspect;
 mod logits;
 mod perplexity;
+mod quantize;
 mod run;
 mod synth;
 mod tokenize;
@@ -31,6 +33,8 @@ pub struct Cli {
 enum Command {
     /// Continue a text
     Run(Box<run::RunArgs>),
+    /// Have a conversation
+    Chat(Box<chat::ChatArgs>),
     /// Measure prompts and generation
     Bench(Box<bench::BenchArgs>),
     /// Score a text: perplexity as llama.cpp counts it
@@ -45,6 +49,8 @@ enum Command {
     Explain(explain::ExplainArgs),
     /// Say what this machine has for inference, and why not more
     Doctor(doctor::DoctorArgs),
+    /// Write a model in smaller types
+    Quantize(Box<quantize::QuantizeArgs>),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
 }
@@ -53,6 +59,7 @@ enum Command {
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Logits(args) => logits::run(&args),
@@ -60,6 +67,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Synth(args) => synth::run(&args),
     }
 }

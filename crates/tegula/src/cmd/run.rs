@@ -325,17 +325,19 @@ fn millis(since: Instant) -> f64 {
 }
 
 /// Where generated text goes. A closed pipe ends the generation.
-struct Stdout {
+pub struct Stdout {
     shown: bool,
     error: Option<anyhow::Error>,
 }
 
 impl Stdout {
-    fn new(shown: bool) -> Stdout {
+    /// Shows the text, or swallows it.
+    pub fn new(shown: bool) -> Stdout {
         Stdout { shown, error: None }
     }
 
-    fn show(&mut self, piece: &str, cancel: &AtomicBool) {
+    /// Shows a piece of text; if that fails, ends the generation by `cancel`.
+    pub fn show(&mut self, piece: &str, cancel: &AtomicBool) {
         if self.shown && self.error.is_none() {
             self.error = output::text(piece).err();
             if self.error.is_some() {
@@ -345,7 +347,7 @@ impl Stdout {
     }
 
     /// Ends the text with a line break.
-    fn finish(self, generation: &Generation) -> anyhow::Result<()> {
+    pub fn finish(self, generation: &Generation) -> anyhow::Result<()> {
         match self.error {
             Some(error) => Err(error),
             None if self.shown && !generation.text.ends_with('\n') => output::text("\n"),
@@ -366,12 +368,22 @@ fn reason(reason: &StopReason) -> &'static str {
 }
 
 fn print_statistics(run: &Run) {
-    let t = &run.generation.timings;
     eprintln!(
         "model   {} ({}), {}, {} threads",
         run.model, run.arch, run.isa, run.threads
     );
     eprintln!("load    {:9.1} ms", run.load_ms);
+    print_timings(&run.generation.timings);
+    match &run.generation.reason {
+        StopReason::EndOfGeneration | StopReason::Limit => {}
+        StopReason::StopString(s) => eprintln!("ended by the stop string {s:?}"),
+        StopReason::ContextFull => eprintln!("ended as the context is full (-c)"),
+        StopReason::Cancelled => eprintln!("interrupted"),
+    }
+}
+
+/// Times and rates on stderr.
+pub fn print_timings(t: &Timings) {
     eprintln!(
         "prompt  {:9.1} ms {:6} tokens {:9.1} t/s",
         t.prompt_ms,
@@ -384,12 +396,6 @@ fn print_statistics(run: &Run) {
         t.token_ms.len(),
         t.decode_tps()
     );
-    match &run.generation.reason {
-        StopReason::EndOfGeneration | StopReason::Limit => {}
-        StopReason::StopString(s) => eprintln!("ended by the stop string {s:?}"),
-        StopReason::ContextFull => eprintln!("ended as the context is full (-c)"),
-        StopReason::Cancelled => eprintln!("interrupted"),
-    }
 }
 
 fn describe(model: &Model, ctx: &Context) {
