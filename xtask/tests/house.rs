@@ -188,3 +188,25 @@ fn no_registry_is_named_but_the_public_one() {
     );
     assert_none(&found, "dependencies come from crates.io, by its own name");
 }
+
+#[test]
+fn the_readme_has_every_command_and_no_other() {
+    let texts = texts();
+    let modules = texts.iter().filter_map(|(path, _)| {
+        let module = path.strip_prefix("crates/tegula/src/cmd/")?;
+        let name = module.strip_suffix(".rs").unwrap_or(module);
+        name.split('/').next()
+    });
+    let mut commands: Vec<&str> = modules.filter(|name| *name != "mod").collect();
+    commands.sort_unstable();
+    commands.dedup();
+    let readme = texts.iter().find(|(path, _)| path == "README.md");
+    let (_, readme) = readme.expect("there is a readme");
+    let rows = readme.lines().filter_map(|line| {
+        let (name, rest) = line.strip_prefix("| `")?.split_once('`')?;
+        rest.contains(&format!("`tegula {name}")).then_some(name)
+    });
+    let mut listed: Vec<&str> = rows.collect();
+    listed.sort_unstable();
+    assert_eq!(listed, commands, "commands in README.md and in the program");
+}
