@@ -42,6 +42,16 @@ pub enum Error {
         source: WeightsError,
     },
 
+    /// More memory than the caller allows.
+    #[error(
+        "{file}: the weights need {needed} bytes of memory and {available} are available; use a smaller quantisation or leave them as they are in the file (--no-repack)"
+    )]
+    Memory {
+        file: String,
+        needed: u64,
+        available: u64,
+    },
+
     /// The KV cache could not be made or extended.
     #[error(transparent)]
     Kv(#[from] KvError),

@@ -3,9 +3,9 @@
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
     models::{Ffn, Layer, Matrices},
-    plan::{Encoding, plan},
+    plan::{Buffer, Encoding, plan},
 };
-use std::{path::PathBuf, time::Instant};
+use std::{panic::resume_unwind, path::PathBuf, thread, time::Instant};
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks};
 use tegula_kernels::{Amx, Compute, PoolConfig, Tier, Weights};
 
@@ -34,6 +34,9 @@ pub struct LoadOptions {
     /// Use AMX, with this right to.
     pub amx: Option<Amx>,
     pub threads: usize,
+    /// Refuse a model whose weights take more than these bytes of memory besides the mapped
+    /// file.
+    pub memory: Option<u64>,
 }
 
 impl LoadOptions {
@@ -48,6 +51,7 @@ impl LoadOptions {
             tier: Tier::detect_max(),
             amx: None,
             threads: crate::threads::default_threads(),
+            memory: None,
         }
     }
 
@@ -113,9 +117,16 @@ impl Model {
         let start = Instant::now();
         let gguf = options.open()?;
         let config = ModelConfig::from_gguf(&gguf)?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let flags = options.plan_flags();
         let plan = plan(&config, &gguf, &flags);
+        let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
+        if let Some(available) = options.memory.filter(|&limit| needed > limit) {
+            return Err(Error::Memory {
+                file: gguf.metadata().origin().to_owned(),
+                needed,
+                available,
+            });
+        }
         let pool = PoolConfig::new(options.threads);
         let compute = match options.amx {
             None => Compute::new(flags.tier, pool),
@@ -130,7 +141,14 @@ impl Model {
             done: 0,
             total,
         };
-        let matrices = loader.matrices(&config)?;
+        // A large vocabulary takes as long as a large matrix.
+        let (tokenizer, matrices) = thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| Tokenizer::from_gguf(&gguf));
+            let matrices = loader.matrices(&config);
+            let tokenizer = tokenizer.join().unwrap_or_else(|e| resume_unwind(e));
+            (tokenizer, matrices)
+        });
+        let (tokenizer, matrices) = (tokenizer?, matrices?);
         let load_ms = start.elapsed().as_secs_f64() * 1e3;
         Ok(Model {
             config,

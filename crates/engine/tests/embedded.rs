@@ -424,6 +424,19 @@ fn progress_counts_every_byte_that_is_loaded() {
 }
 
 #[test]
+fn weights_that_do_not_fit_are_refused_before_they_are_loaded() {
+    let tight = |memory| LoadOptions {
+        memory: Some(memory),
+        ..options()
+    };
+    let error = Model::load(&tight(1000), &mut |_| panic!("a tensor was loaded")).unwrap_err();
+    let Error::Memory { needed, .. } = error else {
+        panic!("{error}");
+    };
+    Model::load(&tight(needed), &mut |_| {}).unwrap();
+}
+
+#[test]
 fn the_plan_says_where_everything_is() {
     let model = load(&options());
     let place = |name: &str| {

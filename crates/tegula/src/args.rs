@@ -15,8 +15,8 @@ use std::{
     sync::Arc,
 };
 use tegula_engine::{
-    Context, ContextOptions, LoadEvent, LoadOptions, Model, ModelConfig, SamplerOptions, Source,
-    plan::Buffer, threads::default_threads,
+    Context, ContextOptions, LoadEvent, LoadOptions, Model, SamplerOptions, Source,
+    threads::default_threads,
 };
 use tegula_gguf::Gguf;
 use tegula_kernels::{
@@ -195,6 +195,7 @@ impl CpuArgs {
             tier: require_tier(tier)?,
             amx: amx(self.amx, tier)?,
             threads,
+            memory: facts::available_memory(),
             ..LoadOptions::new(source)
         })
     }
@@ -207,7 +208,6 @@ impl CpuArgs {
 
 /// Loads a model, shows how far it is, and warns of what is doubtful about it.
 pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
-    enough_memory(options)?;
     let mut progress = Progress::new("loading", Unit::Bytes);
     let model = Model::load(options, &mut |event| {
         let LoadEvent::Tensor { name, done, total } = event;
@@ -220,25 +220,6 @@ pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
         eprintln!("warning: {warning}");
     }
     Ok(Arc::new(model))
-}
-
-/// Refuses a model whose resident part can't fit, before the system kills the process.
-fn enough_memory(options: &LoadOptions) -> anyhow::Result<()> {
-    // Mapped, so that looking costs nothing.
-    let gguf = LoadOptions {
-        mmap: true,
-        mlock: false,
-        ..options.clone()
-    }
-    .open()?;
-    let config = ModelConfig::from_gguf(&gguf)?;
-    let plan = tegula_engine::plan(&config, &gguf, &options.plan_flags());
-    let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
-    require_memory(
-        "the weights",
-        needed,
-        "a smaller quantisation or --no-repack",
-    )
 }
 
 /// Refuses what needs more than the machine's available memory.

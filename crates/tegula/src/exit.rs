@@ -35,6 +35,9 @@ pub fn code(error: &anyhow::Error) -> u8 {
             Some(Refusal::Requirement(_)) => return REQUIREMENT,
             None => {}
         }
+        if let Some(tegula_engine::Error::Memory { .. }) = cause.downcast_ref() {
+            return REQUIREMENT;
+        }
         if cause.is::<tegula_engine::Error>()
             || cause.is::<tegula_gguf::Error>()
             || cause.is::<TemplateError>()

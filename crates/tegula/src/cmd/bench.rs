@@ -213,6 +213,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
                     tier,
                     amx: args::amx(args.amx.then_some(AmxMode::On), tier)?,
                     threads,
+                    memory: facts::available_memory(),
                     ..LoadOptions::new(source.clone())
                 };
                 let model = args::load(&load)?;
