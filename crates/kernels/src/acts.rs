@@ -155,7 +155,7 @@ impl Acts {
     }
 
     /// All tokens as one segment.
-    pub(crate) fn view(&self) -> ActsView<'_> {
+    pub fn view(&self) -> ActsView<'_> {
         self.segment(0, self.m)
     }
 

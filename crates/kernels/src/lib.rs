@@ -6,6 +6,7 @@ pub mod amx;
 pub mod attn;
 mod avx2;
 mod avx512;
+pub mod check;
 mod disjoint;
 pub mod float;
 mod generic;

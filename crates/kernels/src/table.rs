@@ -35,12 +35,15 @@ impl Kernels {
     }
 
     fn build(tier: Tier, amx: Option<Amx>) -> Kernels {
-        Kernels {
+        let kernels = Kernels {
             tier,
             amx,
             matmul: MatmulKernels::for_tier(tier, amx),
             float: FloatOps::for_tier(tier),
             attn: AttnOps::for_tier(tier),
-        }
+        };
+        #[cfg(feature = "check-kernels")]
+        let kernels = crate::check::checked(kernels);
+        kernels
     }
 }

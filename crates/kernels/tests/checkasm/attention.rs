@@ -1,10 +1,11 @@
 //! The chunk kernel, and the whole operation over pages, batches and threads.
 
-use crate::{Random, close, guard::Guarded, per_tier};
+use crate::{Random, guard::Guarded, per_tier};
 use libtest_mimic::{Failed, Trial};
 use tegula_kernels::{
     Compute, Kernels, PoolConfig, Tier,
     attn::{CHUNK, ChunkArgs},
+    check,
     kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
     ops::Token,
 };
@@ -13,14 +14,8 @@ const TYPES: [KvType; 3] = [KvType::F16, KvType::BF16, KvType::Q8_0];
 
 pub fn trials(trials: &mut Vec<Trial>) {
     per_tier(trials, "attention_chunk", chunk);
-    for tier in Tier::ALL {
-        let trial = Trial::test(format!("attention_whole::{tier}"), move || whole(tier));
-        trials.push(trial.with_ignored_flag(!tier.available()));
-        let trial = Trial::test(format!("attention_independent::{tier}"), move || {
-            independent(tier)
-        });
-        trials.push(trial.with_ignored_flag(!tier.available()));
-    }
+    per_tier(trials, "attention_whole", whole);
+    per_tier(trials, "attention_independent", independent);
 }
 
 /// A page with valid numbers in every slot.
@@ -44,7 +39,8 @@ fn page(random: &mut Random, ty: KvType, dim: usize) -> Vec<u8> {
     }
 }
 
-fn chunk(tier: &Kernels, scalar: &Kernels) -> Result<(), Failed> {
+fn chunk(tier: Tier) -> Result<(), Failed> {
+    let kernels = Kernels::for_tier(tier);
     let mut random = Random::new(3);
     for dim in [32, 64, 80, 96, 128, 256] {
         for (k_type, v_type) in TYPES.into_iter().flat_map(|k| TYPES.map(|v| (k, v))) {
@@ -76,31 +72,25 @@ fn chunk(tier: &Kernels, scalar: &Kernels) -> Result<(), Failed> {
                     .map(|x| x * scale)
                     .collect();
                 let q = Guarded::at_end(&q);
-                let run = |kernels: &Kernels| {
-                    let mut scores = Guarded::at_end(&vec![f32::NAN; rows * CHUNK]);
-                    let mut acc = Guarded::at_end(&vec![f32::NAN; rows * dim]);
-                    let mut stats = (vec![0.0; rows], vec![0.0; rows]);
-                    let mut args = ChunkArgs {
-                        k_type,
-                        v_type,
-                        dim,
-                        q: &q,
-                        visible: &visible,
-                        pages: &pages,
-                        scores: &mut scores,
-                        acc: &mut acc,
-                        max: &mut stats.0,
-                        sum: &mut stats.1,
-                    };
-                    // SAFETY: the tier is available, else this trial is ignored.
-                    unsafe { (kernels.attn.chunk)(&mut args) };
-                    (acc.to_vec(), stats.0, stats.1)
+                let mut scores = Guarded::at_end(&vec![f32::NAN; rows * CHUNK]);
+                let mut acc = Guarded::at_end(&vec![f32::NAN; rows * dim]);
+                let mut max = Guarded::at_end(&vec![f32::NAN; rows]);
+                let mut sum = Guarded::at_end(&vec![f32::NAN; rows]);
+                let mut args = ChunkArgs {
+                    k_type,
+                    v_type,
+                    dim,
+                    q: &q,
+                    visible: &visible,
+                    pages: &pages,
+                    scores: &mut scores,
+                    acc: &mut acc,
+                    max: &mut max,
+                    sum: &mut sum,
                 };
-                let (got, want) = (run(tier), run(scalar));
-                let what = format!("dim {dim} {k_type:?}/{v_type:?} visible {visible:?}");
-                close(&format!("max {what}"), &got.1, &want.1, 2e-5, 1.0)?;
-                close(&format!("sum {what}"), &got.2, &want.2, 2e-5, 1.0)?;
-                close(&format!("acc {what}"), &got.0, &want.0, 5e-5, 1.0)?;
+                // SAFETY: the tier is available, else this trial is ignored.
+                unsafe { (kernels.attn.chunk)(&mut args) };
+                check::chunk(&args)?;
             }
         }
     }
@@ -200,7 +190,8 @@ fn whole(tier: Tier) -> Result<(), Failed> {
                 }
             }
         }
-        close(&format!("attention {k:?}"), &got, &want, bound, 1.0)?;
+        let within = check::relative(&want, bound, 1.0);
+        check::equal(&got, &want, within, |i| format!("attention {k:?}: {i}"))?;
     }
     Ok(())
 }

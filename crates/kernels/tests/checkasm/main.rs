@@ -2,12 +2,17 @@
 //! awkward lengths, buffers that end at guard pages. Tiers that the CPU lacks show up as
 //! ignored tests.
 
+mod amx;
 mod attention;
+mod data;
 mod float;
 mod guard;
+mod matmul;
+mod moe;
+mod rope;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use tegula_kernels::{Kernels, Tier};
+use tegula_kernels::Tier;
 
 /// A deterministic stream of numbers.
 pub struct Random(u64);
@@ -42,36 +47,14 @@ impl Random {
     }
 }
 
-/// Fails unless `got` is within `relative` of `want`, measured against the larger of the
-/// value and `floor`.
-pub fn close(
-    what: &str,
-    got: &[f32],
-    want: &[f32],
-    relative: f32,
-    floor: f32,
-) -> Result<(), Failed> {
-    if got.len() != want.len() {
-        return Err(format!("{what}: {} values instead of {}", got.len(), want.len()).into());
-    }
-    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
-        let bound = relative * w.abs().max(floor);
-        if !((g - w).abs() <= bound || g == w || g.is_nan() && w.is_nan()) {
-            return Err(format!("{what}: element {i} is {g}, scalar says {w}").into());
-        }
-    }
-    Ok(())
-}
-
-/// One trial per tier; `check` gets the tier's table and scalar's.
+/// One trial per tier.
 pub fn per_tier(
     trials: &mut Vec<Trial>,
     name: &str,
-    check: fn(&Kernels, &Kernels) -> Result<(), Failed>,
+    check: impl Fn(Tier) -> Result<(), Failed> + Send + Copy + 'static,
 ) {
     for tier in Tier::ALL {
-        let run = move || check(Kernels::for_tier(tier), Kernels::for_tier(Tier::Scalar));
-        let trial = Trial::test(format!("{name}::{tier}"), run);
+        let trial = Trial::test(format!("{name}::{tier}"), move || check(tier));
         trials.push(trial.with_ignored_flag(!tier.available()));
     }
 }
@@ -80,5 +63,9 @@ fn main() {
     let mut trials = Vec::new();
     float::trials(&mut trials);
     attention::trials(&mut trials);
+    matmul::trials(&mut trials);
+    moe::trials(&mut trials);
+    rope::trials(&mut trials);
+    amx::trials(&mut trials);
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
