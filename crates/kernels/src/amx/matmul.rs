@@ -1,8 +1,13 @@
 //! Strips times tokens on tiles: 16 outputs by 16 tokens by 32 inputs an instruction.
 //!
-//! A stretch of two strips is decoded to bf16 tiles once per batch, then all tokens pass
+//! A stretch of several strips is decoded to bf16 tiles once per batch, then all tokens pass
 //! over it, 32 at a time. Activations are bf16 too; sums are f32. There is no scaling inside
 //! a product, so all formats share one micro-kernel and every tile is full.
+//!
+//! What limits it is where tiles come from: each is used for two products of 16 cycles, so
+//! that 64 bytes a cycle must arrive. The activations of 32 tokens (32 KiB) are read from the
+//! third-level cache once per stretch, and from the first-level one for each pair of strips;
+//! the weight tiles (256 KiB) and the sums stay in the second-level cache.
 
 use tegula_gguf::GgmlType;
 
@@ -18,17 +23,19 @@ use crate::{
     },
     strip::{
         ROWS,
-        kernels::{PANEL_BYTES, StripArgs, Tiles},
+        kernels::{MAX_STRIPS, PANEL_BYTES, StripArgs, Tiles},
     },
     tier::Tier,
 };
 
-/// Inputs that are decoded at a time: two strips' tiles are 64 KiB and stay, with the
-/// activations of 512 tokens (1 MiB), in a second-level cache of 2 MiB that two threads share.
-const PANEL_K: usize = 1024;
+/// Inputs that are decoded at a time.
+const PANEL_K: usize = 512;
 
 /// Bytes of one strip's tiles.
 const STRIP_TILES: usize = PANEL_K / TILE_K * TILE_BYTES;
+
+/// Where the tiles begin in the scratch, behind codes on their way to tiles.
+const CODES: usize = PANEL_BYTES.next_multiple_of(64);
 
 /// The tile products, decoding with the instructions of `tier`. `None` for the scalar tier,
 /// which has no decoder.
@@ -51,7 +58,7 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         name: amx.name(),
         mul_strips,
         pack,
-        scratch: PANEL_BYTES.next_multiple_of(64) + 2 * STRIP_TILES,
+        scratch: CODES + MAX_STRIPS * STRIP_TILES,
         fewest_tokens,
     })
 }
@@ -130,29 +137,20 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     }
 }
 
-/// Decodes stretches of pairs of strips with `decode(strip, first input, inputs, out)` and
+/// Decodes stretches of the strips with `decode(strip, first input, inputs, out)` and
 /// multiplies them.
 ///
 /// # Safety
 /// As [`mul_strips`].
 unsafe fn through(args: &StripArgs<'_>, decode: impl Fn(*const u8, usize, usize, *mut u8)) {
-    for (pair, strips) in args.strips.chunks(2).enumerate() {
-        for k in (0..args.k).step_by(PANEL_K) {
-            let len = PANEL_K.min(args.k - k);
-            let mut tiles = [std::ptr::null(); 2];
-            for (i, &strip) in strips.iter().enumerate() {
-                // SAFETY: behind the codes the scratch has room for two strips' tiles.
-                unsafe {
-                    let out = args
-                        .panel
-                        .add(PANEL_BYTES.next_multiple_of(64) + i * STRIP_TILES);
-                    decode(strip, k, len, out);
-                    tiles[i] = out;
-                }
-            }
-            // SAFETY: tiles of `len` inputs were written.
-            unsafe { all_tokens(args, 2 * pair, strips.len(), tiles, k, len) };
+    for k in (0..args.k).step_by(PANEL_K) {
+        let len = PANEL_K.min(args.k - k);
+        let tile = |s: usize| args.panel.wrapping_add(CODES + s * STRIP_TILES);
+        for (s, &strip) in args.strips.iter().enumerate() {
+            decode(strip, k, len, tile(s));
         }
+        // SAFETY: tiles of `len` inputs of all strips were written.
+        unsafe { all_tokens(args, |s| tile(s).cast_const(), k, len) };
     }
 }
 
@@ -161,33 +159,26 @@ unsafe fn through(args: &StripArgs<'_>, decode: impl Fn(*const u8, usize, usize,
 /// # Safety
 /// As [`mul_strips`].
 unsafe fn in_place(args: &StripArgs<'_>) {
-    for (pair, strips) in args.strips.chunks(2).enumerate() {
-        for k in (0..args.k).step_by(PANEL_K) {
-            let len = PANEL_K.min(args.k - k);
-            let mut tiles = [std::ptr::null(); 2];
-            for (tiles, strip) in tiles.iter_mut().zip(strips) {
-                *tiles = strip.wrapping_add(k / 2 * BF16::PAIR_BYTES);
-            }
-            // SAFETY: a strip has the tiles of all its inputs.
-            unsafe { all_tokens(args, 2 * pair, strips.len(), tiles, k, len) };
-        }
+    for k in (0..args.k).step_by(PANEL_K) {
+        let len = PANEL_K.min(args.k - k);
+        let tile = |s: usize| args.strips[s].wrapping_add(k / 2 * BF16::PAIR_BYTES);
+        // SAFETY: a strip has the tiles of all its inputs.
+        unsafe { all_tokens(args, tile, k, len) };
     }
 }
 
-/// Multiplies all tokens with inputs `k .. k + len` of one or two strips.
+/// Multiplies all tokens with inputs `k .. k + len` of the strips, whose tiles are at
+/// `tiles(strip)`.
 ///
 /// # Safety
-/// `tiles` hold these inputs; otherwise as [`mul_strips`].
+/// The tiles hold these inputs; otherwise as [`mul_strips`].
 unsafe fn all_tokens(
     args: &StripArgs<'_>,
-    first_strip: usize,
-    strips: usize,
-    tiles: [*const u8; 2],
+    tiles: impl Fn(usize) -> *const u8,
     k: usize,
     len: usize,
 ) {
     let acts = &args.acts;
-    let sums = [first_strip, first_strip + strips - 1].map(|s| args.tile_of(s));
     let mut configured = 0;
     for t in (0..acts.m).step_by(MOST_TOKENS) {
         let tokens = MOST_TOKENS.min(acts.m - t);
@@ -208,15 +199,18 @@ unsafe fn all_tokens(
             } else {
                 first
             };
-            let block = tile::Block {
-                a: [first.0, second.0],
-                a_step: [first.1, second.1],
-                b: tiles,
-                c: sums.map(|s| s.add(t * ROWS)),
-                steps: len / TILE_K,
-                fresh: k == 0,
-            };
-            tile::multiply(tokens, strips, &block);
+            for s in (0..args.strips.len()).step_by(2) {
+                let last = (s + 1).min(args.strips.len() - 1);
+                let block = tile::Block {
+                    a: [first.0, second.0],
+                    a_step: [first.1, second.1],
+                    b: [tiles(s), tiles(last)],
+                    c: [s, last].map(|s| args.tile_of(s).add(t * ROWS)),
+                    steps: len / TILE_K,
+                    fresh: k == 0,
+                };
+                tile::multiply(tokens, last - s + 1, &block);
+            }
         }
     }
 }

@@ -9,13 +9,10 @@ use crate::{
     mem::AlignedBuf,
     strip::{
         ROWS,
-        kernels::{MatmulKernels, PANEL_BYTES, StripArgs},
+        kernels::{MAX_STRIPS, MatmulKernels, PANEL_BYTES, StripArgs},
     },
     weights::Weights,
 };
-
-/// Strips that a task multiplies with the same chunk of activations.
-const MAX_STRIPS: usize = 4;
 
 /// Tokens whose activations are kept in the second-level cache: larger batches decode the
 /// weights once per this many.
@@ -52,7 +49,7 @@ impl Scratch {
     }
 
     #[allow(clippy::too_many_arguments)]
-    /// Multiplies strips `first .. first + count` (`count` ≤ 4) of matrix `expert` with the
+    /// Multiplies strips `first .. first + count` of matrix `expert` with the
     /// tokens of `acts`, which are part of a product with `total` tokens; `tile[at..]`
     /// receives `[count][acts.m][16]`.
     ///
@@ -110,10 +107,19 @@ pub(crate) fn token_blocks(m: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..m).step_by(len.max(1)).map(move |t| (t, len.min(m - t)))
 }
 
-/// Strips per task: enough tasks that the last ones even out, large enough that
-/// activations are reused and the counter is not felt.
-fn strips_per_task(strips: usize, threads: usize) -> usize {
-    (strips / (threads * 12)).clamp(1, MAX_STRIPS)
+/// Cuts `strips` strips into runs for `threads` threads: large ones first, so that the
+/// activations are reused, then ever smaller ones, so that all threads end together.
+/// `tiles` says that strips are multiplied in pairs and gain from company.
+fn strip_runs(strips: usize, threads: usize, tiles: bool) -> impl Iterator<Item = (usize, usize)> {
+    let (most, least) = if tiles { (MAX_STRIPS, 2) } else { (4, 1) };
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let left = strips - first;
+        let share = left / (2 * threads) / least * least;
+        let run = share.clamp(least, most).min(left);
+        first += run;
+        (run > 0).then_some((first - run, run))
+    })
 }
 
 impl Compute {
@@ -166,46 +172,69 @@ impl Compute {
         if m == 0 {
             return;
         }
-        let strips: usize = products.iter().map(|(w, _)| w.strips()).sum();
-        let per = strips_per_task(strips, self.pool.threads());
-        let mut tasks = 0;
-        let items: Vec<_> = products
-            .iter_mut()
-            .map(|(w, y)| {
-                assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
-                assert_eq!(y.len(), m * w.n());
-                let first = tasks;
-                tasks += w.strips().div_ceil(per);
-                (first, *w, DisjointMut::new(y))
-            })
-            .collect();
         let kernels = &self.table.matmul;
-        self.pool.run(tasks, &|task| {
-            let item = items.partition_point(|(first, ..)| *first <= task) - 1;
-            let (first, w, y) = &items[item];
-            let first = (task - first) * per;
-            let count = per.min(w.strips() - first);
+        let mut tasks = Vec::new();
+        let mut items = Vec::with_capacity(products.len());
+        for (i, (w, y)) in products.iter_mut().enumerate() {
+            assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
+            assert_eq!(y.len(), m * w.n());
+            let tiles = kernels.tiles_for(w, m).is_some();
+            let runs = strip_runs(w.strips(), self.pool.threads(), tiles);
+            tasks.extend(runs.map(|(first, count)| (i, first, count)));
+            items.push((*w, DisjointMut::new(y)));
+        }
+        self.pool.run(tasks.len(), &|task| {
+            let (item, first, count) = tasks[task];
+            let (w, y) = &items[item];
+            let row = first * ROWS;
+            let rows = (count * ROWS).min(w.n() - row);
             with_scratch(|scratch| {
                 for (start, len) in token_blocks(m) {
                     let acts = x.view().slice(start, len);
                     scratch.mul(kernels, w, 0, first, count, (acts, m), 0);
-                    for (i, tile) in scratch
-                        .tile
-                        .chunks_exact(acts.m * ROWS)
-                        .take(count)
-                        .enumerate()
-                    {
-                        let row = (first + i) * ROWS;
-                        let rows = ROWS.min(w.n() - row);
-                        for (t, values) in tile.chunks_exact(ROWS).enumerate() {
-                            let at = (start + t) * w.n() + row;
-                            // SAFETY: strips belong to one task each, so do their columns.
-                            let out = unsafe { y.slice(at..at + rows) };
-                            out.copy_from_slice(&values[..rows]);
+                    for t in 0..len {
+                        let at = (start + t) * w.n() + row;
+                        // SAFETY: strips belong to one task each, so do their columns.
+                        let out = unsafe { y.slice(at..at + rows) };
+                        for (s, out) in out.chunks_mut(ROWS).enumerate() {
+                            let at = (s * len + t) * ROWS;
+                            out.copy_from_slice(&scratch.tile[at..at + out.len()]);
                         }
                     }
                 }
             });
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_all_strips_and_shrink() {
+        for tiles in [false, true] {
+            for strips in [0, 1, 2, 3, 31, 256, 768, 9496] {
+                for threads in [1, 2, 14] {
+                    let mut next = 0;
+                    let mut before = MAX_STRIPS;
+                    for (first, run) in strip_runs(strips, threads, tiles) {
+                        assert_eq!(first, next);
+                        assert!(run <= before, "{strips} {threads}");
+                        assert!(!tiles || run % 2 == 0 || first + run == strips);
+                        (next, before) = (first + run, run);
+                    }
+                    assert_eq!(next, strips);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn token_blocks_are_even_and_whole_groups() {
+        let cut = |m| token_blocks(m).collect::<Vec<_>>();
+        assert_eq!(cut(0), []);
+        assert_eq!(cut(512), [(0, 512)]);
+        assert_eq!(cut(513), [(0, 288), (288, 225)]);
     }
 }

@@ -9,12 +9,14 @@ use super::{
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP},
     disjoint::DisjointMut,
-    strip::ROWS,
+    strip::{ROWS, kernels::MAX_STRIPS},
     weights::Weights,
 };
 
-/// Columns of the intermediate that one task makes: the q8 form's group.
+/// Columns of the intermediate that are made together: the q8 form's group.
 const FF_UNIT: usize = 32;
+/// Columns that one task makes with tiles: gate and up share a pass over the activations.
+const FF_TILES: usize = MAX_STRIPS / 2 * ROWS;
 
 /// Which experts each token uses, and with which weights.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -187,12 +189,19 @@ impl Compute {
             (down.experts(), down.experts())
         );
         let kernels = &self.table.matmul;
-        let units = n_ff.div_ceil(FF_UNIT);
-        self.pool.run(segments.len() * units, &|task| {
-            let Segment { expert, start, len } = segments[task / units];
-            let col = task % units * FF_UNIT;
-            let cols = FF_UNIT.min(n_ff - col);
-            let strips = cols.div_ceil(ROWS);
+        let mut tasks = Vec::new();
+        for (i, s) in segments.iter().enumerate() {
+            let unit = match kernels.tiles_for(gate, s.len) {
+                Some(_) => FF_TILES,
+                None => FF_UNIT,
+            };
+            tasks.extend((0..n_ff).step_by(unit).map(|col| (i, col, unit)));
+        }
+        self.pool.run(tasks.len(), &|task| {
+            let (segment, first_col, unit) = tasks[task];
+            let Segment { expert, start, len } = segments[segment];
+            let first_strip = first_col / ROWS;
+            let strips = unit.min(n_ff - first_col).div_ceil(ROWS);
             let form = kernels.form(down, len);
             let view = if shared {
                 x.view()
@@ -201,28 +210,32 @@ impl Compute {
             };
             with_scratch(|scratch| {
                 for (first, m) in token_blocks(len) {
-                    let acts = view.slice(first, m);
+                    let acts = (view.slice(first, m), len);
                     let up_at = strips * m * ROWS;
-                    let acts = (acts, len);
-                    scratch.mul(kernels, gate, expert, col / ROWS, strips, acts, 0);
-                    scratch.mul(kernels, up, expert, col / ROWS, strips, acts, up_at);
+                    scratch.mul(kernels, gate, expert, first_strip, strips, acts, 0);
+                    scratch.mul(kernels, up, expert, first_strip, strips, acts, up_at);
                     for t in 0..m {
-                        let (mut g, mut u) = ([0f32; FF_UNIT], [0f32; FF_UNIT]);
-                        for s in 0..strips {
-                            let at = (s * m + t) * ROWS;
-                            let part = s * ROWS..(s + 1) * ROWS;
-                            g[part.clone()].copy_from_slice(&scratch.tile[at..at + ROWS]);
-                            let at = at + up_at;
-                            u[part].copy_from_slice(&scratch.tile[at..at + ROWS]);
-                        }
-                        let mut h = [0f32; FF_UNIT];
-                        // Always the whole unit, so that a value does not depend on how
-                        // many columns stand beside it.
-                        // SAFETY: the table's tier was checked; tasks write columns or
-                        // segments of their own.
-                        unsafe {
-                            (self.table.float.swiglu)(&g, &u, &mut h);
-                            hidden.put(kernels, form, (start, len), first + t, col, &h[..cols]);
+                        for c in (0..strips).step_by(FF_UNIT / ROWS) {
+                            let col = first_col + c * ROWS;
+                            let (mut g, mut u) = ([0f32; FF_UNIT], [0f32; FF_UNIT]);
+                            for s in c..strips.min(c + FF_UNIT / ROWS) {
+                                let at = (s * m + t) * ROWS;
+                                let part = (s - c) * ROWS..(s - c + 1) * ROWS;
+                                g[part.clone()].copy_from_slice(&scratch.tile[at..at + ROWS]);
+                                let at = at + up_at;
+                                u[part].copy_from_slice(&scratch.tile[at..at + ROWS]);
+                            }
+                            let mut h = [0f32; FF_UNIT];
+                            let h = &mut h;
+                            // Always the whole unit, so that a value does not depend on how
+                            // many columns stand beside it.
+                            // SAFETY: the table's tier was checked; tasks write columns or
+                            // segments of their own.
+                            unsafe {
+                                (self.table.float.swiglu)(&g, &u, h);
+                                let h = &h[..FF_UNIT.min(n_ff - col)];
+                                hidden.put(kernels, form, (start, len), first + t, col, h);
+                            }
                         }
                     }
                 }
@@ -297,29 +310,48 @@ impl Compute {
 
         let hidden = &scratch.hidden;
         let y = DisjointMut::new(out);
-        self.pool.run(down.strips(), &|s| {
-            let row = s * ROWS;
-            let rows = ROWS.min(n - row);
+        // The block of tokens, first and count, that each assignment is multiplied in.
+        let mut blocks = Vec::with_capacity(assigned);
+        for &Segment { start, len, .. } in &groups.segments {
+            for (first, count) in token_blocks(len) {
+                blocks.extend(std::iter::repeat_n((start + first, count), count));
+            }
+        }
+        // With tiles strips are multiplied in pairs.
+        let run = if kernels.tiles_for(down, m).is_some() {
+            2
+        } else {
+            1
+        };
+        self.pool.run(down.strips().div_ceil(run), &|task| {
+            let first_strip = task * run;
+            let strips = run.min(down.strips() - first_strip);
+            let row = first_strip * ROWS;
+            let rows = (strips * ROWS).min(n - row);
             with_scratch(|scratch| {
                 for &Segment { expert, start, len } in &groups.segments {
                     for (first, count) in token_blocks(len) {
                         let acts = hidden.segment(start, len).slice(first, count);
-                        let at = (start + first) * ROWS;
-                        scratch.mul(kernels, down, expert, s, 1, (acts, len), at);
+                        let at = (start + first) * strips * ROWS;
+                        scratch.mul(kernels, down, expert, first_strip, strips, (acts, len), at);
                     }
                 }
                 for t in 0..m {
-                    let mut sum = [0f32; ROWS];
+                    let mut sums = [[0f32; ROWS]; 2];
                     for choice in t * used..(t + 1) * used {
                         let weight = routing.weights[choice];
-                        let at = groups.place[choice] * ROWS;
-                        for (sum, &v) in sum.iter_mut().zip(&scratch.tile[at..at + ROWS]) {
-                            *sum += weight * v;
+                        let a = groups.place[choice];
+                        let (first, count) = blocks[a];
+                        for (s, sum) in sums[..strips].iter_mut().enumerate() {
+                            let at = (first * strips + s * count + a - first) * ROWS;
+                            for (sum, &v) in sum.iter_mut().zip(&scratch.tile[at..at + ROWS]) {
+                                *sum += weight * v;
+                            }
                         }
                     }
                     // SAFETY: every strip of rows is one task's.
                     let dst = unsafe { y.slice(t * n + row..t * n + row + rows) };
-                    dst.copy_from_slice(&sum[..rows]);
+                    dst.copy_from_slice(&sums.as_flattened()[..rows]);
                 }
             });
         });

@@ -16,6 +16,9 @@ use crate::{
 /// token group they stay in the first-level cache.
 pub const PANEL_K: usize = 1024;
 
+/// Most strips of one call: with tiles, as many as share a pass over the activations.
+pub const MAX_STRIPS: usize = 16;
+
 /// Bytes of the scratch that [`MatmulKernels::mul_strips`] wants: codes, then scales and
 /// minima of sub-blocks of 16.
 pub const PANEL_BYTES: usize = PANEL_K * ROWS + 2 * (PANEL_K / 16) * ROWS * 4;
@@ -26,7 +29,7 @@ pub struct StripArgs<'a> {
     pub ty: GgmlType,
     /// Weights per row.
     pub k: usize,
-    /// Strips of [`super::Layout::strip_bytes`]`(k)` bytes each.
+    /// Up to [`MAX_STRIPS`] strips of [`super::Layout::strip_bytes`]`(k)` bytes each.
     pub strips: &'a [*const u8],
     /// Activations with the form [`MatmulKernels::form`]`(ty)`.
     pub acts: ActsView<'a>,
