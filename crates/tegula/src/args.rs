@@ -112,9 +112,10 @@ pub struct CpuArgs {
     /// Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU's best]
     #[arg(long, value_name = "TIER", env = "TEGULA_ISA")]
     isa: Option<Tier>,
-    /// Use Intel AMX; `auto`: where it is, `emulate`: in software, for tests
+    /// Use Intel AMX, or say why it can't be; =auto: only where it can be; =emulate: in software,
+    /// for tests
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true,
-          default_missing_value = "on")]
+          default_missing_value = "on", hide_possible_values = true)]
     amx: Option<AmxMode>,
     /// Read the file instead of mapping it
     #[arg(long)]

@@ -108,8 +108,9 @@ pub struct BenchArgs {
     /// No repetition before those that count
     #[arg(long)]
     no_warmup: bool,
-    /// How to print
-    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Format::Md)]
+    /// How to print: md, csv, json or jsonl
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Format::Md,
+          hide_possible_values = true)]
     output: Format,
     /// The same as -o json
     #[arg(long, conflicts_with = "output")]

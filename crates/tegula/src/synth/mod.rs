@@ -280,3 +280,49 @@ fn info(t: &Tensor) -> TensorInfo {
         offset: 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny() -> Synth {
+        let shape = Shape::preset("qwen3moe").unwrap();
+        Synth::new(&shape, Mix::parse("Q4_K_M", false).unwrap(), 5).unwrap()
+    }
+
+    #[test]
+    fn files_do_not_depend_on_threads() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |threads: usize| {
+            let path = dir.path().join(threads.to_string());
+            let never = AtomicBool::new(false);
+            let mut last = 0;
+            let bytes = tiny()
+                .write(&path, threads, &never, &mut |w| last = w.done)
+                .unwrap();
+            assert_eq!(last, bytes);
+            std::fs::read(path).unwrap()
+        };
+        let one = write(1);
+        assert!(one == write(2) && one == write(5));
+    }
+
+    #[test]
+    fn a_cancelled_file_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model");
+        let error = tiny().write(&path, 2, &AtomicBool::new(true), &mut |_| {});
+        assert!(error.unwrap_err().to_string().contains("cancelled"));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_mean_mixes_or_types() {
+        let mix = |name, pure| Mix::parse(name, pure);
+        assert_eq!(mix("q4_k", false), Ok(Mix::File(FileType::Q4_K_M)));
+        assert_eq!(mix("Q4_K", true), Ok(Mix::Pure(GgmlType::Q4_K)));
+        assert_eq!(mix("Q4_K_M", true), Ok(Mix::Pure(GgmlType::Q4_K)));
+        assert_eq!(mix("MXFP4", false), Ok(Mix::Pure(GgmlType::MXFP4)));
+        assert!(mix("I32", false).is_err() && mix("Q9", true).is_err());
+    }
+}

@@ -1,0 +1,27 @@
+//! Help texts are part of the interface: a change shows up in review.
+
+use crate::stdout;
+
+#[test]
+fn the_commands() {
+    insta::assert_snapshot!(stdout(&["--help"]));
+}
+
+#[test]
+fn each_command() {
+    for command in [
+        "run",
+        "chat",
+        "bench",
+        "perplexity",
+        "logits",
+        "tokenize",
+        "inspect",
+        "explain",
+        "doctor",
+        "quantize",
+        "synth",
+    ] {
+        insta::assert_snapshot!(command, stdout(&[command, "--help"]));
+    }
+}
