@@ -43,6 +43,26 @@ pub struct Perplexities {
     pub ppl: BTreeMap<String, f64>,
 }
 
+impl Golden {
+    /// The files of `model` that have a figure and are given in `models`.
+    pub fn files(&self, models: &Path, model: &str) -> Vec<String> {
+        let types = self.perplexity.ppl.keys();
+        let file = |ty: &String| file(model, ty);
+        types
+            .map(file)
+            .filter(|f| models.join(f).is_file())
+            .collect()
+    }
+}
+
+/// The name of `model`'s file of type `ty`, as the figures spell it.
+pub fn file(model: &str, ty: &str) -> String {
+    match ty {
+        "BF16" => format!("{model}-bf16.gguf"),
+        ty => format!("{model}-{ty}.gguf"),
+    }
+}
+
 /// Reads `golden.json` in `models`: results by the model's name.
 ///
 /// # Errors

@@ -6,6 +6,7 @@
 
 mod checks;
 pub mod compare;
+mod engine;
 pub mod golden;
 pub mod oracle;
 

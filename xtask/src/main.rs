@@ -29,6 +29,9 @@ enum Task {
         #[arg(value_parser = clap::value_parser!(u8).range(1..=5))]
         number: u8,
         action: Action,
+        /// With verify: run this check alone, and record nothing; may be repeated.
+        #[arg(long, value_name = "TASK")]
+        only: Vec<String>,
     },
     /// Prints where every phase stands, from the records.
     Status,
@@ -62,10 +65,14 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     let root = root()?;
     match task {
-        Task::Phase { number, action } => {
+        Task::Phase {
+            number,
+            action,
+            only,
+        } => {
             let phase = phase::numbered(number)?;
             match action {
-                Action::Verify => phase::verify(&root, &phase),
+                Action::Verify => phase::verify(&root, &phase, &only),
                 Action::Bench => phase::bench(&root, &phase),
                 Action::Report => phase::report(&root, &phase),
             }
