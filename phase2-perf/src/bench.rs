@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 use tegula_engine::{Batch, Context, ContextOptions, Model, Result};
+use tegula_kernels::profile::Share;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +51,8 @@ pub struct Samples {
     pub test: Test,
     /// Nanoseconds of each repetition, in order.
     pub ns: Vec<u64>,
+    /// Where the last repetition's time went, if that was asked for.
+    pub profile: Vec<Share>,
 }
 
 impl Samples {
@@ -81,6 +84,8 @@ pub struct Options {
     pub repetitions: usize,
     /// One repetition that doesn't count comes first (of a single token for `tg`).
     pub warm_up: bool,
+    /// Gather where the time goes.
+    pub profile: bool,
 }
 
 /// Runs a test. `progress` is told how many repetitions are done. When `cancel` is set the
@@ -104,6 +109,7 @@ pub fn measure(
     let mut samples = Samples {
         test,
         ns: Vec::with_capacity(options.repetitions),
+        profile: Vec::new(),
     };
     if options.warm_up {
         let warm = Test {
@@ -121,9 +127,16 @@ pub fn measure(
             depth: 0,
         };
         tokens.run(&mut ctx, deep, cancel)?;
+        let profile = &model.compute().profile;
+        if options.profile {
+            profile.start();
+        }
         let start = Instant::now();
         let whole = tokens.run(&mut ctx, test, cancel)?;
         let elapsed = start.elapsed();
+        if options.profile {
+            samples.profile = profile.stop();
+        }
         if !whole {
             break;
         }
@@ -207,6 +220,7 @@ mod tests {
         let samples = Samples {
             test: test(10, 0, 0),
             ns: vec![1_000_000_000, 500_000_000],
+            profile: Vec::new(),
         };
         assert_eq!(samples.tps(), [10.0, 20.0]);
         let (mean, deviation) = mean_and_deviation(&samples.tps());

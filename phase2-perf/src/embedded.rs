@@ -37,6 +37,7 @@ pub fn tiers(env: &Env) -> Result<Vec<Series>, String> {
                 context: ContextOptions::default(),
                 repetitions: REPETITIONS,
                 warm_up: true,
+                profile: false,
             };
             let never = AtomicBool::new(false);
             let samples = measure(&model, test, &options, &never, &mut |_| {})

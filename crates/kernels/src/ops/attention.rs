@@ -5,6 +5,7 @@ use crate::{
     attn::{CHUNK, ChunkArgs},
     disjoint::DisjointMut,
     kv::{KV_PAGE, KvCache, PageTable},
+    profile::Op,
 };
 use std::cell::RefCell;
 
@@ -74,6 +75,7 @@ impl Compute {
         k: &[f32],
         v: &[f32],
     ) {
+        let _span = self.profile.span(Op::KvStore);
         let (heads, dim) = (cache.shape().heads, cache.shape().dim);
         assert!(k.len() == tokens.len() * heads * dim && v.len() == k.len());
         assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
@@ -122,6 +124,7 @@ impl Compute {
         scale: f32,
         out: &mut [f32],
     ) {
+        let _span = self.profile.span(Op::Attention);
         let shape = cache.shape();
         let (dim, kv_heads) = (shape.dim, shape.heads);
         assert!(q.len() == tokens.len() * heads * dim && out.len() == q.len());

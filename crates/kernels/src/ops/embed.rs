@@ -1,7 +1,7 @@
 //! Embeddings.
 
 use super::Compute;
-use crate::{disjoint::DisjointMut, weights::Weights};
+use crate::{disjoint::DisjointMut, profile::Op, weights::Weights};
 use tegula_gguf::blocks;
 
 impl Compute {
@@ -10,6 +10,7 @@ impl Compute {
     /// # Panics
     /// When an id is no row or the length of `out` disagrees.
     pub fn get_rows(&self, w: &Weights, ids: &[u32], out: &mut [f32]) {
+        let _span = self.profile.span(Op::Embed);
         let k = w.k();
         assert_eq!(out.len(), ids.len() * k);
         assert!(ids.iter().all(|&id| (id as usize) < w.n()));

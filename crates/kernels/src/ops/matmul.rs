@@ -7,6 +7,7 @@ use crate::{
     acts::{Acts, ActsView, Forms},
     disjoint::DisjointMut,
     mem::AlignedBuf,
+    profile::Op,
     strip::{
         ROWS,
         kernels::{MAX_STRIPS, MatmulKernels, PANEL_BYTES, StripArgs},
@@ -134,6 +135,7 @@ impl Compute {
     /// # Panics
     /// When `x` has not `m * k` values, or q8 is asked for and `k` is no multiple of 32.
     pub fn prepare(&self, acts: &mut Acts, x: &[f32], m: usize, k: usize, forms: Forms) {
+        let _span = self.profile.span(Op::Prepare);
         assert_eq!(x.len(), m * k);
         let writer = acts.begin(m, k, forms);
         if k == 0 {
@@ -168,6 +170,7 @@ impl Compute {
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_many(&self, products: &mut [(&Weights, &mut [f32])], x: &Acts) {
+        let _span = self.profile.span(Op::Products);
         let m = x.m();
         if m == 0 {
             return;

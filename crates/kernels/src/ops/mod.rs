@@ -10,6 +10,7 @@ mod rows;
 use crate::{
     amx::Amx,
     pool::{Pool, PoolConfig},
+    profile::Profile,
     table::Kernels,
     tier::Tier,
 };
@@ -21,6 +22,8 @@ pub use rope::{RopeParams, RopeStyle, RopeTable, Yarn};
 pub struct Compute {
     pub pool: Pool,
     pub table: &'static Kernels,
+    /// Where the time goes.
+    pub profile: Profile,
 }
 
 impl Compute {
@@ -29,6 +32,7 @@ impl Compute {
         Compute {
             pool: Pool::new(pool),
             table: Kernels::for_tier(tier),
+            profile: Profile::default(),
         }
     }
 
@@ -37,6 +41,7 @@ impl Compute {
         Compute {
             pool: Pool::new(pool),
             table: Kernels::with_amx(tier, amx),
+            profile: Profile::default(),
         }
     }
 }

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP},
     disjoint::DisjointMut,
+    profile::Op,
     strip::{ROWS, kernels::MAX_STRIPS},
     weights::Weights,
 };
@@ -114,6 +115,7 @@ impl Compute {
     /// # Panics
     /// When `used` is 0 or more than `n_expert`, or `logits` has the wrong length.
     pub fn route(&self, logits: &[f32], n_expert: usize, options: &RouteOptions) -> Routing {
+        let _span = self.profile.span(Op::Route);
         let used = options.used;
         assert!(used > 0 && used <= n_expert && logits.len().is_multiple_of(n_expert));
         let m = logits.len() / n_expert;
@@ -153,6 +155,7 @@ impl Compute {
         down: &Weights,
         hidden: &mut Acts,
     ) {
+        let _span = self.profile.span(Op::GateUp);
         let segments = [Segment {
             expert: 0,
             start: 0,
@@ -269,6 +272,7 @@ impl Compute {
         scratch: &mut MoeScratch,
         out: &mut [f32],
     ) {
+        let _span = self.profile.span(Op::Experts);
         let (m, used, n) = (x.m(), routing.used, down.n());
         assert_eq!(
             (routing.ids.len(), routing.weights.len()),

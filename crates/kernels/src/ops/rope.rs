@@ -7,6 +7,7 @@
 
 use super::Compute;
 use crate::disjoint::DisjointMut;
+use crate::profile::Op;
 
 /// Which dimensions rotate together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -145,6 +146,7 @@ impl Compute {
         style: RopeStyle,
         table: &RopeTable,
     ) {
+        let _span = self.profile.span(Op::Rope);
         let pairs = table.pairs;
         if pairs == 0 {
             return;

@@ -2,6 +2,7 @@
 
 use super::Compute;
 use crate::disjoint::DisjointMut;
+use crate::profile::Op;
 
 /// Values below which a dispatch costs more than the work.
 const INLINE: usize = 16 * 1024;
@@ -21,6 +22,7 @@ impl Compute {
     /// # Panics
     /// When lengths disagree.
     pub fn rms_norm(&self, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+        let _span = self.profile.span(Op::Norm);
         let k = w.len();
         assert!(x.len() == out.len() && x.len().is_multiple_of(k));
         let out = DisjointMut::new(out);
@@ -38,6 +40,7 @@ impl Compute {
     /// # Panics
     /// When lengths disagree or a head is longer than 1024.
     pub fn rms_norm_heads(&self, x: &mut [f32], heads: usize, w: &[f32], eps: f32) {
+        let _span = self.profile.span(Op::Norm);
         let (dim, row) = (w.len(), w.len() * heads);
         assert!(x.len().is_multiple_of(row) && dim <= 1024);
         let tokens = x.len() / row;
@@ -60,6 +63,7 @@ impl Compute {
     /// # Panics
     /// When lengths disagree.
     pub fn add_assign(&self, dst: &mut [f32], x: &[f32]) {
+        let _span = self.profile.span(Op::Add);
         assert_eq!(dst.len(), x.len());
         let len = x.len();
         let part = 4096;
@@ -76,6 +80,7 @@ impl Compute {
     /// # Panics
     /// When `x` is no whole number of rows.
     pub fn add_bias(&self, x: &mut [f32], bias: &[f32]) {
+        let _span = self.profile.span(Op::Add);
         let k = bias.len();
         assert!(x.len().is_multiple_of(k));
         let rows = x.len() / k;

@@ -13,7 +13,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 use tegula_engine::{ContextOptions, LoadOptions, Model, Source, threads::default_threads};
-use tegula_kernels::{Tier, kv::KvType};
+use tegula_kernels::{Tier, kv::KvType, profile::Share};
 use tegula_lab::{Date, Host, Record, Series};
 
 #[derive(Args, Debug)]
@@ -105,6 +105,9 @@ pub struct BenchArgs {
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
+    /// Also tell where the time goes, per kind of operation (last repetition)
+    #[arg(long)]
+    profile: bool,
     /// No repetition before those that count
     #[arg(long)]
     no_warmup: bool,
@@ -165,6 +168,27 @@ struct Row {
     stddev_ts: f64,
     samples_ts: Vec<f64>,
     samples_ns: Vec<u64>,
+    /// The last repetition's time per kind of operation, with --profile.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<Part>,
+}
+
+/// A kind of operation's part of a repetition.
+#[derive(Clone, Debug, Serialize)]
+struct Part {
+    operation: &'static str,
+    calls: u64,
+    ms: f64,
+}
+
+impl From<Share> for Part {
+    fn from(share: Share) -> Part {
+        Part {
+            operation: share.op.name(),
+            calls: share.calls,
+            ms: share.time.as_secs_f64() * 1e3,
+        }
+    }
 }
 
 /// What `-o json` prints: a record of the laboratory, and the rows.
@@ -300,6 +324,7 @@ fn row(
         context,
         repetitions: args.repetitions,
         warm_up: !args.no_warmup,
+        profile: args.profile,
     };
     let samples = measure(model, test, &options, cancel, &mut |_| {})?;
     if samples.ns.is_empty() {
@@ -333,6 +358,7 @@ fn row(
         stddev_ts,
         samples_ts,
         samples_ns: samples.ns,
+        profile: samples.profile.into_iter().map(Part::from).collect(),
     }))
 }
 
@@ -426,6 +452,16 @@ impl Printer {
                     .map(|c| pad(&(c.text)(&row), c))
                     .collect();
                 output::line(&format!("| {} |", cells.join(" | ")))?;
+                let whole = row.samples_ns.last().map_or(0.0, |&ns| ns as f64 / 1e6);
+                for p in &row.profile {
+                    eprintln!(
+                        "  {:<12} {:7} calls {:10.2} ms {:5.1} %",
+                        p.operation,
+                        p.calls,
+                        p.ms,
+                        100.0 * p.ms / whole
+                    );
+                }
             }
             Format::Csv => {
                 let fields = self.fields(&row);
