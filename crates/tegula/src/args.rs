@@ -151,9 +151,7 @@ pub fn amx(mode: Option<AmxMode>, tier: Tier) -> Result<Option<Amx>, Refusal> {
     match mode {
         AmxMode::On => Amx::acquire().map(Some).map_err(|e| refuse(&e)),
         AmxMode::Emulate => Amx::emulate().map(Some).map_err(|e| refuse(&e)),
-        AmxMode::Auto => Ok(Amx::acquire()
-            .inspect_err(|e| eprintln!("AMX: off ({e})"))
-            .ok()),
+        AmxMode::Auto => Ok(Amx::acquire().inspect_err(|e| say!("AMX: off ({e})")).ok()),
     }
 }
 
@@ -209,6 +207,9 @@ impl CpuArgs {
 
 /// Loads a model, shows how far it is, and warns of what is doubtful about it.
 pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
+    if let Some(amx) = options.amx.filter(|amx| amx.is_emulated()) {
+        say!("{}", amx.name());
+    }
     let mut progress = Progress::new("loading", Unit::Bytes);
     let model = Model::load(options, &mut |event| {
         let LoadEvent::Tensor { name, done, total } = event;
@@ -218,7 +219,7 @@ pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
     drop(progress);
     let warnings = model.gguf().warnings().iter();
     for warning in warnings.chain(model.tokenizer().warnings()) {
-        eprintln!("warning: {warning}");
+        say!("warning: {warning}");
     }
     Ok(Arc::new(model))
 }
@@ -483,6 +484,16 @@ impl SamplingArgs {
             seed: u64::try_from(self.seed).unwrap_or_else(|_| random_seed()),
             ..SamplerOptions::default()
         })
+    }
+}
+
+/// Refuses biases for tokens that the vocabulary doesn't have.
+pub fn check_biases(options: &SamplerOptions, vocab: usize) -> Result<(), Refusal> {
+    match options.logit_bias.iter().find(|b| b.0 as usize >= vocab) {
+        None => Ok(()),
+        Some((id, _)) => Err(Refusal::Input(format!(
+            "--logit-bias: token {id} is outside the vocabulary of {vocab}"
+        ))),
     }
 }
 

@@ -79,9 +79,9 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let code = code(&error);
-    eprintln!("{}", describe(&error));
+    say!("{}", describe(&error));
     if code == INTERNAL {
-        eprintln!("  this is a defect in tegula: please report it with the command line");
+        say!("  this is a defect in tegula: please report it with the command line");
     }
     ExitCode::from(code)
 }
@@ -91,7 +91,7 @@ pub fn guard(run: impl FnOnce() -> anyhow::Result<()> + std::panic::UnwindSafe) 
     match std::panic::catch_unwind(run) {
         Ok(result) => report(result),
         Err(_) => {
-            eprintln!("error: internal error; please report it with the command line");
+            say!("error: internal error; please report it with the command line");
             ExitCode::from(INTERNAL)
         }
     }

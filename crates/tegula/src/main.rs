@@ -1,12 +1,13 @@
 //! The program: `tegula COMMAND …`.
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod output;
 mod args;
 mod cmd;
 mod exit;
 mod facts;
 mod interrupt;
-mod output;
 mod progress;
 mod synth;
 

@@ -1,8 +1,17 @@
-//! Standard output: JSON documents, text, and how sizes are written.
+//! Standard output: JSON documents and text; lines on stderr; how sizes are written.
 
 use anyhow::Context as _;
 use serde::Serialize;
 use std::io::Write as _;
+
+/// Writes a line to stderr, as `eprintln!` does, but is silent where nobody listens any more.
+macro_rules! say {
+    ($($message:tt)*) => {{
+        use std::io::Write as _;
+        // There is nowhere left to report to.
+        let _ = writeln!(std::io::stderr(), $($message)*);
+    }};
+}
 
 /// Writes text to stdout at once.
 pub fn text(text: &str) -> anyhow::Result<()> {

@@ -65,7 +65,7 @@ impl Progress {
                 if last.elapsed() >= LINE_EVERY {
                     *last = Instant::now();
                     let percent = done as f64 / total.max(1) as f64 * 100.0;
-                    eprintln!("{}: {percent:.0} % {}", self.label, self.message);
+                    say!("{}: {percent:.0} % {}", self.label, self.message);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! `chat`: a conversation, line by line.
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, SamplingArgs, read_text},
+    args::{CacheArgs, CpuArgs, ModelArgs, SamplingArgs, check_biases, read_text},
     cmd::run::{Stdout, print_timings, warm_up},
     exit::Refusal,
     interrupt,
@@ -64,6 +64,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     // Before the weights: without a template there is no conversation.
     let template = template(args)?;
     let model = args.cpu.load(&args.model)?;
+    check_biases(&generation.sampler, model.config().vocab)?;
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     warm_up(&mut ctx)?;
     let mut chat = Chat {
@@ -97,7 +98,7 @@ fn template(args: &ChatArgs) -> anyhow::Result<ChatTemplate> {
             ))
         })?;
         if own.is_fallback() {
-            eprintln!("warning: the model has no chat template: ChatML is used");
+            say!("warning: the model has no chat template: ChatML is used");
         }
         return Ok(own);
     };
@@ -132,9 +133,8 @@ impl Chat {
         // Nothing to interrupt: from here on Ctrl-C ends the program.
         self.cancel.store(true, Ordering::Relaxed);
         if terminal {
-            eprint!("> ");
             // On a terminal that is gone nobody waits for the prompt.
-            let _ = std::io::stderr().flush();
+            let _ = std::io::stderr().write_all(b"> ");
         }
         let mut bytes = Vec::new();
         std::io::stdin()
@@ -171,8 +171,8 @@ impl Chat {
         )?;
         out.finish(&generation)?;
         match generation.reason {
-            StopReason::ContextFull => eprintln!("the context is full: /clear starts over"),
-            StopReason::Cancelled => eprintln!("interrupted"),
+            StopReason::ContextFull => say!("the context is full: /clear starts over"),
+            StopReason::Cancelled => say!("interrupted"),
             _ => {}
         }
         if self.verbose {

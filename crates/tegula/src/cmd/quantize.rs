@@ -177,7 +177,7 @@ fn report(
         });
     }
     let types: Vec<_> = types.iter().map(|(ty, n)| format!("{n} {ty}")).collect();
-    eprintln!(
+    say!(
         "{}: {} from {}, {bits_per_weight:.2} bits per weight, {seconds:.1} s; tensors: {}",
         args.output.display(),
         output::bytes(quantized.file_bytes),
@@ -185,7 +185,7 @@ fn report(
         types.join(", ")
     );
     if quantized.fallbacks() > 0 {
-        eprintln!(
+        say!(
             "{} tensors got a larger type: their rows are no multiple of the block",
             quantized.fallbacks()
         );

@@ -1,7 +1,7 @@
 //! `run`: continues a text.
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs},
+    args::{CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, check_biases},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -166,7 +166,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             },
         })?;
     } else {
-        eprintln!();
+        say!();
         print_statistics(&run);
     }
     Ok(())
@@ -179,6 +179,7 @@ fn engine(
     out: &mut Stdout,
 ) -> anyhow::Result<Run> {
     let model = args.cpu.load(&args.model)?;
+    check_biases(&options.sampler, model.config().vocab)?;
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     if args.verbose {
         describe(&model, &ctx);
@@ -255,6 +256,7 @@ fn reference(
     let gguf = load.open()?;
     let tokenizer = Tokenizer::from_gguf(&gguf)?;
     let oracle = Oracle::load(&gguf)?;
+    check_biases(&options.sampler, oracle.config().n_vocab)?;
     let load_ms = millis(start);
     let prompt = tokenizer.encode(text, EncodeOptions::default());
     let limit = options.limit.unwrap_or(usize::MAX);
@@ -368,29 +370,32 @@ fn reason(reason: &StopReason) -> &'static str {
 }
 
 fn print_statistics(run: &Run) {
-    eprintln!(
+    say!(
         "model   {} ({}), {}, {} threads",
-        run.model, run.arch, run.isa, run.threads
+        run.model,
+        run.arch,
+        run.isa,
+        run.threads
     );
-    eprintln!("load    {:9.1} ms", run.load_ms);
+    say!("load    {:9.1} ms", run.load_ms);
     print_timings(&run.generation.timings);
     match &run.generation.reason {
         StopReason::EndOfGeneration | StopReason::Limit => {}
-        StopReason::StopString(s) => eprintln!("ended by the stop string {s:?}"),
-        StopReason::ContextFull => eprintln!("ended as the context is full (-c)"),
-        StopReason::Cancelled => eprintln!("interrupted"),
+        StopReason::StopString(s) => say!("ended by the stop string {s:?}"),
+        StopReason::ContextFull => say!("ended as the context is full (-c)"),
+        StopReason::Cancelled => say!("interrupted"),
     }
 }
 
 /// Times and rates on stderr.
 pub fn print_timings(t: &Timings) {
-    eprintln!(
+    say!(
         "prompt  {:9.1} ms {:6} tokens {:9.1} t/s",
         t.prompt_ms,
         t.prompt_tokens,
         t.prompt_tps()
     );
-    eprintln!(
+    say!(
         "decode  {:9.1} ms {:6} tokens {:9.1} t/s",
         t.decode_ms(),
         t.token_ms.len(),
@@ -400,7 +405,7 @@ pub fn print_timings(t: &Timings) {
 
 fn describe(model: &Model, ctx: &Context) {
     let c = model.config();
-    eprintln!(
+    say!(
         "{}: {} parameters, {} layers, width {}, {} heads ({} KV) of {}, vocabulary {}",
         c.name,
         output::count(facts::parameters(model.gguf())),
@@ -418,10 +423,10 @@ fn describe(model: &Model, ctx: &Context) {
     ] {
         let bytes = model.plan().bytes_in(buffer);
         if bytes > 0 {
-            eprintln!("{buffer:?}: {}", output::bytes(bytes));
+            say!("{buffer:?}: {}", output::bytes(bytes));
         }
     }
-    eprintln!(
+    say!(
         "KV cache: {} for {} tokens",
         output::bytes(ctx.kv_bytes() as u64),
         ctx.options().context

@@ -155,7 +155,7 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
             seconds,
         })
     } else {
-        eprintln!(
+        say!(
             "{}: {} parameters, {} in {seconds:.1} s ({:.2} GB/s)",
             args.out.display(),
             output::count(parameters),

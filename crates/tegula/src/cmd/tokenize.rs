@@ -72,7 +72,7 @@ pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let gguf = args.model.open()?;
     let tokenizer = Tokenizer::from_gguf(&gguf)?;
     for warning in tokenizer.warnings() {
-        eprintln!("warning: {warning}");
+        say!("warning: {warning}");
     }
     let options = EncodeOptions {
         add_special: !args.no_bos,

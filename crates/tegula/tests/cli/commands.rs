@@ -206,6 +206,17 @@ fn a_reader_that_leaves_is_no_error() {
 }
 
 #[test]
+fn nobody_has_to_listen_to_the_statistics() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let out = program(&["run", "-p", "x", "-n", "1"])
+        .stderr(writer)
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(0));
+}
+
+#[test]
 fn an_interrupt_still_prints_statistics() {
     let mut child = program(&["run", "-p", "An", "-n", "-1", "--ignore-eos"])
         .stdout(Stdio::piped())

@@ -139,6 +139,9 @@ fn prompts_that_do_not_do() {
         "{said}"
     );
     assert!(fails(3, &["run", "-p", ""]).contains("prompt is empty"));
+    let bias = ["run", "-p", "x", "--logit-bias", "4096+1"];
+    assert!(fails(3, &bias).contains("token 4096 is outside the vocabulary of 4096"));
+    fails(3, &[&bias[..], &["--reference"]].concat());
     let short = tegula_with_input(&["perplexity", "-f", "-"], b"too short");
     assert_eq!(short.status.code(), Some(3), "{}", text(&short.stderr));
     let said = tegula_with_input(&["chat"], b"\xff\n");
