@@ -54,7 +54,8 @@ impl Timings {
 
     /// Milliseconds of generation.
     pub fn decode_ms(&self) -> f64 {
-        self.token_ms.iter().sum()
+        // The sum of nothing is -0.0.
+        self.token_ms.iter().sum::<f64>() + 0.0
     }
 
     /// Generated tokens per second.

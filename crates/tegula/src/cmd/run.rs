@@ -1,7 +1,7 @@
 //! `run`: continues a text.
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, check_biases},
+    args::{self, CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, check_biases},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -141,7 +141,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             &mut out,
         )?
     } else {
-        engine(args, text.as_deref(), &options, &mut out)?
+        engine(args, &load, text.as_deref(), &options, &mut out)?
     };
     out.finish(&run.generation)?;
     if args.json {
@@ -174,11 +174,12 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
 
 fn engine(
     args: &RunArgs,
+    load: &LoadOptions,
     text: Option<&str>,
     options: &GenerateOptions,
     out: &mut Stdout,
 ) -> anyhow::Result<Run> {
-    let model = args.cpu.load(&args.model)?;
+    let model = args::load(load)?;
     check_biases(&options.sampler, model.config().vocab)?;
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     if args.verbose {

@@ -123,6 +123,7 @@ fn run_ends_where_it_should() {
         (&none["text"], &none["stop_reason"]),
         (&"".into(), &"limit".into())
     );
+    assert_eq!(none["timings"]["decode_ms"].to_string(), "0.0");
     // The end-of-text token of the embedded model, made certain.
     let end = greedy("5", &["--logit-bias", "0+1000"]);
     assert_eq!(end["stop_reason"], "end_of_generation");
@@ -511,6 +512,29 @@ fn quantize_writes_models_that_run() {
     assert_eq!(ty("token_embd.weight"), "Q5_0");
     assert_eq!(ty("blk.1.attn_v.weight"), "Q6_K");
     assert_eq!(ty("blk.1.attn_q.weight"), "Q4_0");
+}
+
+#[test]
+fn emulated_amx_says_so_everywhere() {
+    let (_dir, model) = small_model("qwen3", "Q4_0");
+    let prompt = "the cat sat on the mat and then the dog came in";
+    let args = ["--amx=emulate", "-p", prompt, "-n", "2", "--temp", "0"];
+    let run = |more: &[&str]| tegula(&[&["run", path(&model)], &args[..], more].concat());
+    let out = run(&["--json"]);
+    // The scalar kernels, all that there is on an old CPU, can't feed it.
+    if out.status.code() == Some(4) {
+        assert!(text(&out.stderr).contains("scalar"));
+        return;
+    }
+    let out: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(
+        out["isa"].as_str().unwrap().ends_with("amx: emulated"),
+        "{out}"
+    );
+    assert!(text(&run(&[]).stderr).contains("amx: emulated"));
+    let table = stdout(&["explain", path(&model), "--amx=emulate"]);
+    assert!(table.contains("amx: emulated from"), "{table}");
+    assert_eq!(tegula(&["bench", "--amx=emulate"]).status.code(), Some(2));
 }
 
 #[test]
