@@ -454,7 +454,7 @@ impl Printer {
                 output::line(&format!("| {} |", cells.join(" | ")))?;
                 let whole = row.samples_ns.last().map_or(0.0, |&ns| ns as f64 / 1e6);
                 for p in &row.profile {
-                    eprintln!(
+                    say!(
                         "  {:<12} {:7} calls {:10.2} ms {:5.1} %",
                         p.operation,
                         p.calls,
