@@ -61,6 +61,8 @@ pub enum Need {
     Shared,
     /// A CPU with AMX (tile, int8 and bf16).
     Amx,
+    /// A CPU with AVX2, FMA, F16C and BMI2.
+    Avx2,
     /// A CPU with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
     /// At least so many GPUs.
@@ -87,6 +89,7 @@ impl Need {
                 .is_none()
                 .then(|| "the shared models (`../shared`, or TEGULA_SHARED)".to_owned()),
             Need::Amx => flags(&["amx_tile", "amx_int8", "amx_bf16"]),
+            Need::Avx2 => flags(&["avx2", "fma", "f16c", "bmi2"]),
             Need::Avx512 => flags(&["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"]),
             Need::Gpus(n) => (env.host.gpus < n).then(|| match n {
                 1 => "a GPU".to_owned(),
@@ -106,6 +109,7 @@ impl fmt::Display for Need {
             Need::Unbuilt(what) => f.write_str(what),
             Need::Shared => f.write_str("the shared models"),
             Need::Amx => f.write_str("a CPU with AMX"),
+            Need::Avx2 => f.write_str("a CPU with AVX2"),
             Need::Avx512 => f.write_str("a CPU with AVX-512 and VNNI"),
             Need::Gpus(1) => f.write_str("a GPU"),
             Need::Gpus(n) => write!(f, "{n} GPUs"),
