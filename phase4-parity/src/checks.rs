@@ -21,7 +21,7 @@ pub fn phase() -> Phase {
 
 /// Tasks 4.1 to 4.6.
 pub fn checks() -> Vec<Check> {
-    const AMX: Need = Need::Unbuilt("the AMX tier of the kernels");
+    const AMX: Need = Need::Unbuilt("the matrix of what upstream's AMX does, run on tiles");
     vec![
         Check {
             id: "4.1",
