@@ -317,7 +317,7 @@ pub struct PromptArgs {
     /// The prompt; escapes such as \n are understood
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
-    /// File with the prompt, taken as it is; `-`: standard input
+    /// File with the prompt, as it is but for a line break at its end; `-`: standard input
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
     /// Take backslashes in -p as they are
@@ -331,7 +331,12 @@ impl PromptArgs {
         match (&self.prompt, &self.file) {
             (Some(text), _) if self.no_escape => Ok(Some(text.clone())),
             (Some(text), _) => Ok(Some(unescape(text))),
-            (None, Some(path)) => read_text(path).map(Some),
+            (None, Some(path)) => {
+                let mut text = read_text(path)?;
+                // Editors end files with a line break; as in llama.cpp it is no part.
+                text.truncate(text.strip_suffix('\n').unwrap_or(&text).len());
+                Ok(Some(text))
+            }
             (None, None) => Ok(None),
         }
     }

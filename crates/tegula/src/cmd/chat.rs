@@ -18,7 +18,7 @@ use std::{
 };
 use tegula_engine::{Context, GenerateOptions, StopReason, generate};
 use tegula_gguf::{
-    ChatTemplate, Tokenizer,
+    ChatTemplate,
     chat::{Message, RenderOptions},
 };
 
@@ -62,9 +62,14 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         ..GenerateOptions::default()
     };
     // Before the weights: without a template there is no conversation.
-    let template = template(args)?;
+    let mut template = template(args)?;
     let model = args.cpu.load(&args.model)?;
     check_biases(&generation.sampler, model.config().vocab)?;
+    if args.chat_template.is_some() {
+        let tokenizer = model.tokenizer();
+        let text = |id: Option<u32>| Some(tokenizer.token_text(id?)?.to_owned());
+        template = template.with_tokens(text(tokenizer.bos()), text(tokenizer.eos()));
+    }
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     warm_up(&mut ctx)?;
     let mut chat = Chat {
@@ -88,26 +93,21 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The template that was given, or the model's own.
+/// The template that was given, still without the model's tokens, or the model's own.
 fn template(args: &ChatArgs) -> anyhow::Result<ChatTemplate> {
-    let gguf = args.model.open()?;
-    let Some(path) = &args.chat_template else {
-        let own = ChatTemplate::from_gguf(&gguf).map_err(|e| {
-            Refusal::Input(format!(
-                "{e}; give one with --chat-template, or use `tegula run`"
-            ))
-        })?;
-        if own.is_fallback() {
-            say!("warning: the model has no chat template: ChatML is used");
-        }
-        return Ok(own);
-    };
-    let template: ChatTemplate = read_text(path)?
-        .parse()
-        .with_context(|| path.display().to_string())?;
-    let tokenizer = Tokenizer::from_gguf(&gguf)?;
-    let text = |id: Option<u32>| Some(tokenizer.token_text(id?)?.to_owned());
-    Ok(template.with_tokens(text(tokenizer.bos()), text(tokenizer.eos())))
+    if let Some(path) = &args.chat_template {
+        let parsed = read_text(path)?.parse();
+        return parsed.with_context(|| path.display().to_string());
+    }
+    let own = ChatTemplate::from_gguf(&args.model.open()?).map_err(|e| {
+        Refusal::Input(format!(
+            "{e}; give one with --chat-template, or use `tegula run`"
+        ))
+    })?;
+    if own.is_fallback() {
+        say!("warning: the model has no chat template: ChatML is used");
+    }
+    Ok(own)
 }
 
 /// A conversation.

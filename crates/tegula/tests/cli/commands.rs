@@ -135,7 +135,7 @@ fn run_ends_where_it_should() {
 fn prompts_come_from_flags_files_and_standard_input() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("prompt.txt");
-    fs::write(&file, "a\\nb").unwrap();
+    fs::write(&file, "a\\nb\n").unwrap();
     let tokens = |args: &[&str]| {
         let common = ["run", "-n", "0", "--json", "--no-warmup"];
         json(&[&common, args].concat())["prompt_tokens"].clone()
@@ -271,6 +271,21 @@ fn chat_answers_line_by_line() {
     );
     let run = stdout(&[&PROMPT[..], &["8"]].concat());
     assert_eq!(plain, run, "the template renders the message alone");
+    fs::write(&template, "{{ bos_token }}{{ messages[0].content }}").unwrap();
+    let begun = chat(
+        &["--chat-template", path(&template)],
+        "An iterator adaptor that\n",
+    );
+    assert_eq!(
+        begun, run,
+        "the model has no such token: nothing is rendered"
+    );
+    fs::write(&template, "{{ eos_token }}{{ messages[0].content }}").unwrap();
+    let ended = chat(
+        &["--chat-template", path(&template)],
+        "An iterator adaptor that\n",
+    );
+    assert_ne!(ended, run);
 }
 
 #[test]
