@@ -24,7 +24,10 @@ use std::marker::PhantomData;
 
 use half::bf16;
 
-use crate::strip::kernels::MatmulKernels;
+use crate::{
+    mem::{AlignedVec, Number},
+    strip::kernels::MatmulKernels,
+};
 
 /// Tokens that are interleaved.
 pub const GROUP: usize = 8;
@@ -75,15 +78,15 @@ pub struct Acts {
     m: usize,
     k: usize,
     forms: Forms,
-    q: Vec<i8>,
-    d: Vec<f32>,
-    nsum32: Vec<i32>,
-    nsum16: Vec<i32>,
-    fsum32: Vec<f32>,
-    fsum16: Vec<f32>,
-    floats: Vec<f32>,
-    pairs: Vec<u32>,
-    tiles: Vec<u16>,
+    q: AlignedVec<i8>,
+    d: AlignedVec<f32>,
+    nsum32: AlignedVec<i32>,
+    nsum16: AlignedVec<i32>,
+    fsum32: AlignedVec<f32>,
+    fsum16: AlignedVec<f32>,
+    floats: AlignedVec<f32>,
+    pairs: AlignedVec<u32>,
+    tiles: AlignedVec<u16>,
 }
 
 impl Acts {
@@ -113,9 +116,9 @@ impl Acts {
     /// # Panics
     /// When [`Forms::Q8`] or [`Forms::TILES`] is asked for and `k` is no multiple of 32.
     pub fn begin(&mut self, m: usize, k: usize, forms: Forms) -> ActsWriter<'_> {
-        fn fit<T: Copy + Default>(v: &mut Vec<T>, wanted: bool, len: usize) {
-            if wanted && v.len() < len {
-                v.resize(len, T::default());
+        fn fit<T: Number>(v: &mut AlignedVec<T>, wanted: bool, len: usize) {
+            if wanted {
+                v.fit(len);
             }
         }
         let q8 = forms.has(Forms::Q8);

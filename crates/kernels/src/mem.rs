@@ -3,6 +3,7 @@
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
     fmt,
+    marker::PhantomData,
     ops::{Deref, DerefMut},
     ptr::NonNull,
     slice,
@@ -95,6 +96,61 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
+/// Plain numbers: any bits are a value.
+pub trait Number: Copy + sealed::Sealed {}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! numbers {
+    ($($ty:ty),*) => { $(impl sealed::Sealed for $ty {} impl Number for $ty {})* };
+}
+numbers!(i8, u8, u16, u32, i32, f32);
+
+/// Scratch for numbers that starts at a cache line: rows of 64 bytes never straddle two.
+#[derive(Debug)]
+pub struct AlignedVec<T> {
+    buf: AlignedBuf,
+    numbers: PhantomData<T>,
+}
+
+impl<T> Default for AlignedVec<T> {
+    fn default() -> Self {
+        AlignedVec {
+            buf: AlignedBuf::zeroed(0),
+            numbers: PhantomData,
+        }
+    }
+}
+
+impl<T: Number> AlignedVec<T> {
+    /// Makes it at least `len` long; when it grows the contents are lost.
+    pub fn fit(&mut self, len: usize) {
+        if self.len() < len {
+            self.buf = AlignedBuf::zeroed(0);
+            self.buf = AlignedBuf::zeroed(len * size_of::<T>());
+        }
+    }
+}
+
+impl<T: Number> Deref for AlignedVec<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: aligned to a cache line, whole numbers of which any bits are one.
+        unsafe { slice::from_raw_parts(self.buf.as_ptr().cast(), self.buf.len() / size_of::<T>()) }
+    }
+}
+
+impl<T: Number> DerefMut for AlignedVec<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        let len = self.buf.len() / size_of::<T>();
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { slice::from_raw_parts_mut(self.buf.as_mut_ptr().cast(), len) }
+    }
+}
+
 /// Maps whole huge pages at a huge-page boundary.
 fn map(len: usize) -> Option<NonNull<u8>> {
     let size = len.checked_next_multiple_of(HUGE)?;
@@ -130,6 +186,19 @@ fn map(len: usize) -> Option<NonNull<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vectors_grow_and_stay() {
+        let mut v = AlignedVec::<f32>::default();
+        assert!(v.is_empty());
+        v.fit(100);
+        v[99] = 1.0;
+        v.fit(10);
+        assert_eq!((v.len(), v[99]), (100, 1.0));
+        v.fit(101);
+        assert_eq!((v.len(), v[99]), (101, 0.0));
+        assert_eq!(v.as_ptr().addr() % ALIGN, 0);
+    }
 
     #[test]
     fn buffers_are_zero_aligned_and_writable() {

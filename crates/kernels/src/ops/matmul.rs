@@ -6,7 +6,7 @@ use super::Compute;
 use crate::{
     acts::{Acts, ActsView, Forms},
     disjoint::DisjointMut,
-    mem::AlignedBuf,
+    mem::AlignedVec,
     profile::Op,
     strip::{
         ROWS,
@@ -21,18 +21,18 @@ const TOKEN_BLOCK: usize = 512;
 
 /// What a worker keeps between tasks.
 pub(crate) struct Scratch {
-    panel: AlignedBuf,
+    panel: AlignedVec<u8>,
     /// Strips packed on the fly from raw weights.
-    packed: Vec<u8>,
+    packed: AlignedVec<u8>,
     /// Results of the kernels.
-    pub(crate) tile: Vec<f32>,
+    pub(crate) tile: AlignedVec<f32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        panel: AlignedBuf::zeroed(0),
-        packed: Vec::new(),
-        tile: Vec::new(),
+        panel: AlignedVec::default(),
+        packed: AlignedVec::default(),
+        tile: AlignedVec::default(),
     });
 }
 
@@ -42,20 +42,13 @@ pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
 }
 
 impl Scratch {
-    /// Makes the tile at least `len` long.
-    pub(crate) fn fit_tile(&mut self, len: usize) {
-        if self.tile.len() < len {
-            self.tile.resize(len, 0.0);
-        }
-    }
-
     #[allow(clippy::too_many_arguments)]
     /// Multiplies strips `first .. first + count` of matrix `expert` with the
     /// tokens of `acts`, which are part of a product with `total` tokens; `tile[at..]`
-    /// receives `[count][acts.m][16]`.
+    /// receives `[count][acts.m][16]` and must be that long.
     ///
     /// # Panics
-    /// When `acts` has not the form or the k of the weights.
+    /// When `acts` has not the form or the k of the weights, or the tile is too short.
     pub(crate) fn mul(
         &mut self,
         kernels: &MatmulKernels,
@@ -69,10 +62,9 @@ impl Scratch {
         assert!(acts.k == w.k() && acts.forms.has(kernels.form(w, total)));
         assert!(count <= MAX_STRIPS);
         let len = count * acts.m * ROWS;
-        self.fit_tile(at + len);
         let bytes = w.strip_bytes();
-        if w.encoding() == crate::weights::Encoding::Raw && self.packed.len() < count * bytes {
-            self.packed.resize(count * bytes, 0);
+        if w.encoding() == crate::weights::Encoding::Raw {
+            self.packed.fit(count * bytes);
         }
         let mut strips = [std::ptr::null(); MAX_STRIPS];
         let mut packed = &mut self.packed[..];
@@ -82,9 +74,7 @@ impl Scratch {
         }
         let tiles = kernels.tiles_for(w, total);
         let panel = tiles.map_or(PANEL_BYTES, |t| t.scratch);
-        if self.panel.len() < panel {
-            self.panel = AlignedBuf::zeroed(panel);
-        }
+        self.panel.fit(panel);
         let args = StripArgs {
             ty: w.ty(),
             k: w.k(),
@@ -194,6 +184,7 @@ impl Compute {
             with_scratch(|scratch| {
                 for (start, len) in token_blocks(m) {
                     let acts = x.view().slice(start, len);
+                    scratch.tile.fit(count * len * ROWS);
                     scratch.mul(kernels, w, 0, first, count, (acts, m), 0);
                     for t in 0..len {
                         let at = (start + t) * w.n() + row;

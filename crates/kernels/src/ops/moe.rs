@@ -215,6 +215,7 @@ impl Compute {
                 for (first, m) in token_blocks(len) {
                     let acts = (view.slice(first, m), len);
                     let up_at = strips * m * ROWS;
+                    scratch.tile.fit(2 * up_at);
                     scratch.mul(kernels, gate, expert, first_strip, strips, acts, 0);
                     scratch.mul(kernels, up, expert, first_strip, strips, acts, up_at);
                     for t in 0..m {
@@ -333,6 +334,7 @@ impl Compute {
             let row = first_strip * ROWS;
             let rows = (strips * ROWS).min(n - row);
             with_scratch(|scratch| {
+                scratch.tile.fit(assigned * strips * ROWS);
                 for &Segment { expert, start, len } in &groups.segments {
                     for (first, count) in token_blocks(len) {
                         let acts = hidden.segment(start, len).slice(first, count);
