@@ -1,10 +1,17 @@
 //! The section of the kernel table for attention.
 
-use crate::{kv::KvType, scalar, tier::Tier};
+use crate::{
+    acts::TILE_GROUP,
+    amx::{self, Amx},
+    kv::{KV_PAGE, KvType},
+    mem::AlignedVec,
+    scalar,
+    tier::Tier,
+};
 
 /// Positions whose softmax is taken together: two pages. Partial results of chunks merge in
 /// order, so how chunks are spread over threads does not show in the result.
-pub const CHUNK: usize = 2 * crate::kv::KV_PAGE;
+pub const CHUNK: usize = 2 * KV_PAGE;
 
 /// One chunk of keys and values against some query rows of one KV head.
 pub struct ChunkArgs<'a> {
@@ -34,13 +41,86 @@ impl ChunkArgs<'_> {
         assert!(self.q.len() == rows * self.dim && self.acc.len() == rows * self.dim);
         assert!(self.scores.len() == rows * CHUNK);
         assert!(self.max.len() == rows && self.sum.len() == rows);
-        let reach = self.pages.len() * crate::kv::KV_PAGE;
+        let reach = self.pages.len() * KV_PAGE;
         assert!(reach <= CHUNK && self.visible.iter().all(|&n| n <= reach));
         for (k, v) in self.pages {
             assert!(k.len() >= self.k_type.page_bytes(self.dim));
             assert!(v.len() >= self.v_type.page_bytes(self.dim));
         }
     }
+}
+
+/// One chunk of keys and values against many query rows of one KV head, on tiles.
+pub(crate) struct TileChunk<'a> {
+    pub k_type: KvType,
+    pub v_type: KvType,
+    /// A multiple of 32.
+    pub dim: usize,
+    /// Query rows, multiplied by the scale, as tiles: per 16 rows `[dim / 32][16][32]` bf16;
+    /// rows that only fill up are zero.
+    pub q: &'a [u16],
+    /// Positions of this chunk that each row sees, from its start: 0 ..= [`CHUNK`].
+    pub visible: &'a [usize],
+    /// K and V pages of the chunk, one or two.
+    pub pages: &'a [(&'a [u8], &'a [u8])],
+    pub scratch: &'a mut TileScratch,
+    /// `Σ p·v` so far, `[rows][dim]`, rows filled up to a multiple of 16.
+    pub acc: &'a mut [f32],
+    /// Each row's largest score so far, −∞ at first.
+    pub max: &'a mut [f32],
+    /// Each row's `Σ p` so far.
+    pub sum: &'a mut [f32],
+}
+
+impl TileChunk<'_> {
+    /// Checks that all lengths agree; kernels index without further checks.
+    pub(crate) fn check(&self) {
+        let rows = self.visible.len();
+        let full = rows.next_multiple_of(TILE_GROUP) * self.dim;
+        assert!(self.dim.is_multiple_of(32) && self.q.len() >= full && self.acc.len() >= full);
+        assert!(self.max.len() == rows && self.sum.len() == rows);
+        let reach = self.pages.len() * KV_PAGE;
+        assert!(reach <= CHUNK && self.visible.iter().all(|&n| n <= reach));
+        for (k, v) in self.pages {
+            assert!(k.len() >= self.k_type.page_bytes(self.dim));
+            assert!(v.len() >= self.v_type.page_bytes(self.dim));
+        }
+    }
+}
+
+/// Memory of [`TileAttention::chunk`] that is kept from call to call.
+#[derive(Default)]
+pub(crate) struct TileScratch {
+    /// `[dim / 2][CHUNK]` pairs.
+    pub keys: AlignedVec<u32>,
+    /// `[CHUNK / 2][dim]` pairs.
+    pub values: AlignedVec<u32>,
+    /// `[rows][CHUNK]`
+    pub scores: AlignedVec<f32>,
+    /// Per 16 rows `[CHUNK / 32][16][32]` bf16.
+    pub weights: AlignedVec<u16>,
+}
+
+impl TileScratch {
+    /// Makes room for `rows`, a multiple of 16. Weights of rows that only fill up are finite.
+    pub(crate) fn fit(&mut self, rows: usize, dim: usize) {
+        self.keys.fit(dim / 2 * CHUNK);
+        self.values.fit(CHUNK / 2 * dim);
+        self.scores.fit(rows * CHUNK);
+        self.weights.fit(rows * CHUNK);
+    }
+}
+
+/// Attention on tile registers.
+#[derive(Clone, Copy)]
+pub(crate) struct TileAttention {
+    /// Adds one chunk to all rows.
+    ///
+    /// # Safety
+    /// The CPU has the table's tier and AMX may be executed.
+    pub chunk: unsafe fn(args: &mut TileChunk<'_>),
+    /// From how many tokens on it is faster than vectors.
+    pub fewest_tokens: usize,
 }
 
 /// Attention kernels.
@@ -51,21 +131,27 @@ pub struct AttnOps {
     /// # Safety
     /// The CPU has the table's tier.
     pub chunk: unsafe fn(args: &mut ChunkArgs<'_>),
+    /// Many tokens on tiles, where their use was asked for.
+    pub(crate) tiles: Option<TileAttention>,
 }
 
 impl AttnOps {
-    /// The kernels of `tier`, which the CPU must have.
-    pub(crate) fn for_tier(tier: Tier) -> AttnOps {
-        match tier {
-            Tier::Scalar => AttnOps {
-                chunk: scalar::attention::chunk,
-            },
-            Tier::Avx2 => AttnOps {
-                chunk: crate::avx2::attention::chunk,
-            },
-            Tier::Avx512 => AttnOps {
-                chunk: crate::avx512::attention::chunk,
-            },
+    /// The kernels of `tier`, which the CPU must have, with tiles if there is `amx`.
+    pub(crate) fn for_tier(tier: Tier, amx: Option<Amx>) -> AttnOps {
+        let chunk: unsafe fn(&mut ChunkArgs<'_>) = match tier {
+            Tier::Scalar => scalar::attention::chunk,
+            Tier::Avx2 => crate::avx2::attention::chunk,
+            Tier::Avx512 => crate::avx512::attention::chunk,
+        };
+        AttnOps {
+            chunk,
+            tiles: amx.and_then(|_| amx::attention::kernels(tier)),
         }
+    }
+
+    /// The tile kernels, if they take heads of `dim` and win with `tokens`.
+    pub(crate) fn tiles_for(&self, dim: usize, tokens: usize) -> Option<&TileAttention> {
+        let tiles = self.tiles.as_ref()?;
+        (dim.is_multiple_of(32) && tokens >= tiles.fewest_tokens).then_some(tiles)
     }
 }

@@ -40,7 +40,7 @@ impl Kernels {
             amx,
             matmul: MatmulKernels::for_tier(tier, amx),
             float: FloatOps::for_tier(tier),
-            attn: AttnOps::for_tier(tier),
+            attn: AttnOps::for_tier(tier, amx),
         };
         #[cfg(feature = "check-kernels")]
         let kernels = crate::check::checked(kernels);

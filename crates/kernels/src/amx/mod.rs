@@ -3,6 +3,7 @@
 //! Nothing here runs unless somebody holds an [`Amx`]: tables of kernels without one have no
 //! pointer into this module.
 
+pub(crate) mod attention;
 pub(crate) mod matmul;
 mod panel;
 mod tile;

@@ -308,6 +308,135 @@ unsafe fn multiply_1x1(x: &Block) {
     }
 }
 
+/// What [`contract`] multiplies: 16 or 32 rows of tiles with 32 columns of a matrix of pairs.
+#[derive(Clone, Copy)]
+pub(crate) struct Contraction {
+    /// Tiles along k, [`TILE_BYTES`] apart, of the first and the second 16 rows.
+    pub a: [*const u8; 2],
+    /// Pairs of inputs: 16 rows of 32 dwords a step.
+    pub b: *const u8,
+    /// Bytes from one row of `b` to the next.
+    pub b_row: usize,
+    /// Sums, 32 columns of each row.
+    pub c: *mut f32,
+    /// Bytes from one row of `c` to the next.
+    pub c_row: usize,
+    /// Tiles along k, at least one.
+    pub steps: usize,
+    /// Whether sums start at zero; otherwise what is in `c` is added to.
+    pub fresh: bool,
+}
+
+/// Multiplies 16 rows, or 32 if there are `two` tiles of them, with 32 columns.
+///
+/// # Safety
+/// [`configure`]`(`[`MOST_TOKENS`]`)` was the last configuration on this thread, and the
+/// pointers are valid for what [`Contraction`] states.
+pub(crate) unsafe fn contract(two: bool, x: &Contraction) {
+    // SAFETY: the caller's.
+    unsafe {
+        if two {
+            contract_2x2(x)
+        } else {
+            contract_1x2(x)
+        }
+    }
+}
+
+unsafe fn contract_2x2(x: &Contraction) {
+    // SAFETY: the caller's; only the pointers of `Contraction` are read and written.
+    unsafe {
+        std::arch::asm!(
+            "test {fresh:e}, {fresh:e}",
+            "jnz 2f",
+            "tileloadd tmm0, [{c0} + {c_row}*1]",
+            "tileloadd tmm1, [{c0} + {c_row}*1 + 64]",
+            "tileloadd tmm2, [{c1} + {c_row}*1]",
+            "tileloadd tmm3, [{c1} + {c_row}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            "tileloadd tmm4, [{a0} + {row}*1]",
+            "tileloadd tmm6, [{b} + {b_row}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {row}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, {tile}",
+            "add {a1}, {tile}",
+            "add {b}, {b_step}",
+            "dec {steps}",
+            "jnz 3b",
+            "tilestored [{c0} + {c_row}*1], tmm0",
+            "tilestored [{c0} + {c_row}*1 + 64], tmm1",
+            "tilestored [{c1} + {c_row}*1], tmm2",
+            "tilestored [{c1} + {c_row}*1 + 64], tmm3",
+            fresh = in(reg) u32::from(x.fresh),
+            a0 = inout(reg) x.a[0] => _,
+            a1 = inout(reg) x.a[1] => _,
+            b = inout(reg) x.b => _,
+            b_row = in(reg) x.b_row,
+            b_step = in(reg) x.b_row * TILE_ROWS,
+            c0 = in(reg) x.c,
+            c1 = in(reg) x.c.byte_add(x.c_row * TILE_ROWS),
+            c_row = in(reg) x.c_row,
+            steps = inout(reg) x.steps => _,
+            row = in(reg) 64usize,
+            tile = const TILE_BYTES,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+unsafe fn contract_1x2(x: &Contraction) {
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!(
+            "test {fresh:e}, {fresh:e}",
+            "jnz 2f",
+            "tileloadd tmm0, [{c0} + {c_row}*1]",
+            "tileloadd tmm1, [{c0} + {c_row}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "3:",
+            "tileloadd tmm4, [{a0} + {row}*1]",
+            "tileloadd tmm6, [{b} + {b_row}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {a0}, {tile}",
+            "add {b}, {b_step}",
+            "dec {steps}",
+            "jnz 3b",
+            "tilestored [{c0} + {c_row}*1], tmm0",
+            "tilestored [{c0} + {c_row}*1 + 64], tmm1",
+            fresh = in(reg) u32::from(x.fresh),
+            a0 = inout(reg) x.a[0] => _,
+            b = inout(reg) x.b => _,
+            b_row = in(reg) x.b_row,
+            b_step = in(reg) x.b_row * TILE_ROWS,
+            c0 = in(reg) x.c,
+            c_row = in(reg) x.c_row,
+            steps = inout(reg) x.steps => _,
+            row = in(reg) 64usize,
+            tile = const TILE_BYTES,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

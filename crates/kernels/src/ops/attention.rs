@@ -2,9 +2,11 @@
 
 use super::Compute;
 use crate::{
-    attn::{CHUNK, ChunkArgs},
+    acts::TILE_GROUP,
+    attn::{CHUNK, ChunkArgs, TileAttention, TileChunk, TileScratch},
     disjoint::DisjointMut,
     kv::{KV_PAGE, KvCache, PageTable},
+    mem::AlignedVec,
     profile::Op,
 };
 use std::cell::RefCell;
@@ -42,11 +44,19 @@ struct Scratch {
     /// Merged so far: rows of `[dim]`, and their maxima and sums.
     total: Vec<f32>,
     total_stats: Vec<f32>,
+    /// Queries as tiles.
+    q_tiles: AlignedVec<u16>,
+    /// Weighted values on tiles, rows of `[dim]`.
+    sums: AlignedVec<f32>,
+    tiles: TileScratch,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
+
+/// K and V of the pages of one chunk.
+type Pages<'a> = [(&'a [u8], &'a [u8]); CHUNK / KV_PAGE];
 
 /// What is common to all tasks of one call.
 struct Call<'a> {
@@ -144,8 +154,11 @@ impl Compute {
             scale,
         };
         let group = heads / kv_heads;
-        let blocks = blocks(tokens, (TASK_ROWS / group).max(1));
         let out = DisjointMut::new(out);
+        if let Some(tiles) = self.table.attn.tiles_for(dim, tokens.len()) {
+            return self.on_tiles(&call, tiles, &out);
+        }
+        let blocks = blocks(tokens, (TASK_ROWS / group).max(1));
         let units = blocks.len() * kv_heads;
         let longest = blocks.iter().map(|b| b.chunks).max().unwrap_or(0);
         if longest == 1 || units >= 2 * self.pool.threads() {
@@ -164,6 +177,33 @@ impl Compute {
             return;
         }
         self.split_chunks(&call, &blocks, longest, &out);
+    }
+
+    /// Many queries: all chunks of a block and head in one task, on tiles.
+    fn on_tiles(&self, call: &Call<'_>, tiles: &TileAttention, out: &DisjointMut<'_, f32>) {
+        let kv_heads = call.cache.shape().heads;
+        // Reading and converting the cache is shared by a task's rows; but every thread
+        // should find several tasks.
+        let wanted = 4 * self.pool.threads();
+        let units = |rows| call.tokens.len() * call.group() / rows * kv_heads;
+        let rows = [256, 128, 64]
+            .into_iter()
+            .find(|&rows| units(rows) >= wanted);
+        let mut blocks = blocks(call.tokens, (rows.unwrap_or(32) / call.group()).max(1));
+        // The longest first, so that no thread is left alone with one.
+        blocks.sort_by_key(|b| std::cmp::Reverse(b.chunks));
+        self.pool.run(blocks.len() * kv_heads, &|unit| {
+            let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+            SCRATCH.with_borrow_mut(|scratch| {
+                call.begin_tiles(scratch, block, head);
+                for chunk in 0..block.chunks {
+                    call.tile_chunk(scratch, tiles, block, head, chunk);
+                }
+                let Scratch { sums, stats, .. } = scratch;
+                // SAFETY: a block and a head belong to one task.
+                unsafe { call.finish(sums, stats, block, head, out) };
+            });
+        });
     }
 
     /// Few queries, long context: chunks are spread over the threads, and what they leave is
@@ -286,22 +326,89 @@ impl Call<'_> {
         scratch.total_stats.resize(2 * rows, 0.0);
     }
 
-    /// One chunk for all rows of the block; leaves `acc` and `stats`.
-    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
-        let group = self.group();
-        let start = chunk * CHUNK;
-        for (i, visible) in scratch.visible.iter_mut().enumerate() {
-            let seen = self.tokens[block.first + i / group].position + 1;
-            *visible = seen.saturating_sub(start).min(CHUNK);
+    /// The same as tiles: per 16 rows `[dim / 32][16][32]` bf16.
+    fn begin_tiles(&self, scratch: &mut Scratch, block: Block, head: usize) {
+        let (dim, group) = (self.cache.shape().dim, self.group());
+        let rows = block.count * group;
+        let full = rows.next_multiple_of(TILE_GROUP);
+        let pack = self.compute.table.matmul.tiles.as_ref();
+        let pack = pack.expect("tile attention comes with tile products").pack;
+        scratch.q_tiles.fit(full * dim);
+        scratch.q_tiles[..full * dim].fill(0);
+        for row in 0..rows {
+            let at = ((block.first + row / group) * self.heads + head * group + row % group) * dim;
+            scratch.q.clear();
+            let scaled = self.q[at..at + dim].iter().map(|x| x * self.scale);
+            scratch.q.extend(scaled);
+            let to = row / TILE_GROUP * TILE_GROUP * dim + row % TILE_GROUP * 32;
+            // SAFETY: one row of a tile of each 32 dimensions.
+            unsafe {
+                let to = scratch.q_tiles.as_mut_ptr().add(to);
+                pack(&scratch.q, to, TILE_GROUP * 32);
+            }
         }
+        scratch.visible.resize(rows, 0);
+        scratch.stats.clear();
+        scratch.stats.resize(rows, f32::NEG_INFINITY);
+        scratch.stats.resize(2 * rows, 0.0);
+        scratch.sums.fit(full * dim);
+        scratch.sums[..full * dim].fill(0.0);
+    }
+
+    /// Adds one chunk to all rows of the block, on tiles.
+    fn tile_chunk(
+        &self,
+        scratch: &mut Scratch,
+        tiles: &TileAttention,
+        block: Block,
+        head: usize,
+        chunk: usize,
+    ) {
+        self.see(&mut scratch.visible, block, chunk);
+        let (pages, count) = self.pages(block, head, chunk);
+        let rows = scratch.visible.len();
+        let (max, sum) = scratch.stats.split_at_mut(rows);
+        let mut args = TileChunk {
+            k_type: self.cache.shape().k,
+            v_type: self.cache.shape().v,
+            dim: self.cache.shape().dim,
+            q: &scratch.q_tiles,
+            visible: &scratch.visible,
+            pages: &pages[..count],
+            scratch: &mut scratch.tiles,
+            acc: &mut scratch.sums,
+            max,
+            sum,
+        };
+        // SAFETY: the table was made for a tier that the CPU has and a right to use AMX.
+        unsafe { (tiles.chunk)(&mut args) };
+    }
+
+    /// How many positions of a chunk each row of a block sees.
+    fn see(&self, visible: &mut [usize], block: Block, chunk: usize) {
+        let group = self.group();
+        for (i, visible) in visible.iter_mut().enumerate() {
+            let seen = self.tokens[block.first + i / group].position + 1;
+            *visible = seen.saturating_sub(chunk * CHUNK).min(CHUNK);
+        }
+    }
+
+    /// K and V of a chunk's pages, and how many there are.
+    fn pages(&self, block: Block, head: usize, chunk: usize) -> (Pages<'_>, usize) {
         let table = self.tables[self.tokens[block.first].sequence];
-        let first = start / KV_PAGE;
+        let first = chunk * CHUNK / KV_PAGE;
         let last = (first + CHUNK / KV_PAGE).min(table.pages().len());
-        let mut pages: [(&[u8], &[u8]); CHUNK / KV_PAGE] = Default::default();
-        let count = last - first;
+        let mut pages = Pages::default();
         for (slot, &page) in pages.iter_mut().zip(&table.pages()[first..last]) {
             *slot = self.cache.head(self.layer, page, head);
         }
+        (pages, last - first)
+    }
+
+    /// One chunk for all rows of the block; leaves `acc` and `stats`.
+    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
+        self.see(&mut scratch.visible, block, chunk);
+        let (pages, count) = self.pages(block, head, chunk);
         let rows = scratch.visible.len();
         let (max, sum) = scratch.stats.split_at_mut(rows);
         let mut args = ChunkArgs {

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::Compute;
 use crate::{
-    acts::{Acts, ActsView, Forms},
+    acts::{Acts, ActsView, Forms, GROUP},
     disjoint::DisjointMut,
     mem::AlignedVec,
     profile::Op,
@@ -132,18 +132,17 @@ impl Compute {
             return;
         }
         let kernels = &self.table.matmul;
-        // A single token is split along k, a batch by tokens.
-        let part = if m >= self.pool.threads() {
-            k
-        } else {
-            k.min(1024)
-        };
+        // Tokens of a group share cache lines: one task writes them all.
+        let part = k.min(1024);
         let parts = k.div_ceil(part);
-        self.pool.run(m * parts, &|task| {
-            let (t, col) = (task / parts, task % parts * part);
+        self.pool.run(m.div_ceil(GROUP) * parts, &|task| {
+            let (group, col) = (task / parts, task % parts * part);
             let end = k.min(col + part);
-            // SAFETY: every task writes columns of its own.
-            unsafe { writer.put(kernels, forms, (0, m), t, col, &x[t * k + col..t * k + end]) };
+            for t in group * GROUP..m.min((group + 1) * GROUP) {
+                let x = &x[t * k + col..t * k + end];
+                // SAFETY: every task writes tokens and columns of its own.
+                unsafe { writer.put(kernels, forms, (0, m), t, col, x) };
+            }
         });
     }
 

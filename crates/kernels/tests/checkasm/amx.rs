@@ -1,7 +1,7 @@
 //! Tile products: on the emulator everywhere, on silicon where `TEGULA_TEST_AMX=silicon`.
 
 use crate::{
-    Random,
+    Random, attention,
     data::{Codes, hostile_rows, matrix_types, raw, weight_bytes},
     guard::{Guarded, with_guards},
     matmul::{compute, product, widths},
@@ -39,6 +39,9 @@ pub fn trials(trials: &mut Vec<Trial>) {
     per_tier(trials, "large_batches", large_batches);
     per_tier(trials, "few_tokens", few_tokens);
     per_tier(trials, "experts", experts);
+    per_tier(trials, "attention", |tier| {
+        attention::on_tiles(|threads| with_amx(tier, threads))
+    });
 }
 
 fn with_amx(tier: Tier, threads: usize) -> Compute {

@@ -112,14 +112,14 @@ const KV_HEADS: usize = 2;
 const DIM: usize = 64;
 
 /// Sequences of the given lengths, and queries for their last `queries` positions.
-fn case(compute: &Compute, k: KvType, lengths: &[usize], queries: usize) -> Case {
+fn case(compute: &Compute, (k, v): (KvType, KvType), lengths: &[usize], queries: usize) -> Case {
     let mut random = Random::new(11);
     let shape = KvShape {
         layers: 2,
         heads: KV_HEADS,
         dim: DIM,
         k,
-        v: KvType::F16,
+        v,
     };
     let pages = lengths.iter().map(|n| n.div_ceil(KV_PAGE)).sum();
     let mut cache = KvCache::new(shape, pages).unwrap();
@@ -162,7 +162,7 @@ fn attend(compute: &Compute, case: &Case, tokens: &[Token], q: &[f32]) -> Vec<f3
     out
 }
 
-/// Against attention written down directly, in f64.
+/// Against the definition.
 fn whole(tier: Tier) -> Result<(), Failed> {
     let compute = Compute::new(tier, PoolConfig::new(3));
     for (k, bound) in [
@@ -170,28 +170,66 @@ fn whole(tier: Tier) -> Result<(), Failed> {
         (KvType::BF16, 1e-2),
         (KvType::Q8_0, 1e-2),
     ] {
-        let case = case(&compute, k, &[1, 63, 64, 65, 300, 129], 40);
+        let case = case(&compute, (k, KvType::F16), &[1, 63, 64, 65, 300, 129], 40);
         let got = attend(&compute, &case, &case.tokens, &case.q);
-        let mut want = Vec::new();
-        for (t, token) in case.tokens.iter().enumerate() {
-            for head in 0..HEADS {
-                let at = |position: usize| (position * KV_HEADS + head / (HEADS / KV_HEADS)) * DIM;
-                let q = &case.q[(t * HEADS + head) * DIM..][..DIM];
-                let score = |p: usize| -> f64 {
-                    let k = &case.keys[token.sequence][at(p)..][..DIM];
-                    q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum::<f64>() * 0.125
-                };
-                let weights: Vec<_> = (0..=token.position).map(|p| score(p).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..DIM {
-                    let value = |p: usize| f64::from(case.values[token.sequence][at(p) + d]);
-                    let sum: f64 = weights.iter().enumerate().map(|(p, w)| w * value(p)).sum();
-                    want.push((sum / total) as f32);
-                }
-            }
-        }
+        let want = definition(&case);
         let within = check::relative(&want, bound, 1.0);
         check::equal(&got, &want, within, |i| format!("attention {k:?}: {i}"))?;
+    }
+    Ok(())
+}
+
+/// Attention written down directly, in f64.
+fn definition(case: &Case) -> Vec<f32> {
+    let mut want = Vec::new();
+    for (t, token) in case.tokens.iter().enumerate() {
+        for head in 0..HEADS {
+            let at = |position: usize| (position * KV_HEADS + head / (HEADS / KV_HEADS)) * DIM;
+            let q = &case.q[(t * HEADS + head) * DIM..][..DIM];
+            let score = |p: usize| -> f64 {
+                let k = &case.keys[token.sequence][at(p)..][..DIM];
+                q.iter().zip(k).map(|(a, b)| f64::from(a * b)).sum::<f64>() * 0.125
+            };
+            let weights: Vec<_> = (0..=token.position).map(|p| score(p).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for d in 0..DIM {
+                let value = |p: usize| f64::from(case.values[token.sequence][at(p) + d]);
+                let sum: f64 = weights.iter().enumerate().map(|(p, w)| w * value(p)).sum();
+                want.push((sum / total) as f32);
+            }
+        }
+    }
+    want
+}
+
+/// On tiles: near the definition, for every cache type; the same for every thread count, and
+/// for a batch as long as tiles are used.
+pub fn on_tiles(make: impl Fn(usize) -> Compute) -> Result<(), Failed> {
+    let one = make(1);
+    for k in TYPES {
+        for v in TYPES {
+            // Lengths around pages, chunks and tiles; sequences with a single query.
+            let case = case(&one, (k, v), &[1, 17, 63, 64, 65, 300, 129], 40);
+            let got = attend(&one, &case, &case.tokens, &case.q);
+            let want = definition(&case);
+            let within = check::relative(&want, 4e-2, 1.0);
+            let at = |i| format!("attention on tiles {k:?} {v:?}: {i}");
+            check::equal(&got, &want, within, at)?;
+            let three = attend(&make(3), &case, &case.tokens, &case.q);
+            if three != got {
+                return Err(format!("{k:?} {v:?}: 3 threads differ from one").into());
+            }
+            let some = case.tokens.len() - 20;
+            let q = &case.q[some * HEADS * DIM..];
+            let last = attend(&one, &case, &case.tokens[some..], q);
+            if last != got[some * HEADS * DIM..] {
+                return Err(format!("{k:?} {v:?}: a part of the batch differs").into());
+            }
+            let vectors = attend(&one, &case, &case.tokens[..1], &case.q[..HEADS * DIM]);
+            if vectors.iter().any(|x| !x.is_finite()) {
+                return Err(format!("{k:?} {v:?}: a single token").into());
+            }
+        }
     }
     Ok(())
 }
@@ -200,7 +238,7 @@ fn whole(tier: Tier) -> Result<(), Failed> {
 fn independent(tier: Tier) -> Result<(), Failed> {
     let one = Compute::new(tier, PoolConfig::new(1));
     for k in TYPES {
-        let case = case(&one, k, &[700, 3, 260], 9);
+        let case = case(&one, (k, KvType::F16), &[700, 3, 260], 9);
         let together = attend(&one, &case, &case.tokens, &case.q);
         for threads in [2, 3, 8] {
             let compute = Compute::new(tier, PoolConfig::new(threads));

@@ -1,0 +1,361 @@
+//! Attention of many queries on tiles: scores and weighted values in bf16 with f32 sums,
+//! softmax in f32.
+//!
+//! A chunk of the cache is brought into pairs of bf16 once for all query rows of a task:
+//! keys `[dim / 2][CHUNK][2]`, values `[CHUNK / 2][dim][2]`. Both are tiles as they lie, 16
+//! columns wide. The softmax runs along: when a row's maximum grows, what it has summed up so
+//! far is scaled down.
+
+use std::arch::x86_64::{__m256, __m512, __m512i};
+
+use super::{
+    panel::{self, Choice},
+    tile::{self, Contraction, MOST_TOKENS, TILE_K, TILE_ROWS},
+};
+use crate::{
+    attn::{CHUNK, TileAttention, TileChunk},
+    generic::{
+        lanes::{Lanes, Pair, WithBf16},
+        vector::{Vector, exp},
+    },
+    kv::{KV_PAGE, KvType},
+    tier::Tier,
+};
+
+/// Attention on tiles with the vector instructions of `tier`, if there are any.
+pub(crate) fn kernels(tier: Tier) -> Option<TileAttention> {
+    let chunk: unsafe fn(&mut TileChunk<'_>) = match panel::choose(tier)? {
+        Choice::Bf16 => chunk::<Bf16>,
+        Choice::Avx512 => chunk::<Avx512>,
+        Choice::Avx2 => chunk::<Avx2>,
+    };
+    Some(TileAttention {
+        chunk,
+        fewest_tokens: 16,
+    })
+}
+
+/// The vector parts, compiled for one set of features: what [`vector_parts`] writes.
+///
+/// # Safety
+/// The CPU has the features; pointers are valid as the functions below state.
+trait VectorParts {
+    unsafe fn keys(ty: KvType, page: *const u8, dim: usize, out: *mut u32);
+    unsafe fn values(ty: KvType, page: *const u8, dim: usize, slots: usize, out: *mut u32);
+    unsafe fn softmax(row: &mut Row<'_>);
+}
+
+macro_rules! vector_parts {
+    ($name:ident, $lanes:ty, $vector:ty, $features:literal) => {
+        struct $name;
+
+        // SAFETY (all three): the features are the function's own; the rest is the caller's.
+        impl VectorParts for $name {
+            #[target_feature(enable = $features)]
+            unsafe fn keys(ty: KvType, page: *const u8, dim: usize, out: *mut u32) {
+                // SAFETY: see above.
+                unsafe {
+                    match ty {
+                        KvType::F16 => keys::<$lanes, F16>(page, dim, out),
+                        KvType::BF16 => keys::<$lanes, BF16>(page, dim, out),
+                        KvType::Q8_0 => keys::<$lanes, Q8>(page, dim, out),
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn values(ty: KvType, page: *const u8, dim: usize, slots: usize, out: *mut u32) {
+                // SAFETY: see above.
+                unsafe {
+                    match ty {
+                        KvType::F16 => values::<$lanes, F16>(page, dim, slots, out),
+                        KvType::BF16 => values::<$lanes, BF16>(page, dim, slots, out),
+                        KvType::Q8_0 => values::<$lanes, Q8>(page, dim, slots, out),
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn softmax(row: &mut Row<'_>) {
+                // SAFETY: see above.
+                unsafe { softmax::<$vector, $lanes>(row) }
+            }
+        }
+    };
+}
+
+vector_parts!(
+    Bf16,
+    WithBf16,
+    __m512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2"
+);
+vector_parts!(
+    Avx512,
+    __m512i,
+    __m512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
+);
+vector_parts!(Avx2, Pair<false>, __m256, "avx2,fma,f16c,bmi2");
+
+/// Elements of a cache type, 16 at a time.
+///
+/// # Safety
+/// As [`Lanes`]; indices are inside the page.
+trait Cells {
+    /// Dimension `d` of keys from `slot`.
+    unsafe fn key<L: Lanes>(page: *const u8, dim: usize, d: usize, slot: usize) -> L::Floats;
+    /// Dimensions from `d` of the value at `slot`.
+    unsafe fn value<L: Lanes>(page: *const u8, dim: usize, slot: usize, d: usize) -> L::Floats;
+}
+
+struct F16;
+struct BF16;
+struct Q8;
+
+impl Cells for F16 {
+    #[inline(always)]
+    unsafe fn key<L: Lanes>(page: *const u8, _: usize, d: usize, slot: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe { L::load_f16(page.add((d * KV_PAGE + slot) * 2)) }
+    }
+    #[inline(always)]
+    unsafe fn value<L: Lanes>(page: *const u8, dim: usize, slot: usize, d: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe { L::load_f16(page.add((slot * dim + d) * 2)) }
+    }
+}
+
+/// One half of each of 16 pairs.
+#[inline(always)]
+unsafe fn half_of_pairs<L: Lanes>(pairs: *const u8, high: bool) -> L::Floats {
+    // SAFETY: the caller's.
+    unsafe {
+        let x = L::load(pairs);
+        if high {
+            x.and(L::splat(0xffff_0000_u32 as i32)).as_floats()
+        } else {
+            x.shl(16).as_floats()
+        }
+    }
+}
+
+impl Cells for BF16 {
+    #[inline(always)]
+    unsafe fn key<L: Lanes>(page: *const u8, _: usize, d: usize, slot: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe { half_of_pairs::<L>(page.add((d / 2 * KV_PAGE + slot) * 4), d % 2 == 1) }
+    }
+    #[inline(always)]
+    unsafe fn value<L: Lanes>(page: *const u8, dim: usize, slot: usize, d: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe { half_of_pairs::<L>(page.add((slot / 2 * dim + d) * 4), slot % 2 == 1) }
+    }
+}
+
+impl Cells for Q8 {
+    #[inline(always)]
+    unsafe fn key<L: Lanes>(page: *const u8, dim: usize, d: usize, slot: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe {
+            let scales = page.add(dim * KV_PAGE).cast::<f32>();
+            let codes = L::load_u8(page.add(d * KV_PAGE + slot)).sign_extend_u8();
+            let scale = L::fload(scales.add(d / 32 * KV_PAGE + slot));
+            L::fmul(codes.to_floats(), scale)
+        }
+    }
+    #[inline(always)]
+    unsafe fn value<L: Lanes>(page: *const u8, dim: usize, slot: usize, d: usize) -> L::Floats {
+        // SAFETY: the caller's.
+        unsafe {
+            let scales = page.add(dim * KV_PAGE).cast::<f32>();
+            let codes = L::load_u8(page.add(slot * dim + d)).sign_extend_u8();
+            let scale = L::fbroadcast(scales.add(slot * (dim / 32) + d / 32));
+            L::fmul(codes.to_floats(), scale)
+        }
+    }
+}
+
+/// A page's keys as pairs of dimensions, `[dim / 2][CHUNK]` dwords of which it fills
+/// [`KV_PAGE`] columns.
+#[inline(always)]
+unsafe fn keys<L: Lanes, C: Cells>(page: *const u8, dim: usize, out: *mut u32) {
+    // SAFETY: the caller's.
+    unsafe {
+        for d in (0..dim).step_by(2) {
+            for slot in (0..KV_PAGE).step_by(16) {
+                let even = C::key::<L>(page, dim, d, slot);
+                let odd = C::key::<L>(page, dim, d + 1, slot);
+                L::bf16_pair(even, odd).store(out.add(d / 2 * CHUNK + slot).cast());
+            }
+        }
+    }
+}
+
+/// A page's first `slots` values as pairs of positions, `[⌈slots / 2⌉][dim]` dwords.
+#[inline(always)]
+unsafe fn values<L: Lanes, C: Cells>(page: *const u8, dim: usize, slots: usize, out: *mut u32) {
+    // SAFETY: the caller's.
+    unsafe {
+        for slot in (0..slots).step_by(2) {
+            for d in (0..dim).step_by(16) {
+                let even = C::value::<L>(page, dim, slot, d);
+                // What lies behind the last position is not to be multiplied, not even by 0.
+                let odd = if slot + 1 < slots {
+                    C::value::<L>(page, dim, slot + 1, d)
+                } else {
+                    L::fsplat(0.0)
+                };
+                L::bf16_pair(even, odd).store(out.add(slot / 2 * dim + d).cast());
+            }
+        }
+    }
+}
+
+/// One query row between its scores and its weights.
+struct Row<'a> {
+    /// Scores of the chunk, a multiple of 32.
+    scores: &'a mut [f32],
+    /// How many of them the row sees, at least one.
+    visible: usize,
+    /// Largest score and sum of weights so far.
+    max: &'a mut f32,
+    sum: &'a mut f32,
+    /// Weighted values so far.
+    acc: &'a mut [f32],
+    /// Receives the weights, 32 at a time, a tile apart.
+    weights: *mut u16,
+}
+
+/// bf16 elements of a tile.
+const TILE: usize = TILE_ROWS * TILE_K;
+
+#[inline(always)]
+unsafe fn softmax<V: Vector, L: Lanes>(row: &mut Row<'_>) {
+    // SAFETY: slices are whole vectors; the weights are the caller's.
+    unsafe {
+        let scores = &mut *row.scores;
+        scores[row.visible..].fill(f32::NEG_INFINITY);
+        let mut largest = V::splat(f32::NEG_INFINITY);
+        for x in scores.chunks_exact(V::LANES) {
+            largest = largest.max(V::load(x.as_ptr()));
+        }
+        let before = *row.max;
+        let max = before.max(largest.hmax());
+        for x in scores.chunks_exact_mut(V::LANES) {
+            exp(V::load(x.as_ptr()).sub(V::splat(max))).store(x.as_mut_ptr());
+        }
+        // The polynomial's floor is not quite zero.
+        scores[row.visible..].fill(0.0);
+        let mut sum = V::splat(0.0);
+        for x in scores.chunks_exact(V::LANES) {
+            sum = sum.add(V::load(x.as_ptr()));
+        }
+        for (i, x) in scores.chunks_exact(TILE_K).enumerate() {
+            L::pack_bf16(x.as_ptr(), row.weights.add(i * TILE));
+        }
+        if before != max {
+            // The first time this is 0 times 0.
+            let shrink = (before - max).exp();
+            *row.sum *= shrink;
+            for x in row.acc.chunks_exact_mut(V::LANES) {
+                V::load(x.as_ptr())
+                    .mul(V::splat(shrink))
+                    .store(x.as_mut_ptr());
+            }
+            *row.max = max;
+        }
+        *row.sum += sum.sum();
+    }
+}
+
+/// Adds one chunk to all rows.
+///
+/// # Safety
+/// The CPU has what `P` is compiled for, and AMX may be executed.
+unsafe fn chunk<P: VectorParts>(args: &mut TileChunk<'_>) {
+    args.check();
+    let reach = args.visible.iter().copied().max().unwrap_or(0);
+    if reach == 0 {
+        return;
+    }
+    let (dim, columns) = (args.dim, reach.next_multiple_of(TILE_K));
+    let row_tiles = args.visible.len().div_ceil(TILE_ROWS);
+    let s = &mut *args.scratch;
+    s.fit(row_tiles * TILE_ROWS, dim);
+    let (k, v) = (s.keys.as_mut_ptr(), s.values.as_mut_ptr());
+    let steps = columns / TILE_K;
+    // SAFETY: `fit` made room for every row and column; pages are whole (`check`).
+    unsafe {
+        for (i, (keys, values)) in args.pages.iter().enumerate() {
+            let start = i * KV_PAGE;
+            if start < reach {
+                P::keys(args.k_type, keys.as_ptr(), dim, k.add(start));
+                let slots = KV_PAGE.min(reach - start);
+                let out = v.add(start / 2 * dim);
+                P::values(args.v_type, values.as_ptr(), dim, slots, out);
+            }
+        }
+        for pair in reach.div_ceil(2)..columns / 2 {
+            v.add(pair * dim).write_bytes(0, dim);
+        }
+        tile::configure(MOST_TOKENS);
+        let q_tile = dim / TILE_K * TILE;
+        for row in (0..row_tiles).step_by(2) {
+            let two = row + 1 < row_tiles;
+            let q = args.q.as_ptr().add(row * q_tile);
+            for column in (0..columns).step_by(2 * 16) {
+                tile::contract(
+                    two,
+                    &Contraction {
+                        a: [q.cast(), q.add(q_tile).cast()],
+                        b: k.add(column).cast::<u8>(),
+                        b_row: CHUNK * 4,
+                        c: s.scores.as_mut_ptr().add(row * TILE_ROWS * CHUNK + column),
+                        c_row: CHUNK * 4,
+                        steps: dim / TILE_K,
+                        fresh: true,
+                    },
+                );
+            }
+        }
+        let p_tile = CHUNK / TILE_K * TILE;
+        for (row, &visible) in args.visible.iter().enumerate() {
+            let weights = s.weights.as_mut_ptr();
+            let weights = weights.add(row / TILE_ROWS * p_tile + row % TILE_ROWS * TILE_K);
+            if visible == 0 {
+                for step in 0..steps {
+                    weights.add(step * TILE).write_bytes(0, TILE_K);
+                }
+                continue;
+            }
+            P::softmax(&mut Row {
+                scores: &mut s.scores[row * CHUNK..row * CHUNK + columns],
+                visible,
+                max: &mut args.max[row],
+                sum: &mut args.sum[row],
+                acc: &mut args.acc[row * dim..(row + 1) * dim],
+                weights,
+            });
+        }
+        for row in (0..row_tiles).step_by(2) {
+            let two = row + 1 < row_tiles;
+            let p = s.weights.as_ptr().add(row * p_tile);
+            for d in (0..dim).step_by(2 * 16) {
+                tile::contract(
+                    two,
+                    &Contraction {
+                        a: [p.cast(), p.add(p_tile).cast()],
+                        b: v.add(d).cast::<u8>(),
+                        b_row: dim * 4,
+                        c: args.acc.as_mut_ptr().add(row * TILE_ROWS * dim + d),
+                        c_row: dim * 4,
+                        steps,
+                        fresh: false,
+                    },
+                );
+            }
+        }
+        tile::release();
+    }
+}
