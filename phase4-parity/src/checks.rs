@@ -99,7 +99,7 @@ fn oracle_perplexities(models: &Path) -> Result<Outcome, String> {
             if !models.join(&file).is_file() {
                 continue;
             }
-            let ppl = golden::perplexity(models, &file, usize::MAX)?;
+            let ppl = golden::perplexity(models, &file, golden::CHUNKS)?;
             let text = format!("{ppl:.4} (llama.cpp {want:.4})");
             if (ppl / want - 1.0).abs() > golden::PERPLEXITY_WITHIN || ppl.is_nan() {
                 misses.push(format!("{file}: {text}"));

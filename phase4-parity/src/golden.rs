@@ -18,6 +18,8 @@ pub const LOGITS_WITHIN: f64 = 1e-3;
 pub const PERPLEXITY_WITHIN: f64 = 5e-3;
 /// Tokens to a window of the perplexities.
 pub const WINDOW: usize = 512;
+/// Windows that the given perplexities are taken over: about the first half of the text.
+pub const CHUNKS: usize = 60;
 
 /// The results for one model.
 #[derive(Clone, Debug, Deserialize)]

@@ -21,7 +21,7 @@ fn main() {
             Ok(())
         }));
         // A few windows of a quantised file must come out near the same windows of the bf16
-        // file; the whole text is the business of check 4.2.
+        // file; whole figures are the business of check 4.2.
         let dir = models.clone();
         trials.push(Trial::test(format!("perplexity::{model}"), move || {
             let whole = golden::perplexity(&dir, &format!("{model}-bf16.gguf"), 2)?;
