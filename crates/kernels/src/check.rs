@@ -21,6 +21,9 @@ use crate::{
 };
 use tegula_gguf::blocks;
 
+#[cfg(feature = "check-kernels")]
+use crate::attn::TileChunk;
+
 /// Share of `Σ |w · x|` by which products of float weights may differ.
 pub const FLOAT_PRODUCTS: f32 = 2e-6;
 /// Relative difference of a norm's values of at least 1e-3.
@@ -34,6 +37,8 @@ pub const SOFTMAX: f32 = 4e-6;
 pub const SCORES: f32 = 2e-5;
 /// The same of a chunk's weighted values, of at least 1.
 pub const ATTENTION: f32 = 5e-5;
+/// The same of attention on tiles, where queries, keys, values and weights are bf16.
+pub const TILE_ATTENTION: f32 = 4e-2;
 
 /// A kernel's result that is not scalar's.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
@@ -411,6 +416,103 @@ pub fn chunk(args: &ChunkArgs<'_>) -> Result<(), Mismatch> {
     equal(args.acc, &acc, within, what("acc", dim))
 }
 
+/// Rows as [`attention`](crate::attn) on tiles keeps them from chunk to chunk.
+#[cfg(feature = "check-kernels")]
+struct Running {
+    acc: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
+}
+
+#[cfg(feature = "check-kernels")]
+impl Running {
+    fn of(args: &TileChunk<'_>) -> Running {
+        let rows = args.visible.len();
+        Running {
+            acc: args.acc[..rows * args.dim].to_vec(),
+            max: args.max.to_vec(),
+            sum: args.sum.to_vec(),
+        }
+    }
+
+    /// Weighted means of the values, and logarithms of the sums of all weights, which do not
+    /// depend on the largest score that a row happened to subtract.
+    fn results(&self, dim: usize) -> (Vec<f32>, Vec<f32>) {
+        let some = |sum: f32| if sum == 0.0 { 1.0 } else { sum };
+        let mean = |(i, acc): (usize, &f32)| acc / some(self.sum[i / dim]);
+        let log = |(max, sum): (&f32, &f32)| match *sum {
+            0.0 => f32::NEG_INFINITY,
+            sum => max + sum.ln(),
+        };
+        (
+            self.acc.iter().enumerate().map(mean).collect(),
+            self.max.iter().zip(&self.sum).map(log).collect(),
+        )
+    }
+}
+
+/// Checks what a tile kernel made of rows that were `before`.
+///
+/// # Errors
+/// The first value that is not scalar's.
+#[cfg(feature = "check-kernels")]
+fn tile_chunk(before: Running, args: &TileChunk<'_>) -> Result<(), Mismatch> {
+    let (rows, dim) = (args.visible.len(), args.dim);
+    let query = |i: usize| {
+        let (row, col) = (i / dim, i % dim);
+        let group = row / TILE_GROUP * TILE_GROUP * dim;
+        let at = group + (col / 32 * TILE_GROUP + row % TILE_GROUP) * 32 + col % 32;
+        bf16::from_bits(args.q[at]).to_f32()
+    };
+    let q: Vec<f32> = (0..rows * dim).map(query).collect();
+    let mut scores = vec![0.0; rows * CHUNK];
+    let mut want = Running {
+        acc: vec![0.0; rows * dim],
+        max: vec![0.0; rows],
+        sum: vec![0.0; rows],
+    };
+    // SAFETY: as above.
+    unsafe {
+        scalar::attention::chunk(&mut ChunkArgs {
+            k_type: args.k_type,
+            v_type: args.v_type,
+            dim,
+            q: &q,
+            visible: args.visible,
+            pages: args.pages,
+            scores: &mut scores,
+            acc: &mut want.acc,
+            max: &mut want.max,
+            sum: &mut want.sum,
+        });
+    }
+    for row in 0..rows {
+        let max = want.max[row].max(before.max[row]);
+        // What a sum counts for beside the other's largest score; nothing if it is empty.
+        let weight = |of: f32| if of == max { 1.0 } else { (of - max).exp() };
+        let (new, old) = (weight(want.max[row]), weight(before.max[row]));
+        want.max[row] = max;
+        want.sum[row] = want.sum[row] * new + before.sum[row] * old;
+        let acc = &mut want.acc[row * dim..][..dim];
+        for (acc, before) in acc.iter_mut().zip(&before.acc[row * dim..]) {
+            *acc = *acc * new + before * old;
+        }
+    }
+    let ((got, got_logs), (want, logs)) = (Running::of(args).results(dim), want.results(dim));
+    let what = |name: &'static str| {
+        let (k, v) = (args.k_type, args.v_type);
+        move |i: usize| format!("attention on tiles, dim {dim} {k:?}/{v:?}: {name} {i}")
+    };
+    let within = relative(&logs, TILE_ATTENTION, 1.0);
+    equal(&got_logs, &logs, within, what("log of the sum"))?;
+    equal(
+        &got,
+        &want,
+        relative(&want, TILE_ATTENTION, 1.0),
+        what("mean"),
+    )
+}
+
 /// The kernels of `inner` with every call checked: what a `check-kernels` build runs.
 #[cfg(feature = "check-kernels")]
 pub(crate) use shims::checked;
@@ -421,7 +523,7 @@ mod shims {
 
     use super::*;
     use crate::{
-        attn::AttnOps,
+        attn::{AttnOps, TileAttention},
         strip::kernels::{MatmulKernels, Tiles},
         table::Kernels,
         tier::Tier,
@@ -483,6 +585,10 @@ mod shims {
             },
             attn: AttnOps {
                 chunk: chunk::<TABLE>,
+                tiles: inner.attn.tiles.map(|tiles| TileAttention {
+                    chunk: tile_chunk::<TABLE>,
+                    ..tiles
+                }),
             },
         }
     }
@@ -558,5 +664,13 @@ mod shims {
         // SAFETY: see above.
         unsafe { (inner::<TABLE>().attn.chunk)(args) };
         hold::<TABLE>(super::chunk(args));
+    }
+
+    unsafe fn tile_chunk<const TABLE: usize>(args: &mut TileChunk<'_>) {
+        let before = Running::of(args);
+        let tiles = inner::<TABLE>().attn.tiles.as_ref();
+        // SAFETY: see above.
+        unsafe { (tiles.expect("wrapped by `table`").chunk)(args) };
+        hold::<TABLE>(super::tile_chunk(before, args));
     }
 }

@@ -212,7 +212,7 @@ pub fn on_tiles(make: impl Fn(usize) -> Compute) -> Result<(), Failed> {
             let case = case(&one, (k, v), &[1, 17, 63, 64, 65, 300, 129], 40);
             let got = attend(&one, &case, &case.tokens, &case.q);
             let want = definition(&case);
-            let within = check::relative(&want, 4e-2, 1.0);
+            let within = check::relative(&want, check::TILE_ATTENTION, 1.0);
             let at = |i| format!("attention on tiles {k:?} {v:?}: {i}");
             check::equal(&got, &want, within, at)?;
             let three = attend(&make(3), &case, &case.tokens, &case.q);
