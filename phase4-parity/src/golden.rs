@@ -15,6 +15,10 @@ use crate::{
 /// Largest relative L2 distance of last-position logits that counts as equal.
 pub const LOGITS_WITHIN: f64 = 1e-3;
 /// Largest deviation of a perplexity, as a share of it.
+///
+/// The figures are llama.cpp's and carry its own rounding of activations, to 8 bits per 256,
+/// which the oracle does not do. It shows where weights are coarse: of `IQ2_XS` the oracle is
+/// 0.65 % below the figure, and 0.05 % when it is made to round likewise.
 pub const PERPLEXITY_WITHIN: f64 = 5e-3;
 /// Tokens to a window of the perplexities.
 pub const WINDOW: usize = 512;
