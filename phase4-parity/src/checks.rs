@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tegula_lab::{Check, Env, Need, Outcome, Phase, unbuilt};
 
-use crate::{engine, golden};
+use crate::{engine, golden, oracle::Activations};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -32,7 +32,8 @@ pub fn checks() -> Vec<Check> {
         },
         Check {
             id: "4.2",
-            title: "the oracle's perplexity of every given file is within 0.5 % of llama.cpp's",
+            title: "the oracle's perplexity of every given file, activations rounded as llama.cpp \
+                    rounds them, is within 0.5 % of llama.cpp's",
             requires: &[Need::Shared],
             run: |env| run(env, oracle_perplexities),
         },
@@ -99,7 +100,7 @@ fn oracle_perplexities(models: &Path) -> Result<Outcome, String> {
             if !models.join(&file).is_file() {
                 continue;
             }
-            let ppl = golden::perplexity(models, &file, golden::CHUNKS)?;
+            let ppl = golden::perplexity(models, &file, Activations::EightBits, golden::CHUNKS)?;
             let text = format!("{ppl:.4} (llama.cpp {want:.4})");
             if (ppl / want - 1.0).abs() > golden::PERPLEXITY_WITHIN || ppl.is_nan() {
                 misses.push(format!("{file}: {text}"));

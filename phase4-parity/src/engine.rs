@@ -10,6 +10,7 @@ use tegula_lab::Outcome;
 use crate::{
     compare::{kl_divergence, perplexity_excess, relative_l2, top_k_agreement},
     golden::{self, Golden},
+    oracle::Activations,
 };
 
 /// Windows of the held-out text whose perplexities are compared. The oracle is slow.
@@ -125,13 +126,13 @@ fn distances(
     file: &str,
     golden: &Golden,
 ) -> Result<BTreeMap<Tier, Distances>, String> {
-    let (_, oracle) = golden::load(models, file)?;
+    let (_, oracle) = golden::load(models, file, Activations::Exact)?;
     let prompts: Vec<&[u32]> = golden.prompts.iter().map(|p| p.ids.as_slice()).collect();
     let wanted = prompts
         .iter()
         .map(|ids| oracle.logits(ids).map_err(|e| format!("{file}: {e}")))
         .collect::<Result<Vec<_>, _>>()?;
-    let oracle_ppl = golden::perplexity(models, file, CHUNKS)?;
+    let oracle_ppl = golden::perplexity(models, file, Activations::Exact, CHUNKS)?;
     let mut all = BTreeMap::new();
     for tier in Tier::ALL.into_iter().filter(|tier| tier.available()) {
         let at = |what: String| format!("{file}, {tier}: {what}");

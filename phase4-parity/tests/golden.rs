@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use phase4_parity::golden;
+use phase4_parity::{golden, oracle::Activations};
 
 fn main() {
     let shared = std::env::var_os("TEGULA_SHARED").map_or_else(
@@ -24,8 +24,15 @@ fn main() {
         // file; whole figures are the business of check 4.2.
         let dir = models.clone();
         trials.push(Trial::test(format!("perplexity::{model}"), move || {
-            let whole = golden::perplexity(&dir, &format!("{model}-bf16.gguf"), 2)?;
-            let q4 = golden::perplexity(&dir, &format!("{model}-Q4_K_M.gguf"), 2)?;
+            let ppl = |ty: &str, activations| {
+                golden::perplexity(&dir, &format!("{model}-{ty}.gguf"), activations, 2)
+            };
+            let whole = ppl("bf16", Activations::Exact)?;
+            let q4 = ppl("Q4_K_M", Activations::Exact)?;
+            let rounded = ppl("Q4_K_M", Activations::EightBits)?;
+            if rounded == q4 || !(0.98..1.02).contains(&(rounded / q4)) {
+                return Err(format!("Q4_K_M {q4}, activations rounded {rounded}").into());
+            }
             match (0.98..1.12).contains(&(q4 / whole)) {
                 true => Ok(()),
                 false => Err(Failed::from(format!("Q4_K_M {q4}, bf16 {whole}"))),
