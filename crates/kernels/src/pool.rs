@@ -1,9 +1,13 @@
 //! The thread pool of the kernels.
 //!
 //! One job at a time, hundreds a token: what counts is the time from one job's last task to
-//! the next job's first. Workers spin for the next job and park only when none comes; tasks
+//! the next job's first. Workers spin for the next job and sleep only when none comes; tasks
 //! are taken from one counter, so a slow core takes fewer. Work stealing would add nothing
 //! and cost locality.
+//!
+//! A job ends when its tasks are done, not when every worker has been seen: a worker that
+//! the operating system keeps from its CPU is waited for only if it holds a task. So other
+//! processes on the same CPUs take their share of the time and no more.
 //!
 //! Results never depend on which thread runs a task.
 
@@ -12,8 +16,8 @@ use std::{
     cell::{Cell, UnsafeCell},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -24,9 +28,11 @@ use std::{
 pub struct PoolConfig {
     /// Threads that work on a job, the caller among them; at least 1.
     pub threads: usize,
-    /// Bind each worker to a CPU of its own while there are enough in the process's set.
+    /// Keep the workers to one CPU of each core while there are cores enough. Within that
+    /// set they move freely: a thread bound to a single CPU waits whenever anybody else,
+    /// the caller of the pool included, runs there.
     pub pin: bool,
-    /// How long an idle worker spins before it parks.
+    /// How long an idle thread spins before it sleeps.
     pub spin: Duration,
 }
 
@@ -47,34 +53,43 @@ struct Padded<T>(T);
 
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
 
-/// The job of the current epoch.
+/// The current job.
 #[derive(Clone, Copy)]
 struct Job {
-    /// Lifetime erased; valid until every worker has checked in for the epoch.
-    task: Option<Task<'static>>,
-    count: usize,
+    /// Lifetime erased; valid while a thread holds a ticket that it has not reported.
+    task: Task<'static>,
+    count: u32,
 }
 
+/// One more than the last ticket of every job. A counter at or past it has no tasks left,
+/// whichever job it belonged to, so a ticket tells by itself whether there is a job behind
+/// it.
+const TICKETS: u32 = 1 << 31;
+
+/// Set in a word that some thread sleeps on.
+const ASLEEP: u32 = 1 << 31;
+
+/// How long a thread spins without giving its CPU away: longer than the gap between two jobs
+/// of one token, much shorter than a time slice.
+const PAUSE: Duration = Duration::from_micros(20);
+
 struct Shared {
-    /// Counts jobs; workers wait for it to change.
+    /// Counts jobs in its lower bits; idle workers wait for it to change.
     epoch: Padded<AtomicU32>,
-    /// The next task to take.
-    next: Padded<AtomicUsize>,
-    /// Workers that have not finished the current job.
-    busy: Padded<AtomicUsize>,
+    /// The next ticket: from `TICKETS - count` up to [`TICKETS`].
+    ticket: Padded<AtomicU32>,
+    /// Tasks of the current job that are not done; the caller waits for none.
+    left: Padded<AtomicU32>,
     job: UnsafeCell<Job>,
     stop: AtomicBool,
-    /// Workers that are parked or about to.
-    parked: AtomicUsize,
-    park: Mutex<()>,
-    wake: Condvar,
     /// What the first panicking task threw.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     spin: Duration,
 }
 
-// SAFETY: `job` is written only by the thread that holds `Pool::running`, while no worker
-// is busy, and published by the release store of `epoch`; workers read it after acquiring.
+// SAFETY: `job` is written only by the thread that holds `Pool::running`, while there are no
+// tickets, and published by the release store of `ticket`; it is read only by threads whose
+// acquiring increment of `ticket` gave them a task, before they report that task as done.
 unsafe impl Sync for Shared {}
 // SAFETY: `Job::task` refers to a `Sync` closure.
 unsafe impl Send for Shared {}
@@ -101,34 +116,31 @@ impl Pool {
     /// # Panics
     /// When the operating system refuses a thread.
     pub fn new(config: PoolConfig) -> Pool {
-        let cpus = allowed_cpus();
+        let (cores, siblings) = cpus();
         let threads = config.threads.max(1);
         // Spinning threads would keep each other from the CPU when there are too few.
-        let enough = threads <= cpus.len().max(1);
+        let enough = threads <= cores.len() + siblings.len();
         let shared = Arc::new(Shared {
             epoch: Padded(AtomicU32::new(0)),
-            next: Padded(AtomicUsize::new(0)),
-            busy: Padded(AtomicUsize::new(0)),
+            ticket: Padded(AtomicU32::new(TICKETS)),
+            left: Padded(AtomicU32::new(0)),
             job: UnsafeCell::new(Job {
-                task: None,
+                task: &|_| {},
                 count: 0,
             }),
             stop: AtomicBool::new(false),
-            parked: AtomicUsize::new(0),
-            park: Mutex::new(()),
-            wake: Condvar::new(),
             panic: Mutex::new(None),
             spin: if enough { config.spin } else { Duration::ZERO },
         });
+        let set = (config.pin && threads <= cores.len() && !siblings.is_empty()).then_some(cores);
         let workers = (1..threads)
             .map(|i| {
-                let shared = Arc::clone(&shared);
-                let cpu = (config.pin && enough).then(|| cpus[i]);
+                let (shared, set) = (Arc::clone(&shared), set.clone());
                 thread::Builder::new()
                     .name(format!("tegula-{i}"))
                     .spawn(move || {
-                        if let Some(cpu) = cpu {
-                            pin(cpu);
+                        if let Some(set) = set {
+                            pin(&set);
                         }
                         shared.work();
                     })
@@ -151,52 +163,32 @@ impl Pool {
     /// when all are done. Jobs from several threads run one after the other.
     ///
     /// # Panics
-    /// When a task panics, with its payload, after all threads have come to rest; when
-    /// called from inside a task.
+    /// When a task panics, with the payload of the first to do so, after all threads have
+    /// left the job; tasks that nobody had begun are then left out. When called from inside
+    /// a task, of this pool or another. When there are 2³¹ tasks or more.
     pub fn run(&self, count: usize, task: Task<'_>) {
         assert!(!INSIDE.get(), "a task started another job");
         if count == 0 {
             return;
         }
         let running = lock(&self.running);
-        if self.workers.is_empty() || count == 1 {
-            INSIDE.set(true);
-            let result = catch_unwind(AssertUnwindSafe(|| (0..count).for_each(task)));
-            INSIDE.set(false);
-            drop(running);
-            if let Err(payload) = result {
-                resume_unwind(payload);
-            }
-            return;
-        }
         let shared = &*self.shared;
-        // SAFETY: no worker is busy, so nobody reads `job`. The erased lifetime ends after
-        // `busy` has reached zero below, when no worker holds the reference any more.
-        unsafe {
-            let task = std::mem::transmute::<Task<'_>, Task<'static>>(task);
-            *shared.job.get() = Job {
-                task: Some(task),
-                count,
-            };
-        }
-        shared.next.0.store(0, Ordering::Relaxed);
-        shared.busy.0.store(self.workers.len(), Ordering::Relaxed);
-        // Sequentially consistent with the worker's `parked` and `epoch`: either it sees
-        // the new epoch or we see it parked.
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        if shared.parked.load(Ordering::SeqCst) > 0 {
-            let _guard = lock(&shared.park);
-            shared.wake.notify_all();
-        }
-        shared.take_tasks(task, count);
-        let mut spins = 0u32;
-        while shared.busy.0.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if shared.spin.is_zero() || spins > 20_000 {
-                thread::yield_now();
-            } else {
-                std::hint::spin_loop();
+        if self.workers.is_empty() || count == 1 {
+            let _ = (0..count).try_for_each(|i| shared.call(task, i));
+        } else {
+            let count = u32::try_from(count).ok().filter(|&n| n < TICKETS);
+            let count = count.expect("a job has fewer than 2^31 tasks");
+            // SAFETY: no thread holds a ticket, so nobody reads `job`. The erased lifetime
+            // ends after `await_tasks` below, when each ticket has been reported.
+            unsafe {
+                let task = std::mem::transmute::<Task<'_>, Task<'static>>(task);
+                *shared.job.get() = Job { task, count };
             }
+            shared.left.0.store(count, Ordering::Relaxed);
+            shared.ticket.0.store(TICKETS - count, Ordering::Release);
+            shared.announce();
+            shared.take_tasks();
+            shared.await_tasks();
         }
         let panic = lock(&shared.panic).take();
         drop(running);
@@ -207,23 +199,62 @@ impl Pool {
 }
 
 impl Shared {
-    /// Takes tasks until there are none.
-    fn take_tasks(&self, task: Task<'_>, count: usize) {
+    /// Begins an epoch, and wakes the workers that sleep.
+    fn announce(&self) {
+        let next = (self.epoch.0.load(Ordering::Relaxed) + 1) & !ASLEEP;
+        if self.epoch.0.swap(next, Ordering::AcqRel) & ASLEEP != 0 {
+            futex_wake(&self.epoch.0, i32::MAX);
+        }
+    }
+
+    /// Calls the task and keeps what it throws; `Err` if it did.
+    fn call(&self, task: Task<'_>, i: usize) -> Result<(), ()> {
         INSIDE.set(true);
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let i = self.next.0.fetch_add(1, Ordering::Relaxed);
-                if i >= count {
-                    break;
-                }
-                task(i);
-            }
-        }));
+        let result = catch_unwind(AssertUnwindSafe(|| task(i)));
         INSIDE.set(false);
-        if let Err(payload) = result {
-            // Nobody need begin another task of a job that has failed.
-            self.next.0.store(count, Ordering::Relaxed);
+        result.map_err(|payload| {
             lock(&self.panic).get_or_insert(payload);
+        })
+    }
+
+    /// Takes tasks until there are none.
+    fn take_tasks(&self) {
+        let (mut taken, mut failed) = (0, false);
+        loop {
+            let ticket = self.ticket.0.fetch_add(1, Ordering::Acquire);
+            if ticket >= TICKETS {
+                break;
+            }
+            taken += 1;
+            // Nobody need begin another task of a job that has failed.
+            if !failed {
+                // SAFETY: the ticket was published after the job, which is not written again
+                // before this thread has reported it below.
+                let Job { task, count } = unsafe { *self.job.get() };
+                failed = self
+                    .call(task, (ticket - (TICKETS - count)) as usize)
+                    .is_err();
+            }
+        }
+        if taken != 0 {
+            let left = self.left.0.fetch_sub(taken, Ordering::Release);
+            if left == taken | ASLEEP {
+                futex_wake(&self.left.0, 1);
+            }
+        }
+    }
+
+    /// Waits until every task of the job is done.
+    fn await_tasks(&self) {
+        if spin(self.spin, || self.left.0.load(Ordering::Acquire) == 0) {
+            return;
+        }
+        loop {
+            let left = self.left.0.fetch_or(ASLEEP, Ordering::Acquire) | ASLEEP;
+            if left == ASLEEP {
+                return;
+            }
+            futex_wait(&self.left.0, left);
         }
     }
 
@@ -234,62 +265,35 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // SAFETY: published by the epoch that was just acquired; not written again
-            // before this thread has checked in.
-            let Job { task, count } = unsafe { *self.job.get() };
-            if let Some(task) = task {
-                self.take_tasks(task, count);
-            }
-            self.busy.0.fetch_sub(1, Ordering::Release);
+            self.take_tasks();
         }
     }
 
     /// Waits for an epoch other than `seen`.
     fn await_epoch(&self, seen: u32) -> u32 {
-        let changed = || {
-            let epoch = self.epoch.0.load(Ordering::Acquire);
-            (epoch != seen).then_some(epoch)
-        };
-        if !self.spin.is_zero() {
-            let start = Instant::now();
+        let epoch = || self.epoch.0.load(Ordering::Acquire) & !ASLEEP;
+        if !spin(self.spin, || epoch() != seen) {
+            let asleep = seen | ASLEEP;
+            let order = (Ordering::AcqRel, Ordering::Acquire);
             loop {
-                for _ in 0..256 {
-                    if let Some(epoch) = changed() {
-                        return epoch;
-                    }
-                    std::hint::spin_loop();
-                }
-                if start.elapsed() > self.spin {
-                    break;
+                match self
+                    .epoch
+                    .0
+                    .compare_exchange(seen, asleep, order.0, order.1)
+                {
+                    Err(other) if other != asleep => break,
+                    _ => futex_wait(&self.epoch.0, asleep),
                 }
             }
         }
-        self.parked.fetch_add(1, Ordering::SeqCst);
-        let mut guard = lock(&self.park);
-        let epoch = loop {
-            let epoch = self.epoch.0.load(Ordering::SeqCst);
-            if epoch != seen {
-                break epoch;
-            }
-            guard = self
-                .wake
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
-        };
-        drop(guard);
-        self.parked.fetch_sub(1, Ordering::SeqCst);
-        epoch
+        epoch()
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        {
-            let _guard = lock(&self.shared.park);
-            self.shared.wake.notify_all();
-        }
+        self.shared.announce();
         for worker in self.workers.drain(..) {
             // A worker can't panic outside a task, and tasks are caught.
             let _ = worker.join();
@@ -297,8 +301,54 @@ impl Drop for Pool {
     }
 }
 
+/// Spins until `ready` or for the time `limit`, whichever comes first; tells if `ready`.
+/// After [`PAUSE`] anybody else who wants the CPU gets it.
+fn spin(limit: Duration, ready: impl Fn() -> bool) -> bool {
+    if ready() || limit.is_zero() {
+        return ready();
+    }
+    let start = Instant::now();
+    loop {
+        for _ in 0..32 {
+            std::hint::spin_loop();
+            if ready() {
+                return true;
+            }
+        }
+        let waited = start.elapsed();
+        if waited > limit {
+            return false;
+        }
+        if waited > PAUSE {
+            thread::yield_now();
+        }
+    }
+}
+
+/// Sleeps while `word` is `value`; may also return without a reason.
+fn futex_wait(word: &AtomicU32, value: u32) {
+    let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+    let no_timeout = std::ptr::null::<libc::timespec>();
+    // SAFETY: the word outlives the call, which only reads it.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, no_timeout) };
+}
+
+/// Wakes up to `threads` threads that sleep on `word`.
+fn futex_wake(word: &AtomicU32, threads: i32) {
+    let operation = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+    // SAFETY: the call takes the address only to find the sleepers.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, threads) };
+}
+
 /// The CPUs that this process may run on, one of each core first, then their siblings.
 pub fn allowed_cpus() -> Vec<usize> {
+    let (mut cores, siblings) = cpus();
+    cores.extend(siblings);
+    cores
+}
+
+/// The CPUs that this process may run on: the first one of each core, and their siblings.
+fn cpus() -> (Vec<usize>, Vec<usize>) {
     let mut allowed = Vec::new();
     // SAFETY: the set is plain data of the size that is passed.
     unsafe {
@@ -320,17 +370,17 @@ pub fn allowed_cpus() -> Vec<usize> {
             .and_then(|s| s.parse().ok());
         first.is_none_or(|first: usize| first == *cpu)
     };
-    let (mut cores, siblings): (Vec<_>, Vec<_>) = allowed.into_iter().partition(first_sibling);
-    cores.extend(siblings);
-    cores
+    allowed.into_iter().partition(first_sibling)
 }
 
-/// Binds the calling thread to one CPU. A refusal is harmless: the thread just may move.
-fn pin(cpu: usize) {
+/// Binds the calling thread to `cpus`. A refusal is harmless: the thread just may move.
+fn pin(cpus: &[usize]) {
     // SAFETY: the set is plain data of the size that is passed.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
+        for &cpu in cpus {
+            libc::CPU_SET(cpu, &mut set);
+        }
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
     }
 }
@@ -338,6 +388,7 @@ fn pin(cpu: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::{Barrier, atomic::AtomicUsize, mpsc};
 
     #[test]
     fn every_task_runs_once() {
@@ -373,30 +424,108 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(PoolConfig::new(3));
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(50, &|i| assert!(i != 17, "task seventeen"));
-        }));
-        let payload = result.unwrap_err();
-        assert!(
-            payload
-                .downcast_ref::<&str>()
-                .is_some_and(|s| s.contains("task seventeen"))
-        );
-        let count = AtomicUsize::new(0);
-        pool.run(50, &|_| {
-            count.fetch_add(1, Ordering::Relaxed);
+    fn threads_that_sleep_at_once_are_woken() {
+        let pool = Pool::new(PoolConfig {
+            spin: Duration::ZERO,
+            ..PoolConfig::new(3)
         });
-        assert_eq!(count.load(Ordering::Relaxed), 50);
+        let sum = AtomicUsize::new(0);
+        for _ in 0..3000 {
+            pool.run(4, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.load(Ordering::Relaxed), 3000 * 6);
+    }
+
+    #[test]
+    fn workers_that_never_come_are_not_waited_for() {
+        let mut pool = Pool::new(PoolConfig::new(1));
+        let (release, held) = mpsc::channel::<()>();
+        pool.workers.push(thread::spawn(move || {
+            // Ends when the sender is dropped.
+            let _ = held.recv();
+        }));
+        let ran = AtomicUsize::new(0);
+        for _ in 0..3 {
+            pool.run(100, &|_| {
+                ran.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(ran.load(Ordering::Relaxed), 300);
+        drop(release);
+    }
+
+    #[test]
+    fn every_thread_takes_tasks() {
+        // Each task waits for all others: together they need all threads, the caller's too.
+        let pool = Pool::new(PoolConfig::new(4));
+        for _ in 0..50 {
+            let barrier = Barrier::new(4);
+            pool.run(4, &|_| {
+                barrier.wait();
+            });
+        }
+    }
+
+    #[test]
+    fn several_pools_at_once() {
+        thread::scope(|scope| {
+            for seed in 0..4 {
+                scope.spawn(move || {
+                    let pool = Pool::new(PoolConfig::new(2 + seed % 2));
+                    for job in 0..500 {
+                        let count = (job * 7 + seed) % 40;
+                        let sum = AtomicUsize::new(0);
+                        pool.run(count, &|i| {
+                            sum.fetch_add(i + 1, Ordering::Relaxed);
+                        });
+                        assert_eq!(sum.load(Ordering::Relaxed), count * (count + 1) / 2);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(PoolConfig::new(threads));
+            for count in [1, 2, 50] {
+                for _ in 0..20 {
+                    // The last task and, where there are enough, others before it.
+                    let fails = |i: usize| i + 1 == count || i % 16 == 9;
+                    let result = catch_unwind(AssertUnwindSafe(|| {
+                        pool.run(count, &|i| assert!(!fails(i), "task {i}"));
+                    }));
+                    let payload = result.unwrap_err();
+                    let text = payload.downcast_ref::<String>().unwrap();
+                    let task: usize = text.strip_prefix("task ").unwrap().parse().unwrap();
+                    assert!(fails(task), "{text}");
+                    let ran = AtomicUsize::new(0);
+                    pool.run(count, &|_| {
+                        ran.fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert_eq!(ran.load(Ordering::Relaxed), count);
+                }
+            }
+        }
     }
 
     #[test]
     fn a_job_inside_a_task_is_refused() {
-        let pool = Pool::new(PoolConfig::new(2));
-        let inner = || pool.run(2, &|_| {});
-        let result = catch_unwind(AssertUnwindSafe(|| pool.run(4, &|_| inner())));
-        assert!(result.is_err());
+        let (pool, other) = (Pool::new(PoolConfig::new(2)), Pool::new(PoolConfig::new(2)));
+        for inner in [&pool, &other] {
+            for count in [1, 4] {
+                let outer = || pool.run(count, &|_| inner.run(2, &|_| {}));
+                let payload = catch_unwind(AssertUnwindSafe(outer)).unwrap_err();
+                assert_eq!(
+                    payload.downcast_ref::<&str>(),
+                    Some(&"a task started another job")
+                );
+            }
+        }
+        pool.run(4, &|_| {});
     }
 
     #[test]
