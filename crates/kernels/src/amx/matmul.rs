@@ -5,9 +5,9 @@
 //! a product, so all formats share one micro-kernel and every tile is full.
 //!
 //! What limits it is where tiles come from: each is used for two products of 16 cycles, so
-//! that 64 bytes a cycle must arrive. The activations of 32 tokens (32 KiB) are read from the
-//! third-level cache once per stretch, and from the first-level one for each pair of strips;
-//! the weight tiles (256 KiB) and the sums stay in the second-level cache.
+//! that 64 bytes a cycle must arrive. The activations of 32 tokens (64 KiB) are read from the
+//! third-level cache once per stretch; they, the weight tiles (512 KiB) and the sums are then
+//! in the second-level cache, from which the micro-kernel prefetches ahead of its loads.
 
 use tegula_gguf::GgmlType;
 
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Inputs that are decoded at a time.
-const PANEL_K: usize = 512;
+const PANEL_K: usize = 1024;
 
 /// Bytes of one strip's tiles.
 const STRIP_TILES: usize = PANEL_K / TILE_K * TILE_BYTES;

@@ -1,4 +1,7 @@
 //! Row kernels over f32: norm, activation, softmax.
+//!
+//! Closures over vectors are `#[inline(always)]`: one that stays a function of its own lacks
+//! the tier's features, and then every intrinsic in it is a call.
 
 use super::vector::{Vector, exp};
 
@@ -57,9 +60,19 @@ unsafe fn reduce_sum<V: Vector>(x: &[f32], f: impl Fn(V, V) -> V) -> f32 {
 #[inline(always)]
 pub(crate) unsafe fn rms_norm<V: Vector>(x: &[f32], w: &[f32], eps: f32, dst: &mut [f32]) {
     unsafe {
-        let squares = reduce_sum::<V>(x, |x, acc| x.fma(x, acc));
+        let squares = reduce_sum::<V>(
+            x,
+            #[inline(always)]
+            |x, acc| x.fma(x, acc),
+        );
         let scale = V::splat(1.0 / (squares / x.len() as f32 + eps).sqrt());
-        map2::<V>(x, w, dst, |x, w| x.mul(scale).mul(w));
+        map2::<V>(
+            x,
+            w,
+            dst,
+            #[inline(always)]
+            |x, w| x.mul(scale).mul(w),
+        );
     }
 }
 
@@ -77,6 +90,7 @@ pub(crate) unsafe fn add_assign<V: Vector>(dst: &mut [f32], x: &[f32]) {
             old,
             x,
             std::slice::from_raw_parts_mut(dst.as_mut_ptr(), x.len()),
+            #[inline(always)]
             |a, b| a.add(b),
         );
     }
@@ -91,9 +105,13 @@ pub(crate) unsafe fn swiglu<V: Vector>(gate: &[f32], up: &[f32], dst: &mut [f32]
     unsafe {
         let one = V::splat(1.0);
         let zero = V::splat(0.0);
-        map2::<V>(gate, up, dst, |g, u| {
-            g.div(one.add(exp(zero.sub(g)))).mul(u)
-        });
+        map2::<V>(
+            gate,
+            up,
+            dst,
+            #[inline(always)]
+            |g, u| g.div(one.add(exp(zero.sub(g)))).mul(u),
+        );
     }
 }
 
@@ -113,8 +131,18 @@ pub(crate) unsafe fn softmax<V: Vector>(x: &mut [f32]) {
             std::slice::from_raw_parts(p, len),
             std::slice::from_raw_parts_mut(p, len),
         );
-        map2::<V>(src, src, dst, |x, _| exp(x.sub(shift)));
-        let total = reduce_sum::<V>(x, |x, acc| acc.add(x));
+        map2::<V>(
+            src,
+            src,
+            dst,
+            #[inline(always)]
+            |x, _| exp(x.sub(shift)),
+        );
+        let total = reduce_sum::<V>(
+            x,
+            #[inline(always)]
+            |x, acc| acc.add(x),
+        );
         let inverse = 1.0 / total;
         x.iter_mut().for_each(|x| *x *= inverse);
     }
