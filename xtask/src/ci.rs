@@ -10,9 +10,10 @@ use std::{
 use anyhow::{Context as _, Result};
 
 /// The steps as one would type them; the last is the README's own test command.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     "cargo fmt --all --check",
     "cargo clippy --workspace --all-targets -- -D warnings",
+    "cargo clippy --package tegula --no-default-features -- -D warnings",
     "cargo xtask codegen --check",
     "cargo test --workspace",
 ];

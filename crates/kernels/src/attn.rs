@@ -1,8 +1,11 @@
 //! The section of the kernel table for attention.
 
+// Tiles take some of this alone.
+#![cfg_attr(not(feature = "amx"), allow(dead_code))]
+
 use crate::{
     acts::TILE_GROUP,
-    amx::{self, Amx},
+    amx::Amx,
     kv::{KV_PAGE, KvType},
     mem::AlignedVec,
     scalar,
@@ -145,7 +148,10 @@ impl AttnOps {
         };
         AttnOps {
             chunk,
-            tiles: amx.and_then(|_| amx::attention::kernels(tier)),
+            #[cfg(feature = "amx")]
+            tiles: amx.and_then(|_| crate::amx::attention::kernels(tier)),
+            #[cfg(not(feature = "amx"))]
+            tiles: amx.and(None),
         }
     }
 

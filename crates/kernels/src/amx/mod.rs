@@ -1,25 +1,38 @@
 //! Intel AMX: the token that proves the right to use it, and the tile products.
 //!
 //! Nothing here runs unless somebody holds an [`Amx`]: tables of kernels without one have no
-//! pointer into this module.
+//! pointer into this module. Without the feature `amx` the token can't be had, and the code
+//! that executes tile instructions is not compiled.
 
+#[cfg(feature = "amx")]
 pub(crate) mod attention;
+#[cfg(feature = "amx")]
 pub(crate) mod matmul;
+#[cfg(feature = "amx")]
 mod panel;
+#[cfg(feature = "amx")]
 mod tile;
 
-use std::{arch::x86_64::__cpuid_count, io, sync::OnceLock};
+use std::arch::x86_64::__cpuid_count;
+#[cfg(feature = "amx")]
+use std::{io, sync::OnceLock};
 
 /// Proof that this process may execute AMX instructions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Amx {
     emulated: bool,
+    /// There are no such values.
+    #[cfg(not(feature = "amx"))]
+    never: std::convert::Infallible,
 }
 
 /// Why AMX can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AmxUnavailable {
+    /// The feature `amx` was off.
+    #[error("this build has no AMX code (the feature `amx` was off)")]
+    NotBuilt,
     /// CPUID lacks a part of AMX that the kernels need.
     #[error("the CPU lacks {}", .0.join(", "))]
     Cpu(Vec<&'static str>),
@@ -77,6 +90,7 @@ impl AmxFacts {
     }
 
     /// What stands in the way before the kernel is asked.
+    #[cfg(feature = "amx")]
     fn refusal(&self) -> Option<AmxUnavailable> {
         let parts = [
             ("amx-tile", self.tile),
@@ -112,6 +126,7 @@ unsafe fn xcr0() -> u64 {
 /// `arch_prctl` code that reads the permitted state components.
 const ARCH_GET_XCOMP_PERM: libc::c_int = 0x1022;
 /// `arch_prctl` code that asks for one.
+#[cfg(feature = "amx")]
 const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
 /// The state component of the tile registers' contents.
 const TILE_DATA: u64 = 18;
@@ -130,6 +145,7 @@ pub fn has_permission() -> bool {
     result == 0 && permitted & (1 << TILE_DATA) != 0
 }
 
+#[cfg(feature = "amx")]
 fn request_permission() -> io::Result<()> {
     // SAFETY: the call takes no pointer.
     let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) };
@@ -147,6 +163,7 @@ impl Amx {
     ///
     /// # Errors
     /// Says which of the three refused.
+    #[cfg(feature = "amx")]
     pub fn acquire() -> Result<Amx, AmxUnavailable> {
         static ANSWER: OnceLock<Result<Amx, AmxUnavailable>> = OnceLock::new();
         ANSWER
@@ -154,6 +171,16 @@ impl Amx {
             .clone()
     }
 
+    /// This build has none.
+    ///
+    /// # Errors
+    /// Always.
+    #[cfg(not(feature = "amx"))]
+    pub fn acquire() -> Result<Amx, AmxUnavailable> {
+        Err(AmxUnavailable::NotBuilt)
+    }
+
+    #[cfg(feature = "amx")]
     fn acquire_from(
         facts: &AmxFacts,
         request: impl FnOnce() -> io::Result<()>,
@@ -171,9 +198,19 @@ impl Amx {
     ///
     /// # Errors
     /// When the trap handler can't be installed.
+    #[cfg(feature = "amx")]
     pub fn emulate() -> Result<Amx, AmxUnavailable> {
         amx_emu::install().map_err(|e| AmxUnavailable::Emulation(e.to_string()))?;
         Ok(Amx { emulated: true })
+    }
+
+    /// This build has nothing to emulate.
+    ///
+    /// # Errors
+    /// Always.
+    #[cfg(not(feature = "amx"))]
+    pub fn emulate() -> Result<Amx, AmxUnavailable> {
+        Err(AmxUnavailable::NotBuilt)
     }
 
     /// True if the instructions are executed in software.
@@ -191,7 +228,7 @@ impl Amx {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "amx"))]
 mod tests {
     use super::*;
 

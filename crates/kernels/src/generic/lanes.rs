@@ -1,5 +1,8 @@
 //! Sixteen 32-bit lanes, one per row of a strip: one register of AVX-512, two of AVX2.
 
+// Tiles take some of this alone.
+#![cfg_attr(not(feature = "amx"), allow(dead_code))]
+
 use std::arch::x86_64::*;
 
 /// Sixteen dwords, each of them four bytes, one integer or one f32.

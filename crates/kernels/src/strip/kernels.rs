@@ -4,7 +4,7 @@ use tegula_gguf::GgmlType;
 
 use crate::{
     acts::{ActsView, Forms, Q8Dest},
-    amx::{self, Amx},
+    amx::Amx,
     strip::ROWS,
     tier::Tier,
     weights::Weights,
@@ -98,7 +98,10 @@ impl MatmulKernels {
             Tier::Avx512 => crate::avx512::matmul::kernels(),
         };
         MatmulKernels {
-            tiles: amx.and_then(|amx| amx::matmul::tiles(amx, tier)),
+            #[cfg(feature = "amx")]
+            tiles: amx.and_then(|amx| crate::amx::matmul::tiles(amx, tier)),
+            #[cfg(not(feature = "amx"))]
+            tiles: amx.and(None),
             ..kernels
         }
     }

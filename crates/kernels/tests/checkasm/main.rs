@@ -2,6 +2,7 @@
 //! awkward lengths, buffers that end at guard pages. Tiers that the CPU lacks show up as
 //! ignored tests.
 
+#[cfg(feature = "amx")]
 mod amx;
 mod attention;
 mod data;
@@ -35,6 +36,7 @@ fn main() {
     matmul::trials(&mut trials);
     moe::trials(&mut trials);
     rope::trials(&mut trials);
+    #[cfg(feature = "amx")]
     amx::trials(&mut trials);
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
