@@ -34,6 +34,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "xtask",
         &[
             "tegula-lab",
+            // For its feature `amx` alone.
+            "tegula-engine",
             "phase1-isolation",
             "phase2-perf",
             "phase3-analysis",
