@@ -9,6 +9,7 @@
 //! with rows of zero bytes. Nothing is lost: [`unpack_strip`] is the exact inverse.
 
 pub mod kernels;
+mod transpose;
 
 use tegula_gguf::GgmlType;
 
@@ -175,25 +176,6 @@ fn read_u32(b: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
 }
 
-/// Transposes `count` dwords of 16 rows, `map` applied to each.
-#[inline(always)]
-fn pack_dwords(
-    rows: &[&[u8]; ROWS],
-    at: usize,
-    count: usize,
-    dst: &mut [u8],
-    map: impl Fn(u32) -> u32,
-) {
-    let bytes = count * 4;
-    for (r, row) in rows.iter().enumerate() {
-        let src = &row[at..at + bytes];
-        for (e, four) in src.as_chunks::<4>().0.iter().enumerate() {
-            let o = (e * ROWS + r) * 4;
-            dst[o..o + 4].copy_from_slice(&map(u32::from_le_bytes(*four)).to_le_bytes());
-        }
-    }
-}
-
 /// Packs up to 16 raw rows of `k` weights into `dst`, a strip of
 /// [`Layout::strip_bytes`]`(k)` bytes. Missing rows become zero bytes.
 ///
@@ -218,19 +200,25 @@ pub fn pack_strip(layout: &Layout, k: usize, rows: &[&[u8]], dst: &mut [u8]) {
     ];
     let mut all: [&[u8]; ROWS] = [&zeros; ROWS];
     all[..rows.len()].copy_from_slice(rows);
-    for (b, out) in dst.chunks_exact_mut(layout.strip_block_bytes()).enumerate() {
-        if b < whole {
+    let (body, tail) = dst.split_at_mut(whole * layout.strip_block_bytes());
+    if let [field] = layout.fields {
+        // Blocks of nothing else are one long field.
+        let count = field.count * whole;
+        pack_field(&Field { count, ..*field }, &all, 0, body);
+    } else {
+        let blocks = body.chunks_exact_mut(layout.strip_block_bytes());
+        for (b, out) in blocks.enumerate() {
             pack_block(layout, &all, b * layout.block_bytes, out);
-        } else {
-            // Only BF16 with odd k ends in part of a block.
-            let mut tails = [[0u8; 4]; ROWS];
-            for (tail, row) in tails.iter_mut().zip(rows) {
-                let rest = &row[b * layout.block_bytes..];
-                tail[..rest.len()].copy_from_slice(rest);
-            }
-            let tails = tails.each_ref().map(|t| &t[..]);
-            pack_block(layout, &tails, 0, out);
         }
+    }
+    if !tail.is_empty() {
+        // Only BF16 with odd k ends in part of a block.
+        let mut tails = [[0u8; 4]; ROWS];
+        for (tail, row) in tails.iter_mut().zip(rows) {
+            let rest = &row[whole * layout.block_bytes..];
+            tail[..rest.len()].copy_from_slice(rest);
+        }
+        pack_block(layout, &tails.each_ref().map(|t| &t[..]), 0, tail);
     }
 }
 
@@ -238,22 +226,28 @@ fn pack_block(layout: &Layout, rows: &[&[u8]; ROWS], base: usize, out: &mut [u8]
     let mut o = 0;
     for field in layout.fields {
         let len = field.width * field.count * ROWS;
-        let dst = &mut out[o..o + len];
-        let at = base + field.raw;
-        match (field.map, field.width) {
-            (Map::Plain, 4) => pack_dwords(rows, at, field.count, dst, |x| x),
-            (Map::Bias, _) => pack_dwords(rows, at, field.count, dst, |x| x ^ 0x8080_8080),
-            (Map::HighBits, _) => pack_dwords(rows, at, field.count, dst, high_bits_in),
-            (Map::Plain, w) => {
-                for e in 0..field.count {
-                    for (r, row) in rows.iter().enumerate() {
-                        let d = (e * ROWS + r) * w;
-                        dst[d..d + w].copy_from_slice(&row[at + e * w..at + (e + 1) * w]);
-                    }
-                }
+        pack_field(field, rows, base + field.raw, &mut out[o..o + len]);
+        o += len;
+    }
+}
+
+/// Transposes a field that begins at byte `at` of each row.
+fn pack_field(field: &Field, rows: &[&[u8]; ROWS], at: usize, dst: &mut [u8]) {
+    let count = field.count;
+    match (field.map, field.width) {
+        (Map::Plain, 4) => transpose::dwords(rows, at, count, dst, 0),
+        (Map::Bias, _) => transpose::dwords(rows, at, count, dst, 0x8080_8080),
+        (Map::HighBits, _) => transpose::elements::<4>(rows, at, 0..count, dst, |x| {
+            high_bits_in(u32::from_le_bytes(x)).to_le_bytes()
+        }),
+        (Map::Plain, 2) => transpose::words(rows, at, count, dst),
+        (Map::Plain, 1) => transpose::elements::<1>(rows, at, 0..count, dst, |x| x),
+        (Map::Plain, width) => {
+            for (i, out) in dst.chunks_exact_mut(width).enumerate() {
+                let at = at + i / ROWS * width;
+                out.copy_from_slice(&rows[i % ROWS][at..at + width]);
             }
         }
-        o += len;
     }
 }
 
@@ -344,7 +338,7 @@ mod tests {
     fn unpacking_inverts_packing() {
         for &ty in GgmlType::ALL {
             let Some(l) = layout(ty) else { continue };
-            for (k, n) in [(256, 16), (768, 5), (257, 3)] {
+            for (k, n) in [(256, 16), (768, 5), (257, 3), (8, 16), (45, 16)] {
                 if k % ty.block_len() != 0 {
                     continue;
                 }
