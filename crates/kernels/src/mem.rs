@@ -13,7 +13,7 @@ use std::{
 pub const ALIGN: usize = 64;
 
 /// Size of a transparent huge page.
-const HUGE: usize = 2 << 20;
+pub(crate) const HUGE: usize = 2 << 20;
 
 /// Zeroed bytes aligned to [`ALIGN`].
 ///

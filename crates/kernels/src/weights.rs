@@ -6,7 +6,7 @@ use tegula_gguf::{Bytes, GgmlType};
 
 use crate::{
     disjoint::DisjointMut,
-    mem::AlignedBuf,
+    mem::{AlignedBuf, HUGE},
     pool::Pool,
     strip::{self, Layout, ROWS},
 };
@@ -218,9 +218,14 @@ impl Weights {
                 // A few hundred KiB per task: enough to hide the counter, little enough to
                 // balance.
                 let chunk = (256 * 1024 / self.strip_bytes.max(1)).clamp(1, total.max(1));
+                // Who writes to a fresh huge page first has the kernel clear it; others who
+                // come meanwhile have one cleared in vain. So threads begin in different pages.
+                let per_page = (HUGE / (chunk * self.strip_bytes).max(1)).max(1);
+                let pages = total.div_ceil(chunk * per_page);
                 let dst = DisjointMut::new(&mut out);
-                pool.run(total.div_ceil(chunk), &|task| {
-                    for i in task * chunk..total.min((task + 1) * chunk) {
+                pool.run(pages * per_page, &|task| {
+                    let part = task % pages * per_page + task / pages;
+                    for i in part * chunk..total.min((part + 1) * chunk) {
                         // SAFETY: each strip is packed by one task only.
                         let strip =
                             unsafe { dst.slice(i * self.strip_bytes..(i + 1) * self.strip_bytes) };
@@ -266,5 +271,33 @@ impl Weights {
             }
         });
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::PoolConfig;
+
+    #[test]
+    fn unpacking_inverts_packing_by_several_threads() {
+        let pool = Pool::new(PoolConfig::new(3));
+        // Less than a task, less than a huge page, several pages, strips larger than tasks.
+        for (n, k, experts) in [
+            (5, 32, 1),
+            (100, 4096, 1),
+            (1999, 2080, 3),
+            (70, 1 << 18, 1),
+        ] {
+            let ty = GgmlType::Q4_0;
+            let len = ty.bytes_for(k as u64).unwrap() as usize * n * experts;
+            let raw: Vec<u8> = (0..len as u32)
+                .map(|i| (i.wrapping_mul(2_654_435_761) >> 23) as u8)
+                .collect();
+            let weights = Weights::raw(ty, n, k, experts, Bytes::from_vec(raw.clone())).unwrap();
+            let packed = weights.pack(&pool);
+            assert_eq!(packed.encoding(), Encoding::Strip16);
+            assert!(packed.unpack_raw(&pool) == raw, "{n} x {k} x {experts}");
+        }
     }
 }
