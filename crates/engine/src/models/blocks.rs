@@ -30,7 +30,7 @@ pub(crate) struct Buffers {
     attention: Vec<f32>,
     /// `[m][ff]`, in the form that `down` takes.
     hidden: Acts,
-    /// `[m][embd]`: what is about to be added to `x`.
+    /// `[m][embd]`: what is about to be added to `x`, where it has a bias.
     delta: Vec<f32>,
     /// `[m][experts]`
     router: Vec<f32>,
@@ -65,7 +65,7 @@ impl Step<'_> {
     }
 
     /// `input = rms_norm(x) * w`.
-    pub fn norm(&mut self, w: &[f32]) {
+    fn norm(&mut self, w: &[f32]) {
         let b = &mut *self.buffers;
         b.input.resize(b.x.len(), 0.0);
         self.compute
@@ -78,9 +78,17 @@ impl Step<'_> {
             .prepare(&mut b.acts, &b.input, self.m, self.config.embd, forms);
     }
 
-    /// The three projections of `input` in one dispatch, biases added.
-    pub fn qkv(&mut self, layer: &Layer) {
-        self.prepare_input(self.compute.forms(self.m, [&layer.q, &layer.k, &layer.v]));
+    /// `acts = rms_norm(x) * w` in `forms`.
+    fn norm_acts(&mut self, w: &[f32], forms: Forms) {
+        let (b, eps) = (&mut *self.buffers, self.config.rms_eps);
+        self.compute
+            .norm_prepare(&mut b.acts, &b.x, w, eps, forms, &mut b.input);
+    }
+
+    /// The three projections of the normalised `x` in one dispatch, biases added.
+    pub fn norm_qkv(&mut self, layer: &Layer) {
+        let forms = self.compute.forms(self.m, [&layer.q, &layer.k, &layer.v]);
+        self.norm_acts(&layer.attn_norm, forms);
         let b = &mut *self.buffers;
         let (c, m) = (self.config, self.m);
         b.q.resize(m * c.heads * c.head_dim, 0.0);
@@ -170,23 +178,26 @@ impl Step<'_> {
             k,
             self.compute.forms(self.m, [&layer.out]),
         );
-        b.delta.resize(b.x.len(), 0.0);
-        self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
-        if let Some(bias) = &layer.out_bias {
-            self.compute.add_bias(&mut b.delta, bias);
+        match &layer.out_bias {
+            None => self.compute.matmul_add(&layer.out, &b.acts, &mut b.x),
+            Some(bias) => {
+                b.delta.resize(b.x.len(), 0.0);
+                self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
+                self.compute.add_bias(&mut b.delta, bias);
+                self.compute.add_assign(&mut b.x, &b.delta);
+            }
         }
-        self.compute.add_assign(&mut b.x, &b.delta);
     }
 
-    /// `x += ffn(input)`.
-    pub fn add_ffn(&mut self, ffn: &Ffn) {
-        match ffn {
+    /// `x += ffn(rms_norm(x) * norm)`.
+    pub fn norm_ffn(&mut self, layer: &Layer) {
+        match &layer.ffn {
             Ffn::Dense { gate, up, down } => {
-                self.prepare_input(self.compute.forms(self.m, [gate, up]));
+                let forms = self.compute.forms(self.m, [gate, up]);
+                self.norm_acts(&layer.ffn_norm, forms);
                 let b = &mut *self.buffers;
                 self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
-                b.delta.resize(b.x.len(), 0.0);
-                self.compute.matmul(down, &b.hidden, &mut b.delta);
+                self.compute.matmul_add(down, &b.hidden, &mut b.x);
             }
             Ffn::Experts {
                 router,
@@ -194,8 +205,8 @@ impl Step<'_> {
                 up,
                 down,
             } => {
-                let router_form = self.compute.forms(self.m, [router]);
-                self.prepare_input(router_form | self.compute.expert_forms(self.m, gate, up));
+                self.norm(&layer.ffn_norm);
+                self.prepare_input(self.compute.forms(self.m, [router]));
                 let b = &mut *self.buffers;
                 b.router.resize(self.m * router.n(), 0.0);
                 self.compute.matmul(router, &b.acts, &mut b.router);
@@ -206,14 +217,11 @@ impl Step<'_> {
                     scale: 1.0,
                 };
                 let routing = self.compute.route(&b.router, router.n(), &options);
-                b.delta.resize(b.x.len(), 0.0);
-                let (acts, scratch) = (&b.acts, &mut b.experts);
+                let (input, scratch) = (&b.input, &mut b.experts);
                 self.compute
-                    .moe_ffn(acts, &routing, gate, up, down, scratch, &mut b.delta);
+                    .moe_ffn(input, &routing, gate, up, down, scratch, &mut b.x);
             }
         }
-        let b = &mut *self.buffers;
-        self.compute.add_assign(&mut b.x, &b.delta);
     }
 
     /// Final norm and output matrix: `hidden` `[m][embd]`, `logits` `[m][vocab]`.

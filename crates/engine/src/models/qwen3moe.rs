@@ -5,14 +5,12 @@ use super::{Matrices, Step};
 
 pub(super) fn forward(model: &Matrices, s: &mut Step<'_>) {
     for (i, layer) in model.layers.iter().enumerate() {
-        s.norm(&layer.attn_norm); //              x [m][embd] -> input
-        s.qkv(layer); //                          q [m][heads][dim], k and v [m][kv_heads][dim]
+        s.norm_qkv(layer); //                     input = norm of x [m][embd]; q [m][heads][dim], k and v [m][kv_heads][dim]
         s.norm_heads(layer); //                   q and k, each head by its own mean square
         s.rope(); //                              q and k, in place
         s.attend(i); //                           cache, q -> attention [m][heads][dim]
         s.last_layer_keeps_outputs(i); //         m shrinks to the tokens that want logits
         s.add_attention_output(layer); //         x += out · attention
-        s.norm(&layer.ffn_norm);
-        s.add_ffn(&layer.ffn); //                 x += Σ weight · down_e · (silu(gate_e · input) * (up_e · input))
+        s.norm_ffn(layer); //                     input = norm of x; x += Σ weight · down_e · (silu(gate_e · input) * (up_e · input))
     }
 }

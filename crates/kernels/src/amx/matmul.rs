@@ -83,7 +83,7 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
     unsafe {
         match args.ty {
             T::BF16 => in_place(args),
-            T::F16 => through(args, |w, k, len, out| {
+            T::F16 => through(args, |w, k, len, out, _| {
                 let w = w.add(k / 2 * F16::PAIR_BYTES);
                 D::floats::<F16>(w, len, out);
             }),
@@ -118,9 +118,10 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
     let per_block = F::GROUPS * 32;
     // SAFETY: the caller's; panels begin at whole blocks.
     unsafe {
-        through(args, |strip, k, len, out| {
-            let block = strip.add(k / per_block * F::BYTES);
-            D::quantized::<F>(block, len / per_block, out);
+        through(args, |strip, k, len, out, (next, next_k)| {
+            let at = |k| k / per_block * F::BYTES;
+            let next = next.wrapping_add(at(next_k));
+            D::quantized::<F>(strip.add(at(k)), len / per_block, out, next);
         });
     }
 }
@@ -130,24 +131,33 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
 unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     // SAFETY: the caller's; the first part of the scratch holds codes.
     unsafe {
-        through(args, |strip, k, len, out| {
+        through(args, |strip, k, len, out, _| {
             let panel = generic::decode_grids::<S>(args.ty, strip, k, len, args.panel);
             D::codes::<S>(&panel, out);
         });
     }
 }
 
-/// Decodes stretches of the strips with `decode(strip, first input, inputs, out)` and
-/// multiplies them.
+/// Decodes stretches of the strips with `decode(strip, first input, inputs, out, next)` and
+/// multiplies them. `next` is the strip, and the input in it, that comes after this one: few
+/// tokens leave no time to wait for memory, which stops prefetching by itself where a stretch
+/// ends.
 ///
 /// # Safety
 /// As [`mul_strips`].
-unsafe fn through(args: &StripArgs<'_>, decode: impl Fn(*const u8, usize, usize, *mut u8)) {
+unsafe fn through(
+    args: &StripArgs<'_>,
+    decode: impl Fn(*const u8, usize, usize, *mut u8, (*const u8, usize)),
+) {
     for k in (0..args.k).step_by(PANEL_K) {
         let len = PANEL_K.min(args.k - k);
         let tile = |s: usize| args.panel.wrapping_add(CODES + s * STRIP_TILES);
         for (s, &strip) in args.strips.iter().enumerate() {
-            decode(strip, k, len, tile(s));
+            let next = match args.strips.get(s + 1) {
+                Some(&strip) => (strip, k),
+                None => (args.strips[0], k + len),
+            };
+            decode(strip, k, len, tile(s), next);
         }
         // SAFETY: tiles of `len` inputs of all strips were written.
         unsafe { all_tokens(args, |s| tile(s).cast_const(), k, len) };

@@ -3,7 +3,7 @@
 //!
 //! BF16 strips have this very order; they are read in place.
 
-use std::arch::x86_64::__m512i;
+use std::arch::x86_64::{__m512i, _MM_HINT_T1, _mm_prefetch};
 
 use crate::{
     generic::{
@@ -21,7 +21,9 @@ use crate::{
 /// The CPU has the features, pointers are valid: `out` for the tiles of all inputs that are
 /// read, 64 bytes per two of them.
 pub(crate) trait Decoders {
-    unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8);
+    /// Asks, on the way, for as many bytes at `next` as it reads: what is decoded next. That
+    /// need not be valid memory.
+    unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8, next: *const u8);
     unsafe fn codes<S: Shape>(panel: &Panel, out: *mut u8);
     unsafe fn floats<W: FloatWeights>(w: *const u8, k: usize, out: *mut u8);
     /// 32 values at a time, `step` elements apart in `out`.
@@ -36,9 +38,14 @@ macro_rules! decoders {
         impl Decoders for $name {
             #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8) {
+            unsafe fn quantized<F: Format>(
+                block: *const u8,
+                blocks: usize,
+                out: *mut u8,
+                next: *const u8,
+            ) {
                 // SAFETY: see above.
-                unsafe { quantized::<$lanes, F>(block, blocks, out) }
+                unsafe { quantized::<$lanes, F>(block, blocks, out, next) }
             }
 
             #[inline]
@@ -129,7 +136,12 @@ unsafe fn bias<L: Lanes, S: Shape>(scale: L::Floats, min: L::Floats, zero: u32) 
 }
 
 #[inline(always)]
-unsafe fn quantized<L: Lanes, F: Format>(block: *const u8, blocks: usize, out: *mut u8) {
+unsafe fn quantized<L: Lanes, F: Format>(
+    block: *const u8,
+    blocks: usize,
+    out: *mut u8,
+    next: *const u8,
+) {
     let parts = if F::Shape::HALVES { 2 } else { 1 };
     let dwords = 8 / parts;
     // SAFETY: the caller's.
@@ -137,6 +149,11 @@ unsafe fn quantized<L: Lanes, F: Format>(block: *const u8, blocks: usize, out: *
         for b in 0..blocks {
             let block = block.add(b * F::BYTES);
             for g in 0..F::GROUPS {
+                // This group's share of the block's lines, a stretch later.
+                let lines = (g * F::BYTES / F::GROUPS)..((g + 1) * F::BYTES / F::GROUPS);
+                for line in lines.step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(b * F::BYTES + line).cast());
+                }
                 let out = out.add((b * F::GROUPS + g) * 1024);
                 let codes = F::codes::<L>(block, g);
                 for h in 0..parts {

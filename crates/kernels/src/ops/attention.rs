@@ -9,7 +9,7 @@ use crate::{
     mem::AlignedVec,
     profile::Op,
 };
-use std::cell::RefCell;
+use std::{cell::RefCell, collections::HashSet, ops::Range};
 
 /// Where a token of a batch stands: its sequence (an index into the tables that are passed
 /// beside) and its position there.
@@ -22,8 +22,29 @@ pub struct Token {
 /// Query rows that a task handles together, so that they share the reading of K and V.
 const TASK_ROWS: usize = 32;
 
-/// Tokens that a task writes to the cache.
-const STORE_TOKENS: usize = 16;
+/// What writing a value of a key or value to the cache costs, in values of a sum: each of a
+/// key goes to a line of its own.
+const STORE_COST: usize = 32;
+
+/// Cuts tokens, given by their pages, where the page changes; not at all if one comes again.
+fn page_runs(pages: impl Iterator<Item = u32>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let (mut seen, mut last) = (HashSet::new(), None);
+    let mut again = false;
+    for (t, page) in pages.enumerate() {
+        match runs.last_mut() {
+            Some(run) if last == Some(page) => run.end = t + 1,
+            _ => runs.push(t..t + 1),
+        }
+        again |= last != Some(page) && !seen.insert(page);
+        last = Some(page);
+    }
+    if again {
+        let all = 0..runs.last().map_or(0, |run| run.end);
+        return vec![all];
+    }
+    runs
+}
 
 /// A run of neighbouring tokens of one sequence.
 #[derive(Clone, Copy)]
@@ -91,26 +112,24 @@ impl Compute {
         assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
         let mut layer = cache.layer_mut(layer);
         let writer = layer.writer();
-        // Neighbouring positions of a head share cache lines: split by heads, and by tokens
-        // only in long batches.
-        let parts = tokens.len().div_ceil(STORE_TOKENS);
-        let write = |head: usize, range: std::ops::Range<usize>| {
+        let write = |head: usize, range: Range<usize>| {
             for t in range {
                 let Token { sequence, position } = tokens[t];
                 let page = tables[sequence].page(position);
                 let at = (t * heads + head) * dim;
                 let (k, v) = (&k[at..at + dim], &v[at..at + dim]);
-                // SAFETY: see the two callers below.
+                // SAFETY: tasks have a head of their own, or pages of their own.
                 unsafe { writer.put(page, position % KV_PAGE, head, k, v) };
             }
         };
-        if parts == 1 {
-            // A single dispatch by head would cost more than the few bytes.
-            (0..heads).for_each(|head| write(head, 0..tokens.len()));
-        } else {
-            // Each task writes one head: nobody else touches it.
-            self.pool.run(heads, &|head| write(head, 0..tokens.len()));
-        }
+        // Neighbouring positions of a head share cache lines, pages share none.
+        let runs = page_runs(tokens.iter().map(|t| tables[t.sequence].page(t.position)));
+        let longest = runs.iter().map(Range::len).max().unwrap_or(0);
+        let cost = longest * dim * STORE_COST;
+        // Each task writes one head of its pages: nobody else touches them.
+        self.for_each(heads * runs.len(), cost, &|task| {
+            write(task % heads, runs[task / heads].clone());
+        });
     }
 
     /// Causal attention of each token to the positions of its sequence up to its own.
@@ -454,5 +473,19 @@ impl Call<'_> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::page_runs;
+
+    #[test]
+    fn no_two_runs_share_a_page() {
+        let runs = |pages: &[u32]| page_runs(pages.iter().copied());
+        assert!(runs(&[]).is_empty());
+        assert_eq!(runs(&[7, 7, 7]), [0..3]);
+        assert_eq!(runs(&[7, 7, 3, 4, 4]), [0..2, 2..3, 3..5]);
+        assert_eq!(runs(&[7, 3, 7, 4]), [0..4]);
     }
 }

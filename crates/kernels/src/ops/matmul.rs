@@ -98,19 +98,53 @@ pub(crate) fn token_blocks(m: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..m).step_by(len.max(1)).map(move |t| (t, len.min(m - t)))
 }
 
-/// Cuts `strips` strips into runs for `threads` threads: large ones first, so that the
-/// activations are reused, then ever smaller ones, so that all threads end together.
-/// `tiles` says that strips are multiplied in pairs and gain from company.
-fn strip_runs(strips: usize, threads: usize, tiles: bool) -> impl Iterator<Item = (usize, usize)> {
-    let (most, least) = if tiles { (MAX_STRIPS, 2) } else { (4, 1) };
-    let mut first = 0;
-    std::iter::from_fn(move || {
-        let left = strips - first;
-        let share = left / (2 * threads) / least * least;
-        let run = share.clamp(least, most).min(left);
-        first += run;
-        (run > 0).then_some((first - run, run))
-    })
+/// Strips `first .. first + count` of the item with that index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub item: usize,
+    pub first: usize,
+    pub count: usize,
+}
+
+/// What [`runs`] cuts: `strips` strips, each of which costs `cost`, at most `most` in a run
+/// and a multiple of `least`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Item {
+    pub strips: usize,
+    pub cost: usize,
+    pub most: usize,
+    pub least: usize,
+}
+
+impl Item {
+    /// A whole product: with tiles strips are multiplied in pairs and gain from company.
+    fn product(w: &Weights, tiles: bool) -> Item {
+        let (most, least) = if tiles { (MAX_STRIPS, 2) } else { (4, 1) };
+        Item {
+            strips: w.strips(),
+            cost: w.k(),
+            most,
+            least,
+        }
+    }
+}
+
+/// Cuts items into runs for `threads` threads: large ones first, so that the activations are
+/// reused, then ever smaller ones, so that all threads end together.
+pub(crate) fn runs(items: &[Item], threads: usize) -> Vec<Run> {
+    let mut left: usize = items.iter().map(|i| i.strips * i.cost).sum();
+    let mut runs = Vec::new();
+    for (item, i) in items.iter().enumerate() {
+        let mut first = 0;
+        while first < i.strips {
+            let share = left / (2 * threads * i.cost.max(1)) / i.least * i.least;
+            let count = share.clamp(i.least, i.most).min(i.strips - first);
+            runs.push(Run { item, first, count });
+            first += count;
+            left -= count * i.cost;
+        }
+    }
+    runs
 }
 
 impl Compute {
@@ -135,7 +169,7 @@ impl Compute {
         // Tokens of a group share cache lines: one task writes them all.
         let part = k.min(1024);
         let parts = k.div_ceil(part);
-        self.pool.run(m.div_ceil(GROUP) * parts, &|task| {
+        self.for_each(m.div_ceil(GROUP) * parts, m.min(GROUP) * part, &|task| {
             let (group, col) = (task / parts, task % parts * part);
             let end = k.min(col + part);
             for t in group * GROUP..m.min((group + 1) * GROUP) {
@@ -143,6 +177,49 @@ impl Compute {
                 // SAFETY: every task writes tokens and columns of its own.
                 unsafe { writer.put(kernels, forms, (0, m), t, col, x) };
             }
+        });
+    }
+
+    /// Prepares `x / rms(x) * w`, row by row, in `forms`: [`Compute::rms_norm`] and
+    /// [`Compute::prepare`] in one pass. `x` is `[m][w.len()]`; `normed` is scratch.
+    ///
+    /// # Panics
+    /// As those two.
+    pub fn norm_prepare(
+        &self,
+        acts: &mut Acts,
+        x: &[f32],
+        w: &[f32],
+        eps: f32,
+        forms: Forms,
+        normed: &mut Vec<f32>,
+    ) {
+        let k = w.len();
+        assert!(x.len().is_multiple_of(k));
+        let m = x.len() / k;
+        if m <= GROUP {
+            // Too few rows to share out: each step shares what it can.
+            normed.resize(x.len(), 0.0);
+            self.rms_norm(x, w, eps, normed);
+            self.prepare(acts, normed, m, k, forms);
+            return;
+        }
+        let _span = self.profile.span(Op::Prepare);
+        let writer = acts.begin(m, k, forms);
+        let (kernels, float) = (&self.table.matmul, &self.table.float);
+        self.pool.run(m.div_ceil(GROUP), &|group| {
+            with_scratch(|scratch| {
+                scratch.tile.fit(k);
+                let row = &mut scratch.tile[..k];
+                for t in group * GROUP..m.min((group + 1) * GROUP) {
+                    // SAFETY: the table's tier was checked; every task writes tokens of its
+                    // own.
+                    unsafe {
+                        (float.rms_norm)(&x[t * k..(t + 1) * k], w, eps, row);
+                        writer.put(kernels, forms, (0, m), t, 0, row);
+                    }
+                }
+            });
         });
     }
 
@@ -154,30 +231,49 @@ impl Compute {
         self.matmul_many(&mut [(w, y)], x);
     }
 
+    /// `y += x · wᵀ`, each sum rounded before it is added.
+    ///
+    /// # Panics
+    /// As [`Compute::matmul`].
+    pub fn matmul_add(&self, w: &Weights, x: &Acts, y: &mut [f32]) {
+        self.products(&mut [(w, y)], x, |y, sums| {
+            y.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
+        });
+    }
+
     /// Several products with the same activations in one dispatch.
     ///
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_many(&self, products: &mut [(&Weights, &mut [f32])], x: &Acts) {
+        self.products(products, x, |y, sums| y.copy_from_slice(sums));
+    }
+
+    /// Several products; `store(y, sums)` takes the sums of a strip and a token.
+    fn products(
+        &self,
+        products: &mut [(&Weights, &mut [f32])],
+        x: &Acts,
+        store: impl Fn(&mut [f32], &[f32]) + Sync,
+    ) {
         let _span = self.profile.span(Op::Products);
         let m = x.m();
         if m == 0 {
             return;
         }
         let kernels = &self.table.matmul;
-        let mut tasks = Vec::new();
         let mut items = Vec::with_capacity(products.len());
-        for (i, (w, y)) in products.iter_mut().enumerate() {
+        let mut outputs = Vec::with_capacity(products.len());
+        for (w, y) in products {
             assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
             assert_eq!(y.len(), m * w.n());
-            let tiles = kernels.tiles_for(w, m).is_some();
-            let runs = strip_runs(w.strips(), self.pool.threads(), tiles);
-            tasks.extend(runs.map(|(first, count)| (i, first, count)));
-            items.push((*w, DisjointMut::new(y)));
+            items.push(Item::product(w, kernels.tiles_for(w, m).is_some()));
+            outputs.push((*w, DisjointMut::new(y)));
         }
+        let tasks = runs(&items, self.pool.threads());
         self.pool.run(tasks.len(), &|task| {
-            let (item, first, count) = tasks[task];
-            let (w, y) = &items[item];
+            let Run { item, first, count } = tasks[task];
+            let (w, y) = &outputs[item];
             let row = first * ROWS;
             let rows = (count * ROWS).min(w.n() - row);
             with_scratch(|scratch| {
@@ -191,7 +287,7 @@ impl Compute {
                         let out = unsafe { y.slice(at..at + rows) };
                         for (s, out) in out.chunks_mut(ROWS).enumerate() {
                             let at = (s * len + t) * ROWS;
-                            out.copy_from_slice(&scratch.tile[at..at + out.len()]);
+                            store(out, &scratch.tile[at..at + out.len()]);
                         }
                     }
                 }
@@ -206,16 +302,32 @@ mod tests {
 
     #[test]
     fn runs_cover_all_strips_and_shrink() {
+        let item = |strips, tiles| Item {
+            strips,
+            cost: 4096,
+            most: if tiles { MAX_STRIPS } else { 4 },
+            least: if tiles { 2 } else { 1 },
+        };
         for tiles in [false, true] {
-            for strips in [0, 1, 2, 3, 31, 256, 768, 9496] {
+            for strips in [
+                [0, 0],
+                [1, 0],
+                [2, 3],
+                [31, 1],
+                [256, 64],
+                [768, 768],
+                [9496, 0],
+            ] {
                 for threads in [1, 2, 14] {
-                    let mut next = 0;
-                    let mut before = MAX_STRIPS;
-                    for (first, run) in strip_runs(strips, threads, tiles) {
-                        assert_eq!(first, next);
-                        assert!(run <= before, "{strips} {threads}");
-                        assert!(!tiles || run % 2 == 0 || first + run == strips);
-                        (next, before) = (first + run, run);
+                    let items = strips.map(|s| item(s, tiles));
+                    let (mut next, mut before) = ([0, 0], MAX_STRIPS);
+                    for Run { item, first, count } in runs(&items, threads) {
+                        assert_eq!(first, next[item]);
+                        next[item] += count;
+                        let ends = next[item] == strips[item];
+                        assert!(ends || count <= before, "{strips:?} {threads}");
+                        assert!(ends || !tiles || count % 2 == 0);
+                        before = if ends { before } else { count };
                     }
                     assert_eq!(next, strips);
                 }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use super::{
     Compute,
-    matmul::{token_blocks, with_scratch},
+    matmul::{Item, Run, runs, token_blocks, with_scratch},
 };
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP},
@@ -16,8 +16,10 @@ use crate::{
 
 /// Columns of the intermediate that are made together: the q8 form's group.
 const FF_UNIT: usize = 32;
-/// Columns that one task makes with tiles: gate and up share a pass over the activations.
-const FF_TILES: usize = MAX_STRIPS / 2 * ROWS;
+/// The same in strips.
+const FF_STRIPS: usize = FF_UNIT / ROWS;
+/// What decoding weights to tiles costs, in tokens that are multiplied with them.
+const DECODE_TOKENS: usize = 8;
 
 /// Which experts each token uses, and with which weights.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -192,19 +194,22 @@ impl Compute {
             (down.experts(), down.experts())
         );
         let kernels = &self.table.matmul;
-        let mut tasks = Vec::new();
-        for (i, s) in segments.iter().enumerate() {
-            let unit = match kernels.tiles_for(gate, s.len) {
-                Some(_) => FF_TILES,
-                None => FF_UNIT,
-            };
-            tasks.extend((0..n_ff).step_by(unit).map(|col| (i, col, unit)));
-        }
+        let item = |s: &Segment| {
+            let tiles = kernels.tiles_for(gate, s.len).is_some();
+            Item {
+                strips: gate.strips(),
+                cost: s.len + DECODE_TOKENS,
+                // With tiles gate and up share a pass over the activations.
+                most: if tiles { MAX_STRIPS / 2 } else { FF_STRIPS },
+                least: FF_STRIPS,
+            }
+        };
+        let items: Vec<Item> = segments.iter().map(item).collect();
+        let tasks = runs(&items, self.pool.threads());
         self.pool.run(tasks.len(), &|task| {
-            let (segment, first_col, unit) = tasks[task];
-            let Segment { expert, start, len } = segments[segment];
-            let first_strip = first_col / ROWS;
-            let strips = unit.min(n_ff - first_col).div_ceil(ROWS);
+            let Run { item, first, count } = tasks[task];
+            let Segment { expert, start, len } = segments[item];
+            let (first_strip, strips, first_col) = (first, count, first * ROWS);
             let form = kernels.form(down, len);
             let view = if shared {
                 x.view()
@@ -219,10 +224,10 @@ impl Compute {
                     scratch.mul(kernels, gate, expert, first_strip, strips, acts, 0);
                     scratch.mul(kernels, up, expert, first_strip, strips, acts, up_at);
                     for t in 0..m {
-                        for c in (0..strips).step_by(FF_UNIT / ROWS) {
+                        for c in (0..strips).step_by(FF_STRIPS) {
                             let col = first_col + c * ROWS;
                             let (mut g, mut u) = ([0f32; FF_UNIT], [0f32; FF_UNIT]);
-                            for s in c..strips.min(c + FF_UNIT / ROWS) {
+                            for s in c..strips.min(c + FF_STRIPS) {
                                 let at = (s * m + t) * ROWS;
                                 let part = (s - c) * ROWS..(s - c + 1) * ROWS;
                                 g[part.clone()].copy_from_slice(&scratch.tile[at..at + ROWS]);
@@ -247,25 +252,18 @@ impl Compute {
         });
     }
 
-    /// The forms that [`Compute::moe_ffn`] wants of `m` tokens: how many each expert gets is
-    /// not known beforehand.
-    pub fn expert_forms(&self, m: usize, gate: &Weights, up: &Weights) -> Forms {
-        self.forms(1, [gate, up]) | self.forms(m, [gate, up])
-    }
-
-    /// A mixture-of-experts feed-forward: for every token the sum over its experts, in the
-    /// order of `routing`, of `weight * down(silu(gate(x)) * up(x))`. `out` is
-    /// `[m][down.n()]`. Two dispatches, and one more to group the tokens of a batch.
+    /// A mixture-of-experts feed-forward: adds to every token's row of `out`, `[m][down.n()]`,
+    /// the sum over its experts, in the order of `routing`, of `weight * down(silu(gate(x)) *
+    /// up(x))`. `x` is `[m][gate.k()]`. Three dispatches: tokens to experts, gate and up, down.
     ///
     /// A token's result depends on neither the other tokens nor the threads.
     ///
     /// # Panics
-    /// When shapes disagree, an expert does not exist, or `x` lacks a form that the weights
-    /// take.
+    /// When shapes disagree or an expert does not exist.
     #[allow(clippy::too_many_arguments)]
     pub fn moe_ffn(
         &self,
-        x: &Acts,
+        x: &[f32],
         routing: &Routing,
         gate: &Weights,
         up: &Weights,
@@ -274,26 +272,30 @@ impl Compute {
         out: &mut [f32],
     ) {
         let _span = self.profile.span(Op::Experts);
-        let (m, used, n) = (x.m(), routing.used, down.n());
+        let (k, used, n) = (gate.k(), routing.used, down.n());
+        let m = x.len() / k;
+        assert_eq!(x.len(), m * k);
         assert_eq!(
             (routing.ids.len(), routing.weights.len()),
             (m * used, m * used)
         );
         assert_eq!(out.len(), m * n);
         if m == 0 || used == 0 {
-            out.fill(0.0);
             return;
         }
         let groups = Groups::new(routing, m, gate.experts());
         let assigned = m * used;
         let kernels = &self.table.matmul;
+        // A single token serves all its experts as it is.
         let shared = m == 1 && groups.segments.iter().all(|s| s.len == 1);
         let all = |weights: &[&Weights]| {
             let forms = |f, s: &Segment| f | self.forms(s.len, weights.iter().copied());
             groups.segments.iter().fold(Forms::NONE, forms)
         };
-        if !shared {
-            let writer = scratch.gathered.begin(assigned, x.k(), all(&[gate, up]));
+        if shared {
+            self.prepare(&mut scratch.gathered, x, 1, k, all(&[gate, up]));
+        } else {
+            let writer = scratch.gathered.begin(assigned, k, all(&[gate, up]));
             let owner: Vec<(usize, usize)> = groups
                 .segments
                 .iter()
@@ -304,14 +306,15 @@ impl Compute {
                 for (a, &(start, len)) in owner.iter().enumerate().skip(first).take(GROUP) {
                     let forms = self.forms(len, [gate, up]);
                     let from = groups.tokens[a];
+                    let x = &x[from * k..(from + 1) * k];
                     // SAFETY: every assignment is a token of its own.
-                    unsafe { writer.copy(forms, (start, len), a - start, &x.view(), from) };
+                    unsafe { writer.put(kernels, forms, (start, len), a - start, 0, x) };
                 }
             });
         }
-        let source = if shared { x } else { &scratch.gathered };
+        let gathered = &scratch.gathered;
         let writer = scratch.hidden.begin(assigned, gate.n(), all(&[down]));
-        self.gate_up_segments(source, &groups.segments, shared, gate, up, down, &writer);
+        self.gate_up_segments(gathered, &groups.segments, shared, gate, up, down, &writer);
 
         let hidden = &scratch.hidden;
         let y = DisjointMut::new(out);
@@ -357,7 +360,8 @@ impl Compute {
                     }
                     // SAFETY: every strip of rows is one task's.
                     let dst = unsafe { y.slice(t * n + row..t * n + row + rows) };
-                    dst.copy_from_slice(&sums.as_flattened()[..rows]);
+                    let sums = &sums.as_flattened()[..rows];
+                    dst.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
                 }
             });
         });

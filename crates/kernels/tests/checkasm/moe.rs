@@ -156,11 +156,17 @@ fn experts(tier: Tier, (gate_ty, up_ty, down_ty, ff): Types) -> Result<(), Faile
     };
     let run = |c: &Compute, m: usize, w: [&Weights; 3]| {
         let routing = c.route(&logits[..m * EXPERTS], EXPERTS, &options);
-        let mut acts = Acts::new();
-        c.prepare(&mut acts, &x[..m * k], m, k, c.expert_forms(m, w[0], w[1]));
-        let mut out = vec![f32::NAN; m * n];
+        let mut out = vec![0.0; m * n];
         let mut scratch = MoeScratch::default();
-        c.moe_ffn(&acts, &routing, w[0], w[1], w[2], &mut scratch, &mut out);
+        c.moe_ffn(
+            &x[..m * k],
+            &routing,
+            w[0],
+            w[1],
+            w[2],
+            &mut scratch,
+            &mut out,
+        );
         (routing, out)
     };
     let (packed, plain) = ([&gate.0, &up.0, &down.0], [&gate.1, &up.1, &down.1]);
