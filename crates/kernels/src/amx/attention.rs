@@ -242,16 +242,18 @@ unsafe fn softmax<V: Vector, L: Lanes>(row: &mut Row<'_>) {
         }
         let before = *row.max;
         let max = before.max(largest.hmax());
-        for x in scores.chunks_exact_mut(V::LANES) {
-            exp(V::load(x.as_ptr()).sub(V::splat(max))).store(x.as_mut_ptr());
-        }
-        // The polynomial's floor is not quite zero.
-        scores[row.visible..].fill(0.0);
         let mut sum = V::splat(0.0);
-        for x in scores.chunks_exact(V::LANES) {
-            sum = sum.add(V::load(x.as_ptr()));
-        }
-        for (i, x) in scores.chunks_exact(TILE_K).enumerate() {
+        for (i, x) in scores.chunks_exact_mut(TILE_K).enumerate() {
+            for x in x.chunks_exact_mut(V::LANES) {
+                exp(V::load(x.as_ptr()).sub(V::splat(max))).store(x.as_mut_ptr());
+            }
+            // The polynomial's floor is not quite zero.
+            if let Some(hidden) = x.get_mut(row.visible.saturating_sub(i * TILE_K)..) {
+                hidden.fill(0.0);
+            }
+            for x in x.chunks_exact(V::LANES) {
+                sum = sum.add(V::load(x.as_ptr()));
+            }
             L::pack_bf16(x.as_ptr(), row.weights.add(i * TILE));
         }
         if before != max {

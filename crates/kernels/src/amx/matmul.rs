@@ -23,16 +23,20 @@ use crate::{
     },
     strip::{
         ROWS,
-        kernels::{MAX_STRIPS, PANEL_BYTES, StripArgs, Tiles},
+        kernels::{self, MAX_STRIPS, PANEL_BYTES, StripArgs, Tiles},
     },
     tier::Tier,
 };
 
-/// Inputs that are decoded at a time.
+/// Inputs that are decoded at a time, of as many strips as a call can have. Of fewer it may
+/// be up to [`MOST_K`], in the same memory: then sums are loaded and stored less often.
 const PANEL_K: usize = 1024;
 
-/// Bytes of one strip's tiles.
-const STRIP_TILES: usize = PANEL_K / TILE_K * TILE_BYTES;
+/// Most inputs that are decoded at a time.
+const MOST_K: usize = 2048;
+
+/// Bytes of all strips' tiles.
+const TILES: usize = MAX_STRIPS * PANEL_K / TILE_K * TILE_BYTES;
 
 /// Where the tiles begin in the scratch, behind codes on their way to tiles.
 const CODES: usize = PANEL_BYTES.next_multiple_of(64);
@@ -58,7 +62,7 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         name: amx.name(),
         mul_strips,
         pack,
-        scratch: CODES + MAX_STRIPS * STRIP_TILES,
+        scratch: CODES + TILES,
         fewest_tokens,
     })
 }
@@ -83,7 +87,7 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
     unsafe {
         match args.ty {
             T::BF16 => in_place(args),
-            T::F16 => through(args, |w, k, len, out, _| {
+            T::F16 => through(args, MOST_K, |w, k, len, out, _| {
                 let w = w.add(k / 2 * F16::PAIR_BYTES);
                 D::floats::<F16>(w, len, out);
             }),
@@ -118,7 +122,7 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
     let per_block = F::GROUPS * 32;
     // SAFETY: the caller's; panels begin at whole blocks.
     unsafe {
-        through(args, |strip, k, len, out, (next, next_k)| {
+        through(args, MOST_K, |strip, k, len, out, (next, next_k)| {
             let at = |k| k / per_block * F::BYTES;
             let next = next.wrapping_add(at(next_k));
             D::quantized::<F>(strip.add(at(k)), len / per_block, out, next);
@@ -131,14 +135,14 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
 unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     // SAFETY: the caller's; the first part of the scratch holds codes.
     unsafe {
-        through(args, |strip, k, len, out, _| {
+        through(args, kernels::PANEL_K, |strip, k, len, out, _| {
             let panel = generic::decode_grids::<S>(args.ty, strip, k, len, args.panel);
             D::codes::<S>(&panel, out);
         });
     }
 }
 
-/// Decodes stretches of the strips with `decode(strip, first input, inputs, out, next)` and
+/// Decodes stretches of the strips, of at most `most_k` inputs, with `decode(strip, first input, inputs, out, next)` and
 /// multiplies them. `next` is the strip, and the input in it, that comes after this one: few
 /// tokens leave no time to wait for memory, which stops prefetching by itself where a stretch
 /// ends.
@@ -147,11 +151,14 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
 /// As [`mul_strips`].
 unsafe fn through(
     args: &StripArgs<'_>,
+    most_k: usize,
     decode: impl Fn(*const u8, usize, usize, *mut u8, (*const u8, usize)),
 ) {
-    for k in (0..args.k).step_by(PANEL_K) {
-        let len = PANEL_K.min(args.k - k);
-        let tile = |s: usize| args.panel.wrapping_add(CODES + s * STRIP_TILES);
+    let panel_k = (MAX_STRIPS / args.strips.len().next_power_of_two() * PANEL_K).min(most_k);
+    for k in (0..args.k).step_by(panel_k) {
+        let len = panel_k.min(args.k - k);
+        let strip_tiles = panel_k / TILE_K * TILE_BYTES;
+        let tile = |s: usize| args.panel.wrapping_add(CODES + s * strip_tiles);
         for (s, &strip) in args.strips.iter().enumerate() {
             let next = match args.strips.get(s + 1) {
                 Some(&strip) => (strip, k),
@@ -169,8 +176,8 @@ unsafe fn through(
 /// # Safety
 /// As [`mul_strips`].
 unsafe fn in_place(args: &StripArgs<'_>) {
-    for k in (0..args.k).step_by(PANEL_K) {
-        let len = PANEL_K.min(args.k - k);
+    for k in (0..args.k).step_by(MOST_K) {
+        let len = MOST_K.min(args.k - k);
         let tile = |s: usize| args.strips[s].wrapping_add(k / 2 * BF16::PAIR_BYTES);
         // SAFETY: a strip has the tiles of all its inputs.
         unsafe { all_tokens(args, tile, k, len) };

@@ -137,7 +137,7 @@ pub(crate) fn runs(items: &[Item], threads: usize) -> Vec<Run> {
     for (item, i) in items.iter().enumerate() {
         let mut first = 0;
         while first < i.strips {
-            let share = left / (2 * threads * i.cost.max(1)) / i.least * i.least;
+            let share = 2 * left / (3 * threads * i.cost.max(1)) / i.least * i.least;
             let count = share.clamp(i.least, i.most).min(i.strips - first);
             runs.push(Run { item, first, count });
             first += count;
