@@ -16,6 +16,13 @@ use crate::{
 /// order, so how chunks are spread over threads does not show in the result.
 pub const CHUNK: usize = 2 * KV_PAGE;
 
+/// The same on tiles: more positions share what is done once a chunk.
+pub(crate) const TILE_CHUNK: usize = 8 * KV_PAGE;
+
+/// Query rows that go through a chunk together on tiles, so that their scores and weights
+/// stay in the first-level cache.
+pub(crate) const TILE_QUERIES: usize = 2 * TILE_GROUP;
+
 /// One chunk of keys and values against some query rows of one KV head.
 pub struct ChunkArgs<'a> {
     pub k_type: KvType,
@@ -62,9 +69,9 @@ pub(crate) struct TileChunk<'a> {
     /// Query rows, multiplied by the scale, as tiles: per 16 rows `[dim / 32][16][32]` bf16;
     /// rows that only fill up are zero.
     pub q: &'a [u16],
-    /// Positions of this chunk that each row sees, from its start: 0 ..= [`CHUNK`].
+    /// Positions of this chunk that each row sees, from its start: 0 ..= [`TILE_CHUNK`].
     pub visible: &'a [usize],
-    /// K and V pages of the chunk, one or two.
+    /// K and V pages of the chunk, one to eight.
     pub pages: &'a [(&'a [u8], &'a [u8])],
     pub scratch: &'a mut TileScratch,
     /// `Σ p·v` so far, `[rows][dim]`, rows filled up to a multiple of 16.
@@ -83,7 +90,7 @@ impl TileChunk<'_> {
         assert!(self.dim.is_multiple_of(32) && self.q.len() >= full && self.acc.len() >= full);
         assert!(self.max.len() == rows && self.sum.len() == rows);
         let reach = self.pages.len() * KV_PAGE;
-        assert!(reach <= CHUNK && self.visible.iter().all(|&n| n <= reach));
+        assert!(reach <= TILE_CHUNK && self.visible.iter().all(|&n| n <= reach));
         for (k, v) in self.pages {
             assert!(k.len() >= self.k_type.page_bytes(self.dim));
             assert!(v.len() >= self.v_type.page_bytes(self.dim));
@@ -94,23 +101,23 @@ impl TileChunk<'_> {
 /// Memory of [`TileAttention::chunk`] that is kept from call to call.
 #[derive(Default)]
 pub(crate) struct TileScratch {
-    /// `[dim / 2][CHUNK]` pairs.
+    /// Weight tiles `[TILE_CHUNK / 16][dim / 32]`.
     pub keys: AlignedVec<u32>,
-    /// `[CHUNK / 2][dim]` pairs.
+    /// Weight tiles `[dim / 16][TILE_CHUNK / 32]`.
     pub values: AlignedVec<u32>,
-    /// `[rows][CHUNK]`
+    /// `[TILE_QUERIES][TILE_CHUNK]`
     pub scores: AlignedVec<f32>,
-    /// Per 16 rows `[CHUNK / 32][16][32]` bf16.
+    /// Per 16 rows `[TILE_CHUNK / 32][16][32]` bf16.
     pub weights: AlignedVec<u16>,
 }
 
 impl TileScratch {
-    /// Makes room for `rows`, a multiple of 16. Weights of rows that only fill up are finite.
-    pub(crate) fn fit(&mut self, rows: usize, dim: usize) {
-        self.keys.fit(dim / 2 * CHUNK);
-        self.values.fit(CHUNK / 2 * dim);
-        self.scores.fit(rows * CHUNK);
-        self.weights.fit(rows * CHUNK);
+    /// Makes room for heads of `dim`. Weights of rows that only fill up are finite.
+    pub(crate) fn fit(&mut self, dim: usize) {
+        self.keys.fit(dim / 2 * TILE_CHUNK);
+        self.values.fit(TILE_CHUNK / 2 * dim);
+        self.scores.fit(TILE_QUERIES * TILE_CHUNK);
+        self.weights.fit(TILE_QUERIES * TILE_CHUNK);
     }
 }
 

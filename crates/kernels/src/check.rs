@@ -22,7 +22,7 @@ use crate::{
 use tegula_gguf::blocks;
 
 #[cfg(feature = "check-kernels")]
-use crate::attn::TileChunk;
+use crate::{attn::TileChunk, kv::KV_PAGE};
 
 /// Share of `Σ |w · x|` by which products of float weights may differ.
 pub const FLOAT_PRODUCTS: f32 = 2e-6;
@@ -435,6 +435,22 @@ impl Running {
         }
     }
 
+    /// Adds what `part` saw.
+    fn merge(&mut self, part: &Running, dim: usize) {
+        for row in 0..self.max.len() {
+            let max = self.max[row].max(part.max[row]);
+            // What a sum counts for beside the other's largest score; nothing if it is empty.
+            let weight = |of: f32| if of == max { 1.0 } else { (of - max).exp() };
+            let (old, new) = (weight(self.max[row]), weight(part.max[row]));
+            self.max[row] = max;
+            self.sum[row] = self.sum[row] * old + part.sum[row] * new;
+            let acc = &mut self.acc[row * dim..][..dim];
+            for (acc, part) in acc.iter_mut().zip(&part.acc[row * dim..]) {
+                *acc = *acc * old + part * new;
+            }
+        }
+    }
+
     /// Weighted means of the values, and logarithms of the sums of all weights, which do not
     /// depend on the largest score that a row happened to subtract.
     fn results(&self, dim: usize) -> (Vec<f32>, Vec<f32>) {
@@ -465,38 +481,32 @@ fn tile_chunk(before: Running, args: &TileChunk<'_>) -> Result<(), Mismatch> {
         bf16::from_bits(args.q[at]).to_f32()
     };
     let q: Vec<f32> = (0..rows * dim).map(query).collect();
-    let mut scores = vec![0.0; rows * CHUNK];
-    let mut want = Running {
-        acc: vec![0.0; rows * dim],
-        max: vec![0.0; rows],
-        sum: vec![0.0; rows],
-    };
-    // SAFETY: as above.
-    unsafe {
-        scalar::attention::chunk(&mut ChunkArgs {
-            k_type: args.k_type,
-            v_type: args.v_type,
-            dim,
-            q: &q,
-            visible: args.visible,
-            pages: args.pages,
-            scores: &mut scores,
-            acc: &mut want.acc,
-            max: &mut want.max,
-            sum: &mut want.sum,
-        });
-    }
-    for row in 0..rows {
-        let max = want.max[row].max(before.max[row]);
-        // What a sum counts for beside the other's largest score; nothing if it is empty.
-        let weight = |of: f32| if of == max { 1.0 } else { (of - max).exp() };
-        let (new, old) = (weight(want.max[row]), weight(before.max[row]));
-        want.max[row] = max;
-        want.sum[row] = want.sum[row] * new + before.sum[row] * old;
-        let acc = &mut want.acc[row * dim..][..dim];
-        for (acc, before) in acc.iter_mut().zip(&before.acc[row * dim..]) {
-            *acc = *acc * new + before * old;
+    let mut want = before;
+    for (i, pages) in args.pages.chunks(CHUNK / KV_PAGE).enumerate() {
+        let seen = |n: &usize| n.saturating_sub(i * CHUNK).min(CHUNK);
+        let visible: Vec<usize> = args.visible.iter().map(seen).collect();
+        let mut scores = vec![0.0; rows * CHUNK];
+        let mut part = Running {
+            acc: vec![0.0; rows * dim],
+            max: vec![0.0; rows],
+            sum: vec![0.0; rows],
+        };
+        // SAFETY: as above.
+        unsafe {
+            scalar::attention::chunk(&mut ChunkArgs {
+                k_type: args.k_type,
+                v_type: args.v_type,
+                dim,
+                q: &q,
+                visible: &visible,
+                pages,
+                scores: &mut scores,
+                acc: &mut part.acc,
+                max: &mut part.max,
+                sum: &mut part.sum,
+            });
         }
+        want.merge(&part, dim);
     }
     let ((got, got_logs), (want, logs)) = (Running::of(args).results(dim), want.results(dim));
     let what = |name: &'static str| {

@@ -1,19 +1,18 @@
 //! Attention of many queries on tiles: scores and weighted values in bf16 with f32 sums,
 //! softmax in f32.
 //!
-//! A chunk of the cache is brought into pairs of bf16 once for all query rows of a task:
-//! keys `[dim / 2][CHUNK][2]`, values `[CHUNK / 2][dim][2]`. Both are tiles as they lie, 16
-//! columns wide. The softmax runs along: when a row's maximum grows, what it has summed up so
-//! far is scaled down.
+//! A chunk of the cache is brought into tiles of bf16 once for all query rows of a task. Then
+//! 32 rows at a time go through it: scores, weights, weighted values. The softmax runs along:
+//! when a row's maximum grows, what it has summed up so far is scaled down.
 
 use std::arch::x86_64::{__m256, __m512, __m512i};
 
 use super::{
     panel::{self, Choice},
-    tile::{self, Contraction, MOST_TOKENS, TILE_K, TILE_ROWS},
+    tile::{self, Contraction, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
 };
 use crate::{
-    attn::{CHUNK, TileAttention, TileChunk},
+    attn::{TILE_CHUNK, TILE_QUERIES, TileAttention, TileChunk},
     generic::{
         lanes::{Lanes, Pair, WithBf16},
         vector::{Vector, exp},
@@ -40,8 +39,8 @@ pub(crate) fn kernels(tier: Tier) -> Option<TileAttention> {
 /// # Safety
 /// The CPU has the features; pointers are valid as the functions below state.
 trait VectorParts {
-    unsafe fn keys(ty: KvType, page: *const u8, dim: usize, out: *mut u32);
-    unsafe fn values(ty: KvType, page: *const u8, dim: usize, slots: usize, out: *mut u32);
+    unsafe fn keys(ty: KvType, page: *const u8, dim: usize, start: usize, out: *mut u32);
+    unsafe fn values(ty: KvType, page: *const u8, dim: usize, seen: Seen, out: *mut u32);
     unsafe fn softmax(row: &mut Row<'_>);
 }
 
@@ -52,25 +51,25 @@ macro_rules! vector_parts {
         // SAFETY (all three): the features are the function's own; the rest is the caller's.
         impl VectorParts for $name {
             #[target_feature(enable = $features)]
-            unsafe fn keys(ty: KvType, page: *const u8, dim: usize, out: *mut u32) {
+            unsafe fn keys(ty: KvType, page: *const u8, dim: usize, start: usize, out: *mut u32) {
                 // SAFETY: see above.
                 unsafe {
                     match ty {
-                        KvType::F16 => keys::<$lanes, F16>(page, dim, out),
-                        KvType::BF16 => keys::<$lanes, BF16>(page, dim, out),
-                        KvType::Q8_0 => keys::<$lanes, Q8>(page, dim, out),
+                        KvType::F16 => keys::<$lanes, F16>(page, dim, start, out),
+                        KvType::BF16 => keys::<$lanes, BF16>(page, dim, start, out),
+                        KvType::Q8_0 => keys::<$lanes, Q8>(page, dim, start, out),
                     }
                 }
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn values(ty: KvType, page: *const u8, dim: usize, slots: usize, out: *mut u32) {
+            unsafe fn values(ty: KvType, page: *const u8, dim: usize, seen: Seen, out: *mut u32) {
                 // SAFETY: see above.
                 unsafe {
                     match ty {
-                        KvType::F16 => values::<$lanes, F16>(page, dim, slots, out),
-                        KvType::BF16 => values::<$lanes, BF16>(page, dim, slots, out),
-                        KvType::Q8_0 => values::<$lanes, Q8>(page, dim, slots, out),
+                        KvType::F16 => values::<$lanes, F16>(page, dim, seen, out),
+                        KvType::BF16 => values::<$lanes, BF16>(page, dim, seen, out),
+                        KvType::Q8_0 => values::<$lanes, Q8>(page, dim, seen, out),
                     }
                 }
             }
@@ -176,40 +175,59 @@ impl Cells for Q8 {
     }
 }
 
-/// A page's keys as pairs of dimensions, `[dim / 2][CHUNK]` dwords of which it fills
-/// [`KV_PAGE`] columns.
+/// Dwords of a weight tile, and of one of its rows.
+const TILE_PAIRS: usize = TILE_BYTES / 4;
+const ROW_PAIRS: usize = TILE_PAIRS / TILE_ROWS;
+
+/// The positions of a page that anybody sees: the chunk's from `start`, `slots` of them.
+#[derive(Clone, Copy)]
+struct Seen {
+    start: usize,
+    slots: usize,
+}
+
+/// Writes a page's keys, the chunk's from position `start`, to tiles
+/// `[position / 16][dim / 32]` of pairs of dimensions.
 #[inline(always)]
-unsafe fn keys<L: Lanes, C: Cells>(page: *const u8, dim: usize, out: *mut u32) {
+unsafe fn keys<L: Lanes, C: Cells>(page: *const u8, dim: usize, start: usize, out: *mut u32) {
     // SAFETY: the caller's.
     unsafe {
-        for d in (0..dim).step_by(2) {
-            for slot in (0..KV_PAGE).step_by(16) {
+        for slot in (0..KV_PAGE).step_by(16) {
+            let column = out.add((start + slot) / 16 * (dim / TILE_K) * TILE_PAIRS);
+            for d in (0..dim).step_by(2) {
                 let even = C::key::<L>(page, dim, d, slot);
                 let odd = C::key::<L>(page, dim, d + 1, slot);
-                L::bf16_pair(even, odd).store(out.add(d / 2 * CHUNK + slot).cast());
+                // Tiles follow each other along the dimensions, and so do their rows.
+                L::bf16_pair(even, odd).store(column.add(d / 2 * ROW_PAIRS).cast());
             }
         }
     }
 }
 
-/// A page's first `slots` values as pairs of positions, `[⌈slots / 2⌉][dim]` dwords.
+/// Writes a page's values to tiles `[dim / 16][position / 32]` of pairs of positions.
 #[inline(always)]
-unsafe fn values<L: Lanes, C: Cells>(page: *const u8, dim: usize, slots: usize, out: *mut u32) {
+unsafe fn values<L: Lanes, C: Cells>(page: *const u8, dim: usize, seen: Seen, out: *mut u32) {
     // SAFETY: the caller's.
     unsafe {
-        for slot in (0..slots).step_by(2) {
+        for slot in (0..seen.slots).step_by(2) {
             for d in (0..dim).step_by(16) {
                 let even = C::value::<L>(page, dim, slot, d);
                 // What lies behind the last position is not to be multiplied, not even by 0.
-                let odd = if slot + 1 < slots {
+                let odd = if slot + 1 < seen.slots {
                     C::value::<L>(page, dim, slot + 1, d)
                 } else {
                     L::fsplat(0.0)
                 };
-                L::bf16_pair(even, odd).store(out.add(slot / 2 * dim + d).cast());
+                let to = out.add(value_row(d, (seen.start + slot) / 2));
+                L::bf16_pair(even, odd).store(to.cast());
             }
         }
     }
+}
+
+/// Where the row of pair `pair` of positions begins in the tiles of dimension `d`.
+fn value_row(d: usize, pair: usize) -> usize {
+    d / 16 * (TILE_CHUNK / TILE_K) * TILE_PAIRS + pair * ROW_PAIRS
 }
 
 /// One query row between its scores and its weights.
@@ -281,78 +299,83 @@ unsafe fn chunk<P: VectorParts>(args: &mut TileChunk<'_>) {
     if reach == 0 {
         return;
     }
-    let (dim, columns) = (args.dim, reach.next_multiple_of(TILE_K));
-    let row_tiles = args.visible.len().div_ceil(TILE_ROWS);
+    let dim = args.dim;
     let s = &mut *args.scratch;
-    s.fit(row_tiles * TILE_ROWS, dim);
+    s.fit(dim);
     let (k, v) = (s.keys.as_mut_ptr(), s.values.as_mut_ptr());
-    let steps = columns / TILE_K;
     // SAFETY: `fit` made room for every row and column; pages are whole (`check`).
     unsafe {
         for (i, (keys, values)) in args.pages.iter().enumerate() {
             let start = i * KV_PAGE;
             if start < reach {
-                P::keys(args.k_type, keys.as_ptr(), dim, k.add(start));
                 let slots = KV_PAGE.min(reach - start);
-                let out = v.add(start / 2 * dim);
-                P::values(args.v_type, values.as_ptr(), dim, slots, out);
+                P::keys(args.k_type, keys.as_ptr(), dim, start, k);
+                P::values(args.v_type, values.as_ptr(), dim, Seen { start, slots }, v);
             }
         }
-        for pair in reach.div_ceil(2)..columns / 2 {
-            v.add(pair * dim).write_bytes(0, dim);
+        for pair in reach.div_ceil(2)..reach.next_multiple_of(TILE_K) / 2 {
+            for d in (0..dim).step_by(16) {
+                v.add(value_row(d, pair)).write_bytes(0, ROW_PAIRS);
+            }
         }
         tile::configure(MOST_TOKENS);
-        let q_tile = dim / TILE_K * TILE;
-        for row in (0..row_tiles).step_by(2) {
-            let two = row + 1 < row_tiles;
-            let q = args.q.as_ptr().add(row * q_tile);
+        let rows = args.visible.len();
+        for first in (0..rows).step_by(TILE_QUERIES) {
+            let visible = &args.visible[first..rows.min(first + TILE_QUERIES)];
+            let reach = visible.iter().copied().max().unwrap_or(0);
+            if reach == 0 {
+                continue;
+            }
+            let columns = reach.next_multiple_of(TILE_K);
+            let two = visible.len() > TILE_ROWS;
+            let q = args.q.as_ptr().add(first * dim);
+            let q = [q, q.wrapping_add(TILE_ROWS * dim)].map(<*const u16>::cast::<u8>);
             for column in (0..columns).step_by(2 * 16) {
+                let b = |column: usize| k.add(column / 16 * (dim / TILE_K) * TILE_PAIRS).cast();
                 tile::contract(
                     two,
                     &Contraction {
-                        a: [q.cast(), q.add(q_tile).cast()],
-                        b: k.add(column).cast::<u8>(),
-                        b_row: CHUNK * 4,
-                        c: s.scores.as_mut_ptr().add(row * TILE_ROWS * CHUNK + column),
-                        c_row: CHUNK * 4,
+                        a: q,
+                        b: [b(column), b(column + 16)],
+                        c: s.scores.as_mut_ptr().add(column),
+                        c_row: TILE_CHUNK * 4,
                         steps: dim / TILE_K,
                         fresh: true,
                     },
                 );
             }
-        }
-        let p_tile = CHUNK / TILE_K * TILE;
-        for (row, &visible) in args.visible.iter().enumerate() {
-            let weights = s.weights.as_mut_ptr();
-            let weights = weights.add(row / TILE_ROWS * p_tile + row % TILE_ROWS * TILE_K);
-            if visible == 0 {
-                for step in 0..steps {
-                    weights.add(step * TILE).write_bytes(0, TILE_K);
+            let p_tile = TILE_CHUNK / TILE_K * TILE;
+            for (row, &visible) in visible.iter().enumerate() {
+                let weights = s.weights.as_mut_ptr();
+                let weights = weights.add(row / TILE_ROWS * p_tile + row % TILE_ROWS * TILE_K);
+                if visible == 0 {
+                    for step in 0..columns / TILE_K {
+                        weights.add(step * TILE).write_bytes(0, TILE_K);
+                    }
+                    continue;
                 }
-                continue;
+                let of = first + row;
+                P::softmax(&mut Row {
+                    scores: &mut s.scores[row * TILE_CHUNK..row * TILE_CHUNK + columns],
+                    visible,
+                    max: &mut args.max[of],
+                    sum: &mut args.sum[of],
+                    acc: &mut args.acc[of * dim..(of + 1) * dim],
+                    weights,
+                });
             }
-            P::softmax(&mut Row {
-                scores: &mut s.scores[row * CHUNK..row * CHUNK + columns],
-                visible,
-                max: &mut args.max[row],
-                sum: &mut args.sum[row],
-                acc: &mut args.acc[row * dim..(row + 1) * dim],
-                weights,
-            });
-        }
-        for row in (0..row_tiles).step_by(2) {
-            let two = row + 1 < row_tiles;
-            let p = s.weights.as_ptr().add(row * p_tile);
+            let p = s.weights.as_ptr();
+            let p = [p, p.add(p_tile)].map(<*const u16>::cast::<u8>);
             for d in (0..dim).step_by(2 * 16) {
+                let b = |d| v.add(value_row(d, 0)).cast_const().cast::<u8>();
                 tile::contract(
                     two,
                     &Contraction {
-                        a: [p.cast(), p.add(p_tile).cast()],
-                        b: v.add(d).cast::<u8>(),
-                        b_row: dim * 4,
-                        c: args.acc.as_mut_ptr().add(row * TILE_ROWS * dim + d),
+                        a: p,
+                        b: [b(d), b(d + 16)],
+                        c: args.acc.as_mut_ptr().add(first * dim + d),
                         c_row: dim * 4,
-                        steps,
+                        steps: columns / TILE_K,
                         fresh: false,
                     },
                 );

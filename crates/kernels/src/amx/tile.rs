@@ -336,15 +336,13 @@ unsafe fn multiply_1x1(x: &Block) {
     }
 }
 
-/// What [`contract`] multiplies: 16 or 32 rows of tiles with 32 columns of a matrix of pairs.
+/// What [`contract`] multiplies: 16 or 32 rows of tiles with 32 columns of weight tiles.
 #[derive(Clone, Copy)]
 pub(crate) struct Contraction {
     /// Tiles along k, [`TILE_BYTES`] apart, of the first and the second 16 rows.
     pub a: [*const u8; 2],
-    /// Pairs of inputs: 16 rows of 32 dwords a step.
-    pub b: *const u8,
-    /// Bytes from one row of `b` to the next.
-    pub b_row: usize,
+    /// Tiles along k, [`TILE_BYTES`] apart, of the first and the second 16 columns.
+    pub b: [*const u8; 2],
     /// Sums, 32 columns of each row.
     pub c: *mut f32,
     /// Bytes from one row of `c` to the next.
@@ -389,16 +387,17 @@ unsafe fn contract_2x2(x: &Contraction) {
             "tilezero tmm3",
             "3:",
             "tileloadd tmm4, [{a0} + {row}*1]",
-            "tileloadd tmm6, [{b} + {b_row}*1]",
+            "tileloadd tmm6, [{b0} + {row}*1]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "tileloadd tmm7, [{b1} + {row}*1]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tileloadd tmm5, [{a1} + {row}*1]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a0}, {tile}",
             "add {a1}, {tile}",
-            "add {b}, {b_step}",
+            "add {b0}, {tile}",
+            "add {b1}, {tile}",
             "dec {steps}",
             "jnz 3b",
             "tilestored [{c0} + {c_row}*1], tmm0",
@@ -408,9 +407,8 @@ unsafe fn contract_2x2(x: &Contraction) {
             fresh = in(reg) u32::from(x.fresh),
             a0 = inout(reg) x.a[0] => _,
             a1 = inout(reg) x.a[1] => _,
-            b = inout(reg) x.b => _,
-            b_row = in(reg) x.b_row,
-            b_step = in(reg) x.b_row * TILE_ROWS,
+            b0 = inout(reg) x.b[0] => _,
+            b1 = inout(reg) x.b[1] => _,
             c0 = in(reg) x.c,
             c1 = in(reg) x.c.byte_add(x.c_row * TILE_ROWS),
             c_row = in(reg) x.c_row,
@@ -438,21 +436,21 @@ unsafe fn contract_1x2(x: &Contraction) {
             "tilezero tmm1",
             "3:",
             "tileloadd tmm4, [{a0} + {row}*1]",
-            "tileloadd tmm6, [{b} + {b_row}*1]",
+            "tileloadd tmm6, [{b0} + {row}*1]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "tileloadd tmm7, [{b1} + {row}*1]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "add {a0}, {tile}",
-            "add {b}, {b_step}",
+            "add {b0}, {tile}",
+            "add {b1}, {tile}",
             "dec {steps}",
             "jnz 3b",
             "tilestored [{c0} + {c_row}*1], tmm0",
             "tilestored [{c0} + {c_row}*1 + 64], tmm1",
             fresh = in(reg) u32::from(x.fresh),
             a0 = inout(reg) x.a[0] => _,
-            b = inout(reg) x.b => _,
-            b_row = in(reg) x.b_row,
-            b_step = in(reg) x.b_row * TILE_ROWS,
+            b0 = inout(reg) x.b[0] => _,
+            b1 = inout(reg) x.b[1] => _,
             c0 = in(reg) x.c,
             c_row = in(reg) x.c_row,
             steps = inout(reg) x.steps => _,

@@ -3,7 +3,7 @@
 use super::Compute;
 use crate::{
     acts::TILE_GROUP,
-    attn::{CHUNK, ChunkArgs, TileAttention, TileChunk, TileScratch},
+    attn::{CHUNK, ChunkArgs, TILE_CHUNK, TileAttention, TileChunk, TileScratch},
     disjoint::DisjointMut,
     kv::{KV_PAGE, KvCache, PageTable},
     mem::AlignedVec,
@@ -51,8 +51,8 @@ fn page_runs(pages: impl Iterator<Item = u32>) -> Vec<Range<usize>> {
 struct Block {
     first: usize,
     count: usize,
-    /// Chunks that its last token sees.
-    chunks: usize,
+    /// Positions that its last token sees.
+    reach: usize,
 }
 
 #[derive(Default)]
@@ -77,7 +77,14 @@ thread_local! {
 }
 
 /// K and V of the pages of one chunk.
-type Pages<'a> = [(&'a [u8], &'a [u8]); CHUNK / KV_PAGE];
+type Pages<'a> = [(&'a [u8], &'a [u8]); TILE_CHUNK / KV_PAGE];
+
+impl Block {
+    /// Chunks that its last token sees.
+    fn chunks(&self) -> usize {
+        self.reach.div_ceil(CHUNK)
+    }
+}
 
 /// What is common to all tasks of one call.
 struct Call<'a> {
@@ -179,13 +186,13 @@ impl Compute {
         }
         let blocks = blocks(tokens, (TASK_ROWS / group).max(1));
         let units = blocks.len() * kv_heads;
-        let longest = blocks.iter().map(|b| b.chunks).max().unwrap_or(0);
+        let longest = blocks.iter().map(Block::chunks).max().unwrap_or(0);
         if longest == 1 || units >= 2 * self.pool.threads() {
             self.pool.run(units, &|unit| {
                 let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
                 SCRATCH.with_borrow_mut(|scratch| {
                     call.begin(scratch, block, head);
-                    for chunk in 0..block.chunks {
+                    for chunk in 0..block.chunks() {
                         call.chunk(scratch, block, head, chunk);
                         scratch.merge(dim);
                     }
@@ -210,12 +217,12 @@ impl Compute {
             .find(|&rows| units(rows) >= wanted);
         let mut blocks = blocks(call.tokens, (rows.unwrap_or(32) / call.group()).max(1));
         // The longest first, so that no thread is left alone with one.
-        blocks.sort_by_key(|b| std::cmp::Reverse(b.chunks));
+        blocks.sort_by_key(|b| std::cmp::Reverse(b.reach));
         self.pool.run(blocks.len() * kv_heads, &|unit| {
             let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
             SCRATCH.with_borrow_mut(|scratch| {
                 call.begin_tiles(scratch, block, head);
-                for chunk in 0..block.chunks {
+                for chunk in 0..block.reach.div_ceil(TILE_CHUNK) {
                     call.tile_chunk(scratch, tiles, block, head, chunk);
                 }
                 let Scratch { sums, stats, .. } = scratch;
@@ -244,7 +251,7 @@ impl Compute {
             self.pool.run(units * longest, &|task| {
                 let (unit, chunk) = (task / longest, task % longest);
                 let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
-                if chunk >= block.chunks {
+                if chunk >= block.chunks() {
                     return;
                 }
                 SCRATCH.with_borrow_mut(|scratch| {
@@ -262,7 +269,7 @@ impl Compute {
             let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
             SCRATCH.with_borrow_mut(|scratch| {
                 call.begin(scratch, block, head);
-                for chunk in 0..block.chunks {
+                for chunk in 0..block.chunks() {
                     let at = (unit * longest + chunk) * part;
                     let (acc, stats) = partial[at..at + part].split_at(rows * dim);
                     let (acc_len, stats_len) = (scratch.acc.len(), scratch.stats.len());
@@ -281,16 +288,16 @@ impl Compute {
 fn blocks(tokens: &[Token], limit: usize) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     for (i, token) in tokens.iter().enumerate() {
-        let chunks = (token.position + 1).div_ceil(CHUNK);
+        let reach = token.position + 1;
         match blocks.last_mut() {
             Some(b) if b.count < limit && tokens[b.first].sequence == token.sequence => {
                 b.count += 1;
-                b.chunks = b.chunks.max(chunks);
+                b.reach = b.reach.max(reach);
             }
             _ => blocks.push(Block {
                 first: i,
                 count: 1,
-                chunks,
+                reach,
             }),
         }
     }
@@ -383,6 +390,7 @@ impl Call<'_> {
         head: usize,
         chunk: usize,
     ) {
+        let chunk = (chunk, TILE_CHUNK);
         self.see(&mut scratch.visible, block, chunk);
         let (pages, count) = self.pages(block, head, chunk);
         let rows = scratch.visible.len();
@@ -403,20 +411,25 @@ impl Call<'_> {
         unsafe { (tiles.chunk)(&mut args) };
     }
 
-    /// How many positions of a chunk each row of a block sees.
-    fn see(&self, visible: &mut [usize], block: Block, chunk: usize) {
+    /// How many positions of a chunk of `size` each row of a block sees.
+    fn see(&self, visible: &mut [usize], block: Block, (chunk, size): (usize, usize)) {
         let group = self.group();
         for (i, visible) in visible.iter_mut().enumerate() {
             let seen = self.tokens[block.first + i / group].position + 1;
-            *visible = seen.saturating_sub(chunk * CHUNK).min(CHUNK);
+            *visible = seen.saturating_sub(chunk * size).min(size);
         }
     }
 
-    /// K and V of a chunk's pages, and how many there are.
-    fn pages(&self, block: Block, head: usize, chunk: usize) -> (Pages<'_>, usize) {
+    /// K and V of the pages of a chunk of `size`, and how many there are.
+    fn pages(
+        &self,
+        block: Block,
+        head: usize,
+        (chunk, size): (usize, usize),
+    ) -> (Pages<'_>, usize) {
         let table = self.tables[self.tokens[block.first].sequence];
-        let first = chunk * CHUNK / KV_PAGE;
-        let last = (first + CHUNK / KV_PAGE).min(table.pages().len());
+        let first = chunk * size / KV_PAGE;
+        let last = (first + size / KV_PAGE).min(table.pages().len());
         let mut pages = Pages::default();
         for (slot, &page) in pages.iter_mut().zip(&table.pages()[first..last]) {
             *slot = self.cache.head(self.layer, page, head);
@@ -426,6 +439,7 @@ impl Call<'_> {
 
     /// One chunk for all rows of the block; leaves `acc` and `stats`.
     fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
+        let chunk = (chunk, CHUNK);
         self.see(&mut scratch.visible, block, chunk);
         let (pages, count) = self.pages(block, head, chunk);
         let rows = scratch.visible.len();

@@ -209,7 +209,7 @@ pub fn on_tiles(make: impl Fn(usize) -> Compute) -> Result<(), Failed> {
     for k in TYPES {
         for v in TYPES {
             // Lengths around pages, chunks and tiles; sequences with a single query.
-            let case = case(&one, (k, v), &[1, 17, 63, 64, 65, 300, 129], 40);
+            let case = case(&one, (k, v), &[1, 17, 63, 64, 65, 700, 129], 40);
             let got = attend(&one, &case, &case.tokens, &case.q);
             let want = definition(&case);
             let within = check::relative(&want, check::TILE_ATTENTION, 1.0);
