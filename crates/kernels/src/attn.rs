@@ -17,7 +17,11 @@ use crate::{
 pub const CHUNK: usize = 2 * KV_PAGE;
 
 /// The same on tiles: more positions share what is done once a chunk.
-pub(crate) const TILE_CHUNK: usize = 8 * KV_PAGE;
+pub(crate) const TILE_CHUNK: usize = 4 * KV_PAGE;
+
+/// From one row of scores to the next: rows a power of two apart would share few sets of the
+/// first-level cache.
+pub(crate) const SCORE_ROW: usize = TILE_CHUNK + 16;
 
 /// Query rows that go through a chunk together on tiles, so that their scores and weights
 /// stay in the first-level cache.
@@ -71,7 +75,7 @@ pub(crate) struct TileChunk<'a> {
     pub q: &'a [u16],
     /// Positions of this chunk that each row sees, from its start: 0 ..= [`TILE_CHUNK`].
     pub visible: &'a [usize],
-    /// K and V pages of the chunk, one to eight.
+    /// K and V pages of the chunk, one to four.
     pub pages: &'a [(&'a [u8], &'a [u8])],
     pub scratch: &'a mut TileScratch,
     /// `Σ p·v` so far, `[rows][dim]`, rows filled up to a multiple of 16.
@@ -105,7 +109,7 @@ pub(crate) struct TileScratch {
     pub keys: AlignedVec<u32>,
     /// Weight tiles `[dim / 16][TILE_CHUNK / 32]`.
     pub values: AlignedVec<u32>,
-    /// `[TILE_QUERIES][TILE_CHUNK]`
+    /// `[TILE_QUERIES][SCORE_ROW]`
     pub scores: AlignedVec<f32>,
     /// Per 16 rows `[TILE_CHUNK / 32][16][32]` bf16.
     pub weights: AlignedVec<u16>,
@@ -116,7 +120,7 @@ impl TileScratch {
     pub(crate) fn fit(&mut self, dim: usize) {
         self.keys.fit(dim / 2 * TILE_CHUNK);
         self.values.fit(TILE_CHUNK / 2 * dim);
-        self.scores.fit(TILE_QUERIES * TILE_CHUNK);
+        self.scores.fit(TILE_QUERIES * SCORE_ROW);
         self.weights.fit(TILE_QUERIES * TILE_CHUNK);
     }
 }

@@ -12,7 +12,7 @@ use super::{
     tile::{self, Contraction, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
 };
 use crate::{
-    attn::{TILE_CHUNK, TILE_QUERIES, TileAttention, TileChunk},
+    attn::{SCORE_ROW, TILE_CHUNK, TILE_QUERIES, TileAttention, TileChunk},
     generic::{
         lanes::{Lanes, Pair, WithBf16},
         vector::{Vector, exp},
@@ -338,7 +338,7 @@ unsafe fn chunk<P: VectorParts>(args: &mut TileChunk<'_>) {
                         a: q,
                         b: [b(column), b(column + 16)],
                         c: s.scores.as_mut_ptr().add(column),
-                        c_row: TILE_CHUNK * 4,
+                        c_row: SCORE_ROW * 4,
                         steps: dim / TILE_K,
                         fresh: true,
                     },
@@ -356,7 +356,7 @@ unsafe fn chunk<P: VectorParts>(args: &mut TileChunk<'_>) {
                 }
                 let of = first + row;
                 P::softmax(&mut Row {
-                    scores: &mut s.scores[row * TILE_CHUNK..row * TILE_CHUNK + columns],
+                    scores: &mut s.scores[row * SCORE_ROW..row * SCORE_ROW + columns],
                     visible,
                     max: &mut args.max[of],
                     sum: &mut args.sum[of],
