@@ -88,6 +88,7 @@ unsafe fn bf16_pairs<const T: usize>(
             *acc = _mm512_loadu_ps(tile.add(t * ROWS));
         }
         for i in 0..len {
+            generic::ask_ahead(w.add(64 * i), 64);
             let w: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()));
             let x = x.add(i * stride);
             for (t, acc) in acc.iter_mut().enumerate() {

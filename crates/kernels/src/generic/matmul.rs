@@ -17,7 +17,22 @@ use crate::{
         kernels::{PANEL_K, StripArgs},
     },
 };
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use tegula_gguf::{GgmlType, blocks};
+
+/// How far ahead of a token's reading memory is asked for, in bytes. Instructions in flight
+/// cover less than the memory's latency, and the processor's own prefetching ends with each
+/// page of 4 KiB.
+const AHEAD: usize = 4096;
+
+/// Asks for what lies [`AHEAD`] of `bytes` bytes at `p`, which need not be valid memory.
+#[inline(always)]
+pub(crate) fn ask_ahead(p: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: prefetching reads nothing that the program could see, and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast()) };
+    }
+}
 
 /// Bytes of the codes of 32 weights of 16 rows.
 const CODES: usize = 32 * ROWS;
@@ -247,6 +262,10 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format>(
         for b in 0..blocks {
             let block = strip.add(b * F::BYTES);
             for g in 0..F::GROUPS {
+                ask_ahead(
+                    block.wrapping_add(g * (F::BYTES / F::GROUPS)),
+                    F::BYTES / F::GROUPS,
+                );
                 let codes = F::codes::<L>(block, g);
                 let scales = if F::Shape::HALVES {
                     [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
@@ -277,6 +296,10 @@ pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize
         for b in 0..blocks {
             let block = block.add(b * F::BYTES);
             for g in 0..F::GROUPS {
+                ask_ahead(
+                    block.wrapping_add(g * (F::BYTES / F::GROUPS)),
+                    F::BYTES / F::GROUPS,
+                );
                 let out = panel.codes.add((b * F::GROUPS + g) * CODES);
                 let codes = F::codes::<L>(block, g);
                 for e in 0..8 {
@@ -354,6 +377,7 @@ pub(crate) unsafe fn floats<L: Lanes, W: FloatWeights, const T: usize>(
             acc[t] = L::fload(x.tile.add(t * ROWS));
         }
         for i in 0..k / 2 {
+            ask_ahead(w.add(i * W::PAIR_BYTES), W::PAIR_BYTES);
             let (a, b) = W::pair::<L>(w.add(i * W::PAIR_BYTES));
             let even = x.x.add(2 * i * x.stride);
             let odd = even.add(x.stride);
