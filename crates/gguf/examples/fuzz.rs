@@ -4,8 +4,9 @@
 //! cargo run --release -p tegula-gguf --example fuzz -- read --seconds 600 --seed 1
 //! ```
 //!
-//! The targets are `read` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
-//! another) and writes an input that panics to the working directory. The libFuzzer targets in
+//! The targets are `read`, `template` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
+//! another) and writes an input that panics, or takes longer than ten seconds, to the working
+//! directory. The libFuzzer targets in
 //! `crates/gguf/fuzz` find more per input; this one runs anywhere.
 
 use std::{
@@ -17,7 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tegula_gguf::fuzz::{fuzz_read, fuzz_tokenizer};
+use tegula_gguf::fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer};
+
+/// An input that takes longer is a finding.
+const SLOW: Duration = Duration::from_secs(10);
 
 /// SplitMix64.
 struct Random(u64);
@@ -107,9 +111,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let name = args
         .next()
-        .ok_or("the target is missing: read or tokenizer")?;
+        .ok_or("the target is missing: read, template or tokenizer")?;
     let target: fn(&[u8]) = match name.as_str() {
         "read" => fuzz_read,
+        "template" => fuzz_template,
         "tokenizer" => fuzz_tokenizer,
         _ => return Err(format!("unknown target {name}").into()),
     };
@@ -141,10 +146,13 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         for _ in 0..256 {
             let mut data = inputs[random.below(inputs.len())].clone();
             mutate(&mut data, &inputs, &mut random);
-            if catch_unwind(|| target(&data)).is_err() {
+            let began = Instant::now();
+            let panicked = catch_unwind(|| target(&data)).is_err();
+            if panicked || began.elapsed() > SLOW {
                 let path = format!("crash-{name}-{seed}-{runs}");
                 fs::write(&path, &data)?;
-                eprintln!("panicked after {runs} inputs; the input is {path}");
+                let what = if panicked { "panicked" } else { "slow" };
+                eprintln!("{what} after {runs} inputs; the input is {path}");
                 return Ok(ExitCode::FAILURE);
             }
             runs += 1;

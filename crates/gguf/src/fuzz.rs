@@ -3,6 +3,7 @@
 
 use crate::{
     Bytes, Gguf, Metadata, blocks,
+    chat::{ChatTemplate, Message, PANICKED, RenderOptions, TemplateError, Value},
     tokenizer::{Decoder, EncodeOptions, Tokenizer},
     writer::GgufWriter,
 };
@@ -77,6 +78,65 @@ fn touch_metadata(gguf: &Gguf) {
             assert!(array.get(array.len()).is_none());
         }
     }
+}
+
+/// The present, for templates that ask for it.
+const NOW: i64 = 1_721_995_200;
+/// A prompt may have this many bytes, whatever the (small) messages are.
+const LONGEST_PROMPT: usize = 2 << 20;
+
+/// Takes the first of the parts of `data`, between zero bytes, for options, the second for a
+/// chat template, and the others for messages of alternating roles; renders them.
+///
+/// # Panics
+/// When the renderer panics, a prompt is longer than its limit, or the same messages give
+/// another prompt the second time.
+pub fn fuzz_template(data: &[u8]) {
+    let mut parts = data.split(|&b| b == 0).map(String::from_utf8_lossy);
+    let flags = parts.next().unwrap_or_default();
+    let source = parts.next().unwrap_or_default();
+    let roles = ["system", "user", "assistant", "user", "tool"];
+    let mut messages: Vec<_> = parts
+        .take(32)
+        .zip(roles.iter().cycle())
+        .map(|(text, role)| Message::new(*role, text))
+        .collect();
+    let value = |json: &str| serde_json::from_str::<Value>(json).expect("JSON of this file");
+    if flags.contains('c') {
+        let calls = r#"[{"type":"function","function":{"name":"f","arguments":{"x":[1,2.5,null]}}}]"#;
+        let assistants = messages.iter_mut().filter(|m| m.role == "assistant");
+        for message in assistants {
+            message.extra.insert("tool_calls".into(), value(calls));
+            message.content = ().into();
+        }
+    }
+    let tools = r#"[{"type":"function","function":{"name":"f","description":"<d>","parameters":{"type":"object","properties":{"x":{"type":"array"}}}}}]"#;
+    let options = RenderOptions {
+        add_generation_prompt: flags.contains('g'),
+        tools: flags.contains('t').then(|| value(tools)),
+        documents: flags.contains('d').then(|| value(r#"[{"title":"t"}]"#)),
+        enable_thinking: flags.contains('e').then(|| flags.contains('E')),
+        now: Some(NOW),
+        ..RenderOptions::default()
+    };
+    let template: ChatTemplate = match source.parse() {
+        Ok(template) => template,
+        Err(e) => return not_panicked(&e),
+    };
+    let template = template.with_tokens(Some("<s>".into()), Some("</s>".into()));
+    match template.render(&messages, &options) {
+        Ok(prompt) => {
+            assert!(prompt.len() <= LONGEST_PROMPT.max(32 * data.len()));
+            let again = template.render(&messages, &options);
+            assert_eq!(again.ok().as_deref(), Some(prompt.as_str()));
+        }
+        Err(e) => not_panicked(&e),
+    }
+}
+
+fn not_panicked(error: &TemplateError) {
+    let panicked = matches!(error, TemplateError::Render(what) if what == PANICKED);
+    assert!(!panicked, "the renderer panicked");
 }
 
 /// Builds a tokenizer from the first bytes of `data` and runs the rest, as text, through it.

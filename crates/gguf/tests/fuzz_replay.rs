@@ -5,8 +5,9 @@ mod common;
 use std::{fs, path::Path};
 
 use tegula_gguf::{
-    Bytes, Gguf,
-    fuzz::{fuzz_read, fuzz_tokenizer},
+    Bytes, ChatTemplate, Gguf, TemplateError,
+    chat::{Message, RenderOptions},
+    fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer},
 };
 
 /// Runs `target` over its corpus, which must hold `seeds`.
@@ -48,4 +49,22 @@ fn read() {
 #[test]
 fn tokenizer() {
     replay("tokenizer", &common::tokenizer_seeds(), fuzz_tokenizer);
+}
+
+#[test]
+fn template() {
+    let seeds = common::template_seeds();
+    for (name, bytes) in &seeds {
+        let text = std::str::from_utf8(bytes).unwrap();
+        let source = text.split('\0').nth(1).unwrap();
+        let template: ChatTemplate = source.parse().expect(name);
+        // All of the first one runs, up to the refusal at its end.
+        let refused = template.render(&[Message::new("user", "hi")], &RenderOptions::default());
+        match (*name, refused) {
+            ("everything", Err(TemplateError::Refused(why))) => assert_eq!(why, "no"),
+            ("everything", other) => panic!("{other:?}"),
+            (_, rendered) => assert!(rendered.is_ok(), "{name}: {rendered:?}"),
+        }
+    }
+    replay("template", &seeds, fuzz_template);
 }

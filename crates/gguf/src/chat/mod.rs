@@ -120,6 +120,8 @@ const MAX_SOURCE_BYTES: usize = 1 << 17;
 /// `minijinja` folds a chain of constant concatenations in cubic time; real templates have at
 /// most some dozens.
 const MAX_CONCATENATIONS: usize = 1000;
+/// How a panic inside the renderer is reported; the fuzzers look for it.
+pub(crate) const PANICKED: &str = "the renderer failed";
 /// For as many levels as [`MAX_SOURCE_BYTES`] and [`BASE_FUEL`] can nest.
 const STACK_BYTES: usize = 1 << 30;
 
@@ -320,7 +322,7 @@ fn on_large_stack<T: Send>(
             .spawn_scoped(scope, work)
             .map_err(|e| TemplateError::Render(format!("cannot start a thread: {e}")))?
             .join()
-            .unwrap_or_else(|_| Err(TemplateError::Render("the renderer failed".into())))
+            .unwrap_or_else(|_| Err(TemplateError::Render(PANICKED.into())))
     })
 }
 

@@ -170,3 +170,39 @@ pub fn tokenizer_seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
     ]
 }
+
+/// The first inputs of the template's fuzzers: real templates, and one that uses what minijinja
+/// has besides; `fuzz_template` says what the parts mean.
+pub fn template_seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let seed = |flags: &str, source: &str, messages: &[&str]| {
+        let mut parts = vec![flags, source];
+        parts.extend(messages);
+        parts.join("\0").into_bytes()
+    };
+    let talk = ["Be kind.", "Hi!", "<think>x</think>\n\nHello.", "And now?"];
+    let chatml = include_str!("../data/chat/chatml.jinja");
+    let llama3 = include_str!("../data/chat/llama3.jinja");
+    let mistral = include_str!("../data/chat/mistral.jinja");
+    let qwen3 = include_str!("../data/chat/qwen3.jinja");
+    let everything = "{%- macro m(x, y=2) -%}[{{ x }}:{{ y|default('d', true) }}]{%- endmacro -%}\
+        {% set ns = namespace(n=0, seen=[]) %}\
+        {% for m in messages if m.content is string and 'i' in m.content %}\
+        {% set ns.n = ns.n + loop.index0 %}{{ m.role.upper()[::-1] }}\
+        {% if loop.first %}{% continue %}{% elif ns.n > 9 %}{% break %}{% endif %}\
+        {{ m(m.content.split('i')[-1].strip() ~ '!', y=loop.length // 2) }}{% else %}none{% endfor %}\
+        {{ tools|tojson(indent=2, sort_keys=true) }}{{ {'a': [1, 2.5, none]}.items()|list|tojson }}\
+        {{ messages|map(attribute='content')|select('string')|join(',')|replace('a', 'b') }}\
+        {{ range(3)|list|reverse|first }}{{ 'a'.join(['x', 'y']) }}{{ '%d' is defined }}\
+        {{ strftime_now('%Y-%m-%d %H:%M:%S %j %%') }}{% filter upper %}x{% endfilter %}\
+        {% if 3 ** 2 % 4 == 1 and not false %}{{ raise_exception('no') }}{% endif %}{# end #}";
+    vec![
+        ("chatml", seed("g", chatml, &talk)),
+        ("llama3", seed("g", llama3, &talk)),
+        ("llama3-tools", seed("gtc", llama3, &talk)),
+        ("mistral", seed("", mistral, &talk[..3])),
+        ("mistral-tools", seed("tc", mistral, &talk)),
+        ("qwen3", seed("ge", qwen3, &talk)),
+        ("qwen3-tools", seed("gtceE", qwen3, &talk)),
+        ("everything", seed("gtd", everything, &talk)),
+    ]
+}
