@@ -14,6 +14,7 @@ pub mod kv;
 pub mod mem;
 pub mod ops;
 pub mod pool;
+pub mod probe;
 pub mod profile;
 mod scalar;
 pub mod strip;

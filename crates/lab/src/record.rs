@@ -95,6 +95,14 @@ impl Record {
         };
         // Recording a phase rewrites files under `docs/`, which must not taint the next one.
         let changed = git(&["status", "--porcelain", "--", ".", ":(exclude)docs"]);
+        let commit = git(&["rev-parse", "HEAD"]).unwrap_or_default();
+        let dirty = changed.is_none_or(|c| !c.is_empty());
+        Record::built(subject, &commit, dirty, host)
+    }
+
+    /// An empty record of `subject`, taken now by a program that was built from this commit
+    /// (empty: from none), with or without changes.
+    pub fn built(subject: &str, commit: &str, dirty: bool, host: Host) -> Record {
         let program = |arg: &str| {
             let name = Path::new(arg).file_name();
             name.map_or_else(String::new, |n| n.to_string_lossy().into_owned())
@@ -103,8 +111,8 @@ impl Record {
             schema_version: SCHEMA_VERSION,
             subject: subject.to_owned(),
             date: Date::now().to_string(),
-            commit: git(&["rev-parse", "HEAD"]).unwrap_or_default(),
-            dirty: changed.is_none_or(|c| !c.is_empty()),
+            commit: commit.to_owned(),
+            dirty,
             command: std::env::args()
                 .enumerate()
                 .map(|(i, arg)| if i == 0 { program(&arg) } else { arg })

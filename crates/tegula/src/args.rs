@@ -266,7 +266,8 @@ pub fn kv_type(s: &str) -> Result<KvType, String> {
     KvType::parse(s).ok_or_else(|| "expected f16, bf16 or q8_0".to_owned())
 }
 
-fn flash_attn(s: &str) -> Result<bool, String> {
+/// Attention is always flash attention: anything else is an error.
+pub fn flash_attn(s: &str) -> Result<bool, String> {
     match s {
         "on" | "auto" | "1" => Ok(true),
         "off" | "0" => Err("attention is always flash attention here".to_owned()),
