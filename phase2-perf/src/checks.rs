@@ -217,6 +217,7 @@ fn probes() -> Result<Outcome, String> {
         ("scalar f32", true),
         ("memory", true),
         ("avx2 f32", f.avx2 && f.fma),
+        ("avx2 int8", f.avx2),
         ("avx512 f32", f.avx512f),
         ("avx512 vnni int8", f.avx512vnni),
         ("avx512 bf16", f.avx512bf16),

@@ -144,8 +144,9 @@ impl Row {
         let rate = self.summary.median_ts;
         let bandwidth = self.bytes_per_token.zip(probe.memory());
         self.bandwidth_share = bandwidth.map(|(bytes, limit)| bytes * rate / limit);
-        if let Some((operations, (name, limit))) =
-            self.operations_per_token.zip(probe.peak(&self.isa))
+        if let Some((operations, (name, limit))) = self
+            .operations_per_token
+            .zip(probe.peak(&self.isa, &self.file_type))
         {
             self.peak_share = Some(operations * rate / limit);
             self.peak = Some(name.to_owned());

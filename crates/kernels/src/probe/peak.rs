@@ -11,6 +11,10 @@ pub enum Peak {
     Scalar,
     /// f32 fused multiply-add over 8 lanes.
     Avx2Fma,
+    /// 8-bit products by `vpmaddubsw`, widened and added, over 8 lanes.
+    Avx2Int8,
+    /// 8-bit dot products over 8 lanes (VEX).
+    AvxVnni,
     /// f32 fused multiply-add over 16 lanes.
     Avx512Fma,
     /// 8-bit dot products over 16 lanes.
@@ -25,9 +29,11 @@ pub enum Peak {
 
 impl Peak {
     /// All of them.
-    pub const ALL: [Peak; 7] = [
+    pub const ALL: [Peak; 9] = [
         Peak::Scalar,
         Peak::Avx2Fma,
+        Peak::Avx2Int8,
+        Peak::AvxVnni,
         Peak::Avx512Fma,
         Peak::Avx512Vnni,
         Peak::Avx512Bf16,
@@ -40,6 +46,8 @@ impl Peak {
         match self {
             Peak::Scalar => "scalar f32",
             Peak::Avx2Fma => "avx2 f32",
+            Peak::Avx2Int8 => "avx2 int8",
+            Peak::AvxVnni => "avx vnni int8",
             Peak::Avx512Fma => "avx512 f32",
             Peak::Avx512Vnni => "avx512 vnni int8",
             Peak::Avx512Bf16 => "avx512 bf16",
@@ -54,6 +62,8 @@ impl Peak {
         match self {
             Peak::Scalar => true,
             Peak::Avx2Fma => f.avx2 && f.fma,
+            Peak::Avx2Int8 => f.avx2,
+            Peak::AvxVnni => f.avxvnni,
             Peak::Avx512Fma => f.avx512f,
             Peak::Avx512Vnni => f.avx512f && f.avx512vnni,
             Peak::Avx512Bf16 => f.avx512f && f.avx512bf16,
@@ -66,6 +76,8 @@ impl Peak {
         match self {
             Peak::Scalar => (scalar, CHAINS * 2),
             Peak::Avx2Fma => (avx2_fma, CHAINS * 8 * 2),
+            Peak::Avx2Int8 => (avx2_int8, CHAINS * 8 * 4 * 2),
+            Peak::AvxVnni => (avx_vnni, CHAINS * 8 * 4 * 2),
             Peak::Avx512Fma => (avx512_fma, CHAINS * 16 * 2),
             Peak::Avx512Vnni => (avx512_vnni, CHAINS * 16 * 4 * 2),
             Peak::Avx512Bf16 => (avx512_bf16, CHAINS * 16 * 2 * 2),
@@ -110,9 +122,10 @@ const CHAINS: u64 = 12;
 /// and no operand is zero.
 const OPERAND: u32 = 0x3b00_3b00;
 
-/// A loop over twelve sums in registers 0 to 11, operands in 12 and 13.
+/// A loop over twelve sums in registers 0 to 11, operands in 12 and 13, ones (as 16-bit
+/// integers) in 14, and 15 free. `$step` is a macro from a sum's number to its instructions.
 macro_rules! chains {
-    ($name:ident, $features:literal, $register:literal, $instruction:literal) => {
+    ($name:ident, $features:literal, $register:literal, $step:ident) => {
         /// # Safety
         /// The CPU has the instruction.
         #[target_feature(enable = $features)]
@@ -120,25 +133,18 @@ macro_rules! chains {
             // SAFETY: registers only; those written are declared.
             unsafe {
                 asm!(
+                    "vmovd xmm12, {ones:e}",
+                    concat!("vpbroadcastd ", $register, "14, xmm12"),
                     "vmovd xmm12, {operand:e}",
                     concat!("vpbroadcastd ", $register, "13, xmm12"),
                     concat!("vpbroadcastd ", $register, "12, xmm12"),
                     "2:",
-                    concat!($instruction, " ", $register, "0", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "1", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "2", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "3", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "4", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "5", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "6", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "7", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "8", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "9", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "10", ", ", $register, "12, ", $register, "13"),
-                    concat!($instruction, " ", $register, "11", ", ", $register, "12, ", $register, "13"),
+                    $step!("0"), $step!("1"), $step!("2"), $step!("3"), $step!("4"), $step!("5"),
+                    $step!("6"), $step!("7"), $step!("8"), $step!("9"), $step!("10"), $step!("11"),
                     "dec {rounds}",
                     "jnz 2b",
                     "vzeroupper",
+                    ones = in(reg) 0x0001_0001,
                     operand = in(reg) OPERAND,
                     rounds = inout(reg) rounds.max(1) => _,
                     out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
@@ -152,10 +158,51 @@ macro_rules! chains {
     };
 }
 
-chains!(avx2_fma, "avx2,fma", "ymm", "vfmadd231ps");
-chains!(avx512_fma, "avx512f", "zmm", "vfmadd231ps");
-chains!(avx512_vnni, "avx512f,avx512vnni", "zmm", "vpdpbusd");
-chains!(avx512_bf16, "avx512f,avx512bf16", "zmm", "vdpbf16ps");
+macro_rules! fma256 {
+    ($sum:literal) => {
+        concat!("vfmadd231ps ymm", $sum, ", ymm12, ymm13")
+    };
+}
+macro_rules! maddubs256 {
+    ($sum:literal) => {
+        concat!(
+            "vpmaddubsw ymm15, ymm12, ymm13\n",
+            "vpmaddwd ymm15, ymm15, ymm14\n",
+            "vpaddd ymm",
+            $sum,
+            ", ymm",
+            $sum,
+            ", ymm15"
+        )
+    };
+}
+macro_rules! vnni256 {
+    ($sum:literal) => {
+        concat!("{{vex}} vpdpbusd ymm", $sum, ", ymm12, ymm13")
+    };
+}
+macro_rules! fma512 {
+    ($sum:literal) => {
+        concat!("vfmadd231ps zmm", $sum, ", zmm12, zmm13")
+    };
+}
+macro_rules! vnni512 {
+    ($sum:literal) => {
+        concat!("vpdpbusd zmm", $sum, ", zmm12, zmm13")
+    };
+}
+macro_rules! bf16_512 {
+    ($sum:literal) => {
+        concat!("vdpbf16ps zmm", $sum, ", zmm12, zmm13")
+    };
+}
+
+chains!(avx2_fma, "avx2,fma", "ymm", fma256);
+chains!(avx2_int8, "avx2", "ymm", maddubs256);
+chains!(avx_vnni, "avx2,avxvnni", "ymm", vnni256);
+chains!(avx512_fma, "avx512f", "zmm", fma512);
+chains!(avx512_vnni, "avx512f,avx512vnni", "zmm", vnni512);
+chains!(avx512_bf16, "avx512f,avx512bf16", "zmm", bf16_512);
 
 /// Twelve sums, each multiplied and added to: what code for any x86-64 does without vectors.
 ///
