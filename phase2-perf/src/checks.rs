@@ -28,8 +28,9 @@ pub fn checks() -> Vec<Check> {
     vec![
         Check {
             id: "2.1",
-            title: "the matrix runner: warm-up, raw samples, median, p10 and p90; \
-                    noisy, dirty and emulated runs are refused",
+            title: "the matrix runner: warm-up, raw samples, median, p10 and p90; peers \
+                    that fail; dirty, emulated and throttled runs are refused, noisy ones \
+                    claim nothing",
             requires: &[],
             run: |env| runner(env).into(),
         },

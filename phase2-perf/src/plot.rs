@@ -65,15 +65,19 @@ pub fn svg(record: &BenchRecord) -> Result<String, PlotError> {
         let title = format!("{}, commit {short}", host.cpu);
         let area = area.titled(&title, ("sans-serif", 18)).map_err(draw)?;
         let panels = area.split_evenly((2, 2));
-        let by = |x: fn(&Row) -> f64, other: fn(&Row) -> String| lines(record, x, other);
+        let by = |x: fn(&Row) -> f64, other: fn(&Row) -> String| lines(record, x, other, label);
         let threads = |r: &Row| format!("t{} b{}", r.threads, r.ubatch);
         let by_depth = by(|r| r.n_depth as f64, threads);
         chart(&panels[0], "tokens/s by depth", "tokens before", &by_depth)?;
         let depth = |r: &Row| format!("d{} b{}", r.n_depth, r.ubatch);
         let by_threads = by(|r| r.threads as f64, depth);
         chart(&panels[1], "tokens/s by threads", "threads", &by_threads)?;
-        let rest = |r: &Row| format!("t{} d{}", r.threads, r.n_depth);
-        let by_batch = by(|r| r.ubatch.min(r.batch) as f64, rest);
+        let by_batch = lines(
+            record,
+            together,
+            |r| format!("t{} d{}", r.threads, r.n_depth),
+            engine,
+        );
         chart(
             &panels[2],
             "tokens/s by batch",
@@ -86,9 +90,22 @@ pub fn svg(record: &BenchRecord) -> Result<String, PlotError> {
     Ok(text)
 }
 
-/// Median throughput over `x`, one line per engine, model and test; `other` tells lines apart
-/// by what else varies.
-fn lines(record: &BenchRecord, x: fn(&Row) -> f64, other: fn(&Row) -> String) -> Lines {
+/// Tokens that pass through the layers at a time, mostly.
+fn together(row: &Row) -> f64 {
+    match row.n_gen {
+        0 => row.n_prompt.min(row.ubatch).min(row.batch) as f64,
+        _ => 1.0,
+    }
+}
+
+/// Median throughput over `x`, one line per `label` and model; `other` tells lines apart by
+/// what else varies.
+fn lines(
+    record: &BenchRecord,
+    x: fn(&Row) -> f64,
+    other: fn(&Row) -> String,
+    label: fn(&Row) -> String,
+) -> Lines {
     let mut lines = Lines::new();
     let several = |f: fn(&Row) -> String| {
         let mut values: Vec<String> = record.rows.iter().map(f).collect();
@@ -117,9 +134,13 @@ fn lines(record: &BenchRecord, x: fn(&Row) -> f64, other: fn(&Row) -> String) ->
 /// Engine and test, without the depth.
 fn label(row: &Row) -> String {
     let test = row.test.split(" @").next().unwrap_or("");
+    format!("{} {test}", engine(row))
+}
+
+fn engine(row: &Row) -> String {
     match row.isa.as_str() {
-        "" => format!("{} {test}", row.engine),
-        isa => format!("{} {isa} {test}", row.engine),
+        "" => row.engine.clone(),
+        isa => format!("{} {isa}", row.engine),
     }
 }
 
@@ -142,7 +163,12 @@ fn chart(area: &Area, title: &str, x_name: &str, lines: &Lines) -> Drawn {
         .y_label_area_size(56)
         .build_cartesian_2d(left..right, 0.0..top)
         .map_err(draw)?;
-    chart.configure_mesh().x_desc(x_name).draw().map_err(draw)?;
+    chart
+        .configure_mesh()
+        .max_light_lines(1)
+        .x_desc(x_name)
+        .draw()
+        .map_err(draw)?;
     for (i, (name, points)) in lines.iter().enumerate() {
         let color = Palette99::pick(i).to_rgba();
         chart
@@ -201,6 +227,7 @@ fn roofline(area: &Area, record: &BenchRecord) -> Drawn {
         .map_err(draw)?;
     chart
         .configure_mesh()
+        .max_light_lines(1)
         .x_desc("operations per byte of weights and cache")
         .y_desc("GOP/s")
         .draw()

@@ -580,6 +580,29 @@ fn bench_runs_peers_and_goes_on_when_they_fail() {
 }
 
 #[test]
+fn bench_ends_with_what_is_done_when_interrupted() {
+    let args = [
+        "bench", "-p", "1", "-n", "0", "-r", "1000000", "-t", "1", "--json",
+    ];
+    let child = crate::program(&args)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let id = child.id().to_string();
+    let kill = std::process::Command::new("kill")
+        .args(["-INT", &id])
+        .status();
+    assert!(kill.unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success());
+    let record: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(record["state"], "interrupted");
+    let samples = record["rows"][0]["samples_ns"].as_array().unwrap().len();
+    assert!((1..1_000_000).contains(&samples), "{samples}");
+}
+
+#[test]
 fn quantize_writes_models_that_run() {
     let (dir, model) = small_model("qwen3moe", "BF16");
     let out = dir.path().join("out.gguf");
