@@ -126,6 +126,9 @@ pub struct BenchArgs {
     #[arg(long, value_name = "also|only", num_args = 0..=1, require_equals = true, value_enum,
           default_missing_value = "also", hide_possible_values = true)]
     probe: Option<Probing>,
+    /// Milliseconds of each of the five repetitions of a probe
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    probe_time: u64,
     /// Another engine to compare with: llama-bench[-NAME]=PATH[:FLAGS] or
     /// ik-llama-bench[-NAME]=PATH[:FLAGS]; may be repeated
     #[arg(long, value_name = "PEER")]
@@ -557,6 +560,7 @@ impl Printer {
         let available = facts::available_memory().unwrap_or(1 << 30);
         let options = ProbeOptions {
             memory: ProbeOptions::default().memory.min(available / 4),
+            time: Duration::from_millis(args.probe_time.max(1)),
             ..ProbeOptions::default()
         };
         let amx = settings.iter().find_map(|setting| setting.amx);

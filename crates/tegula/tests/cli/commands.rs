@@ -4,7 +4,10 @@ use crate::{json, path, program, shape, small_model, stdout, tegula, tegula_with
 use std::{
     fs,
     io::Read as _,
+    os::unix::fs::PermissionsExt as _,
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 const PROMPT: [&str; 6] = ["run", "-p", "An iterator adaptor that", "--temp", "0", "-n"];
@@ -494,7 +497,7 @@ fn bench_takes_ranges_and_tells_limits() {
         "1",
         "--no-warmup",
     ];
-    let out = json(&[&common[..], &["--probe", "--json"]].concat());
+    let out = json(&[&common[..], &["--probe", "--probe-time", "1", "--json"]].concat());
     let tests: Vec<_> = out["rows"]
         .as_array()
         .unwrap()
@@ -505,7 +508,7 @@ fn bench_takes_ranges_and_tells_limits() {
     assert_eq!(out["probes"][0]["threads"], 1);
     let share = out["rows"][2]["bandwidth_share"].as_f64().unwrap();
     assert!(share > 0.0, "{share}");
-    let only = stdout(&["bench", "--probe=only", "-t", "1"]);
+    let only = stdout(&["bench", "--probe=only", "-t", "1", "--probe-time", "1"]);
     assert!(
         only.contains("| memory (") && !only.contains("t/s"),
         "{only}"
@@ -518,7 +521,7 @@ fn bench_runs_peers_and_goes_on_when_they_fail() {
     let peer = |name: &str, body: &str| {
         let program = dir.path().join(name);
         fs::write(&program, format!("#!/bin/sh\n{body}\n")).unwrap();
-        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let executable = fs::Permissions::from_mode(0o755);
         fs::set_permissions(&program, executable).unwrap();
         format!("{name}={}:--repack 0", program.display())
     };
@@ -584,22 +587,26 @@ fn bench_ends_with_what_is_done_when_interrupted() {
     let args = [
         "bench", "-p", "1", "-n", "0", "-r", "1000000", "-t", "1", "--json",
     ];
-    let child = crate::program(&args)
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(700));
+    let child = program(&args).stdout(Stdio::piped()).spawn().unwrap();
     let id = child.id().to_string();
-    let kill = std::process::Command::new("kill")
-        .args(["-INT", &id])
-        .status();
+    // Until it catches the signal it would just die.
+    let catches = || {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let mask = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
+        u64::from_str_radix(mask.unwrap().trim(), 16).unwrap() & 0b10 != 0
+    };
+    while !catches() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let kill = Command::new("kill").args(["-INT", &id]).status();
     assert!(kill.unwrap().success());
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success());
     let record: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(record["state"], "interrupted");
-    let samples = record["rows"][0]["samples_ns"].as_array().unwrap().len();
-    assert!((1..1_000_000).contains(&samples), "{samples}");
+    for row in record["rows"].as_array().unwrap() {
+        assert!(row["samples_ns"].as_array().unwrap().len() < 1_000_000);
+    }
 }
 
 #[test]
