@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 use tegula_engine::{ContextOptions, Model};
-use tegula_lab::Date;
+use tegula_lab::{Date, without_places};
 
 /// A loaded model, and what rows say of it.
 #[derive(Debug)]
@@ -222,7 +222,7 @@ impl Group<'_> {
         let base = Row {
             engine: peer.label.clone(),
             version: cell.version.clone(),
-            flags: peer.flags.clone(),
+            flags: peer.flags.iter().map(|f| without_places(f)).collect(),
             isa: String::new(),
             load_ms: 0.0,
             error: cell.error.clone(),

@@ -13,6 +13,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use tegula_lab::without_places;
 
 /// Whose program it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,9 +93,10 @@ pub struct PeerSample {
 /// Why a peer has no figure.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    #[error("{}: cannot start: {error}", program.display())]
+    #[error("cannot start {program}: {error}")]
     Start {
-        program: PathBuf,
+        /// Its file's name.
+        program: String,
         error: std::io::Error,
     },
     #[error("ended with {status}{}", behind(said))]
@@ -195,7 +197,7 @@ impl Peer {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| PeerError::Start {
-                program: self.program.clone(),
+                program: without_places(&self.program.to_string_lossy()),
                 error,
             })?;
         let (out, err) = (drain(child.stdout.take()), drain(child.stderr.take()));
@@ -250,10 +252,10 @@ fn parse(out: &str) -> Result<Vec<Printed>, String> {
     }
 }
 
-/// The last line that isn't empty, not too long.
+/// The last line that isn't empty, not too long, and without places.
 fn last_line(text: &str) -> Option<String> {
     let line = text.lines().map(str::trim).rfind(|line| !line.is_empty())?;
-    Some(line.chars().take(200).collect())
+    Some(without_places(line).chars().take(200).collect())
 }
 
 /// Reads to the end on a thread of its own, so that the program never waits for us.
@@ -429,7 +431,7 @@ echo done"#;
             nothing
                 .unwrap_err()
                 .to_string()
-                .contains("/no/such/program: cannot start")
+                .starts_with("cannot start program: ")
         );
         let ik: Peer = "ik-llama-bench=/x".parse().unwrap();
         let deep = ik.run(&job(&[test(0, 64, 8)]), MINUTE, &AtomicBool::new(false));
