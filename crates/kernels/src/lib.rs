@@ -12,6 +12,7 @@ pub mod float;
 mod generic;
 pub mod kv;
 pub mod mem;
+pub mod numa;
 pub mod ops;
 pub mod pool;
 pub mod probe;
@@ -24,6 +25,7 @@ pub mod weights;
 
 pub use acts::{Acts, Forms};
 pub use amx::{Amx, AmxFacts, AmxUnavailable};
+pub use numa::Numa;
 pub use ops::Compute;
 pub use pool::{Pool, PoolConfig};
 pub use table::Kernels;

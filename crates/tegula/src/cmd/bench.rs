@@ -28,7 +28,7 @@ use std::{
     time::Duration,
 };
 use tegula_engine::{LoadOptions, Model, Source, threads::default_threads};
-use tegula_kernels::{Amx, Tier, kv::KvType};
+use tegula_kernels::{Amx, Numa, Tier, kv::KvType};
 use tegula_lab::{Host, Record};
 
 /// The commit that the program is built from, and whether with changes.
@@ -112,6 +112,10 @@ pub struct BenchArgs {
     /// Leave matrices as they are in the file
     #[arg(long)]
     no_repack: bool,
+    /// On several memory nodes: distribute threads over all of them, isolate them on the node
+    /// where the program started, or leave it to numactl
+    #[arg(long, value_name = "distribute|isolate|numactl")]
+    numa: Option<Numa>,
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -237,6 +241,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let only_probe = args.probe == Some(Probing::Only);
     let tests = if only_probe { Vec::new() } else { tests(args)? };
     let settings = settings(args)?;
+    // Before threads are counted and started.
+    args::numa(args.numa);
     let threads = match args.threads.as_slice() {
         [] => vec![default_threads()],
         lists => all(lists),
@@ -336,6 +342,7 @@ fn engine(
         tier: setting.tier,
         amx: setting.amx,
         threads,
+        distribute: args.numa == Some(Numa::Distribute),
         memory: facts::available_memory(),
         ..LoadOptions::new(source.clone())
     };
