@@ -11,6 +11,7 @@ mod disjoint;
 pub mod float;
 mod generic;
 pub mod kv;
+pub mod lab;
 pub mod mem;
 pub mod numa;
 pub mod ops;
