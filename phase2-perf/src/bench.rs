@@ -1,6 +1,7 @@
 //! End-to-end measurements of a loaded model, counted as llama-bench counts them: prompts
 //! (`pp`) and generation (`tg`) of random tokens, some tokens deep in the context (`@ d`).
 
+use crate::quiet::Energy;
 use std::{
     fmt,
     sync::{
@@ -45,12 +46,25 @@ impl fmt::Display for Test {
     }
 }
 
+/// One repetition of a test.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Nanoseconds from the first batch to the last token.
+    pub ns: u64,
+    /// Nanoseconds until the first token could be chosen.
+    pub first_ns: u64,
+    /// Nanoseconds of each token that was generated.
+    pub token_ns: Vec<u64>,
+}
+
 /// The repetitions of a test.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Samples {
     pub test: Test,
-    /// Nanoseconds of each repetition, in order.
-    pub ns: Vec<u64>,
+    /// In order.
+    pub runs: Vec<Sample>,
+    /// Energy of the CPU packages over all of them, where it can be read.
+    pub joules: Option<f64>,
     /// Where the last repetition's time went, if that was asked for.
     pub profile: Vec<Share>,
 }
@@ -59,21 +73,9 @@ impl Samples {
     /// Tokens per second of each repetition.
     pub fn tps(&self) -> Vec<f64> {
         let tokens = self.test.tokens() as f64;
-        self.ns.iter().map(|&ns| tokens * 1e9 / ns as f64).collect()
+        let runs = self.runs.iter();
+        runs.map(|run| tokens * 1e9 / run.ns as f64).collect()
     }
-}
-
-/// Mean and sample standard deviation (0 for fewer than two samples).
-pub fn mean_and_deviation(samples: &[f64]) -> (f64, f64) {
-    let n = samples.len() as f64;
-    let mean = samples.iter().sum::<f64>() / n.max(1.0);
-    let squares: f64 = samples.iter().map(|x| (x - mean).powi(2)).sum();
-    let deviation = if samples.len() > 1 {
-        (squares / (n - 1.0)).sqrt()
-    } else {
-        0.0
-    };
-    (mean, deviation)
 }
 
 /// How to measure.
@@ -108,7 +110,8 @@ pub fn measure(
     let mut tokens = Tokens::new(model);
     let mut samples = Samples {
         test,
-        ns: Vec::with_capacity(options.repetitions),
+        runs: Vec::with_capacity(options.repetitions),
+        joules: None,
         profile: Vec::new(),
     };
     if options.warm_up {
@@ -131,16 +134,17 @@ pub fn measure(
         if options.profile {
             profile.start();
         }
-        let start = Instant::now();
-        let whole = tokens.run(&mut ctx, test, cancel)?;
-        let elapsed = start.elapsed();
+        let energy = Energy::start();
+        let run = tokens.run(&mut ctx, test, cancel)?;
+        let joules = energy.joules();
         if options.profile {
             samples.profile = profile.stop();
         }
-        if !whole {
-            break;
+        let Some(run) = run else { break };
+        samples.runs.push(run);
+        if let Some(joules) = joules {
+            *samples.joules.get_or_insert(0.0) += joules;
         }
-        samples.ns.push(elapsed.as_nanos() as u64);
         progress(done + 1);
     }
     Ok(samples)
@@ -169,24 +173,46 @@ impl Tokens {
         ((self.state >> 33) % self.vocab) as u32
     }
 
-    /// Runs prompt and generation of `test`; false when cancelled before the end.
-    fn run(&mut self, ctx: &mut Context, test: Test, cancel: &AtomicBool) -> Result<bool> {
+    /// Runs prompt and generation of `test`; nothing when cancelled before the end.
+    fn run(
+        &mut self,
+        ctx: &mut Context,
+        test: Test,
+        cancel: &AtomicBool,
+    ) -> Result<Option<Sample>> {
         let prompt: Vec<u32> = (0..test.prompt).map(|_| self.next()).collect();
+        let mut sample = Sample {
+            token_ns: Vec::with_capacity(test.generate),
+            ..Sample::default()
+        };
         let batch = ctx.options().batch;
+        let start = Instant::now();
         for part in prompt.chunks(batch) {
             if cancel.load(Ordering::Relaxed) {
-                return Ok(false);
+                return Ok(None);
             }
             ctx.decode(&Batch::prompt(0, part))?;
         }
+        let mut last = start;
+        if test.prompt > 0 {
+            last = Instant::now();
+            sample.first_ns = (last - start).as_nanos() as u64;
+        }
         for _ in 0..test.generate {
             if cancel.load(Ordering::Relaxed) {
-                return Ok(false);
+                return Ok(None);
             }
             let token = self.next();
             ctx.decode(&Batch::prompt(0, &[token]))?;
+            let now = Instant::now();
+            sample.token_ns.push((now - last).as_nanos() as u64);
+            last = now;
         }
-        Ok(true)
+        if test.prompt == 0 {
+            sample.first_ns = sample.token_ns.first().copied().unwrap_or(0);
+        }
+        sample.ns = (last - start).as_nanos() as u64;
+        Ok(Some(sample))
     }
 }
 
@@ -216,16 +242,17 @@ mod tests {
     }
 
     #[test]
-    fn rates_have_mean_and_deviation() {
+    fn rates_are_tokens_by_time() {
+        let run = |ns| Sample {
+            ns,
+            ..Sample::default()
+        };
         let samples = Samples {
             test: test(10, 0, 0),
-            ns: vec![1_000_000_000, 500_000_000],
+            runs: vec![run(1_000_000_000), run(500_000_000)],
+            joules: None,
             profile: Vec::new(),
         };
         assert_eq!(samples.tps(), [10.0, 20.0]);
-        let (mean, deviation) = mean_and_deviation(&samples.tps());
-        assert_eq!(mean, 15.0);
-        assert!((deviation - 50f64.sqrt()).abs() < 1e-12);
-        assert_eq!(mean_and_deviation(&[3.0]), (3.0, 0.0));
     }
 }

@@ -10,7 +10,7 @@ use tegula_lab::{Env, Series};
 use crate::bench::{Options, Test, measure};
 
 /// From the workspace's root.
-const MODEL: &str = "crates/tegula/assets/ferrous-moe-21m-Q4_0.gguf";
+pub(crate) const MODEL: &str = "crates/tegula/assets/ferrous-moe-21m-Q4_0.gguf";
 
 const REPETITIONS: usize = 5;
 

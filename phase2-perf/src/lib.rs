@@ -2,9 +2,21 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+mod checks;
+pub mod cost;
 pub mod embedded;
+pub mod matrix;
+pub mod peers;
+pub mod plot;
+pub mod probe;
+pub mod quiet;
+pub mod ranges;
+pub mod record;
+pub mod report;
+pub mod stats;
 
-use tegula_lab::{Bench, Check, Need, Phase, unbuilt};
+pub use checks::checks;
+use tegula_lab::{Bench, Phase};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -22,52 +34,4 @@ pub fn phase() -> Phase {
             run: embedded::tiers,
         }],
     }
-}
-
-/// Tasks 2.1 to 2.6.
-pub fn checks() -> Vec<Check> {
-    const GPU: Need = Need::Unbuilt("crates/cuda and the placement of layers on GPUs");
-    const LAB: Need = Need::Unbuilt("the benchmark laboratory");
-    vec![
-        Check {
-            id: "2.1",
-            title: "the matrix runner: warm-up, raw samples, median, p10 and p90; \
-                    noisy, dirty and emulated runs are refused",
-            requires: &[LAB],
-            run: unbuilt,
-        },
-        Check {
-            id: "2.2",
-            title: "probes of memory and cache bandwidth and of compute peaks, scalar \
-                    to AMX",
-            requires: &[LAB],
-            run: unbuilt,
-        },
-        Check {
-            id: "2.3",
-            title: "AMX beats the baseline in every cell of the matrix that the \
-                    planner gives to it",
-            requires: &[LAB, Need::Amx],
-            run: unbuilt,
-        },
-        Check {
-            id: "2.4",
-            title: "GPU and hybrid runs are no slower with `--amx`, and beat the peers",
-            requires: &[GPU, Need::Gpus(1)],
-            run: unbuilt,
-        },
-        Check {
-            id: "2.5",
-            title: "decode and prefill against llama.cpp and ik_llama.cpp, interleaved \
-                    in one run",
-            requires: &[LAB],
-            run: unbuilt,
-        },
-        Check {
-            id: "2.6",
-            title: "every table of the report is regenerated from records alone",
-            requires: &[LAB],
-            run: unbuilt,
-        },
-    ]
 }

@@ -21,6 +21,14 @@ pub fn all() -> Vec<Phase> {
     ]
 }
 
+/// What the measurements of a phase add to its page, if this is one.
+pub fn measurements(page: &str, root: &Path) -> Option<Result<String, String>> {
+    match page {
+        "PHASE_2.md" => Some(phase2_perf::report::page(root)),
+        _ => None,
+    }
+}
+
 /// The phase of this number.
 pub fn numbered(number: u8) -> Result<Phase> {
     let found = all().into_iter().find(|p| p.number == number);
@@ -116,7 +124,7 @@ pub fn bench(root: &Path, phase: &Phase) -> Result<ExitCode> {
 /// Brings the pages up to date and prints the phase's.
 pub fn report(root: &Path, phase: &Phase) -> Result<ExitCode> {
     docs::write(root)?;
-    let name = format!("PHASE_{}.md", phase.number);
+    let name = format!("docs/PHASE_{}.md", phase.number);
     let mut pages = docs::pages(root)?;
     println!("{}", pages.remove(&name).with_context(|| name)?);
     Ok(ExitCode::SUCCESS)

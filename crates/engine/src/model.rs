@@ -34,6 +34,8 @@ pub struct LoadOptions {
     /// Use AMX, with this right to.
     pub amx: Option<Amx>,
     pub threads: usize,
+    /// Spread the threads over all memory nodes.
+    pub distribute: bool,
     /// Refuse a model whose weights take more than these bytes of memory besides the mapped
     /// file.
     pub memory: Option<u64>,
@@ -51,6 +53,7 @@ impl LoadOptions {
             tier: Tier::detect_max(),
             amx: None,
             threads: crate::threads::default_threads(),
+            distribute: false,
             memory: None,
         }
     }
@@ -127,7 +130,10 @@ impl Model {
                 available,
             });
         }
-        let pool = PoolConfig::new(options.threads);
+        let pool = PoolConfig {
+            distribute: options.distribute,
+            ..PoolConfig::new(options.threads)
+        };
         let compute = match options.amx {
             None => Compute::new(flags.tier, pool),
             Some(amx) => Compute::with_amx(flags.tier, amx, pool),

@@ -80,6 +80,8 @@ pub struct Placement {
     pub bytes: u64,
     /// Why there and not otherwise.
     pub reason: String,
+    #[serde(skip)]
+    role: Role,
 }
 
 /// All tensors, in file order.
@@ -98,10 +100,48 @@ impl Plan {
             .sum()
     }
 
+    /// What all tokens read and multiply, by how often they do.
+    pub fn matrices(&self) -> MatrixSizes {
+        let mut sizes = MatrixSizes::default();
+        for p in &self.placements {
+            let output = p.tensor == "output.weight";
+            let size = match p.role {
+                Role::Unused | Role::Embedding => continue,
+                Role::TiedEmbedding => &mut sizes.output,
+                Role::Matrix if output => &mut sizes.output,
+                Role::Matrix if p.tensor.ends_with("_exps.weight") => &mut sizes.experts,
+                Role::Matrix | Role::Vector => &mut sizes.dense,
+            };
+            size.bytes += p.bytes;
+            if p.role != Role::Vector {
+                size.weights += p.shape.iter().product::<u64>();
+            }
+        }
+        sizes
+    }
+
     /// The place of a tensor.
     pub fn get(&self, tensor: &str) -> Option<&Placement> {
         self.placements.iter().find(|p| p.tensor == tensor)
     }
+}
+
+/// Resident bytes, and weights that are multiplied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MatrixSize {
+    pub bytes: u64,
+    pub weights: u64,
+}
+
+/// The matrices (and the small vectors) of a model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MatrixSizes {
+    /// Every token multiplies these.
+    pub dense: MatrixSize,
+    /// All experts of all layers; a token takes some.
+    pub experts: MatrixSize,
+    /// Tokens that want logits multiply this.
+    pub output: MatrixSize,
 }
 
 /// What the graphs use a tensor for, by its name.
@@ -205,6 +245,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             kernel,
             bytes,
             reason: reason.to_owned(),
+            role,
         }
     };
     Plan {

@@ -47,6 +47,16 @@ impl AlignedBuf {
         AlignedBuf { ptr, len }
     }
 
+    /// The same on pages of the usual size, to see what huge ones are worth.
+    pub fn zeroed_on_small_pages(len: usize) -> AlignedBuf {
+        let buf = AlignedBuf::zeroed(len);
+        if len >= HUGE {
+            // SAFETY: advice on a mapping of our own that nobody has touched.
+            unsafe { libc::madvise(buf.ptr.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
+        }
+        buf
+    }
+
     fn small(len: usize) -> Layout {
         Layout::from_size_align(len, ALIGN).expect("lengths stay far below isize::MAX")
     }

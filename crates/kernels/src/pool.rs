@@ -11,6 +11,7 @@
 //!
 //! Results never depend on which thread runs a task.
 
+use crate::numa::nodes;
 use std::{
     any::Any,
     cell::{Cell, UnsafeCell},
@@ -32,6 +33,8 @@ pub struct PoolConfig {
     /// set they move freely: a thread bound to a single CPU waits whenever anybody else,
     /// the caller of the pool included, runs there.
     pub pin: bool,
+    /// Workers in turn on every memory node; each then stays on its node.
+    pub distribute: bool,
     /// How long an idle thread spins before it sleeps.
     pub spin: Duration,
 }
@@ -42,9 +45,18 @@ impl PoolConfig {
         PoolConfig {
             threads: threads.max(1),
             pin: true,
+            distribute: false,
             spin: Duration::from_micros(200),
         }
     }
+}
+
+/// The CPUs of a worker: those of its node, if it has one, and of these the ones in `set`.
+fn within(set: &Option<Vec<usize>>, node: Option<&Vec<usize>>) -> Option<Vec<usize>> {
+    let Some(node) = node else { return set.clone() };
+    let both = |cpu: &&usize| set.as_ref().is_none_or(|set| set.contains(cpu));
+    let cpus: Vec<usize> = node.iter().filter(both).copied().collect();
+    Some(if cpus.is_empty() { node.clone() } else { cpus })
 }
 
 /// Keeps a value away from its neighbours' cache lines (two: they are fetched in pairs).
@@ -133,9 +145,16 @@ impl Pool {
             spin: if enough { config.spin } else { Duration::ZERO },
         });
         let set = (config.pin && threads <= cores.len() && !siblings.is_empty()).then_some(cores);
+        let nodes = match config.distribute {
+            true => nodes(),
+            false => Vec::new(),
+        };
         let workers = (1..threads)
             .map(|i| {
-                let (shared, set) = (Arc::clone(&shared), set.clone());
+                let node = nodes
+                    .get(i % nodes.len().max(1))
+                    .filter(|_| nodes.len() > 1);
+                let (shared, set) = (Arc::clone(&shared), within(&set, node));
                 thread::Builder::new()
                     .name(format!("tegula-{i}"))
                     .spawn(move || {
@@ -374,7 +393,7 @@ fn cpus() -> (Vec<usize>, Vec<usize>) {
 }
 
 /// Binds the calling thread to `cpus`. A refusal is harmless: the thread just may move.
-fn pin(cpus: &[usize]) {
+pub(crate) fn pin(cpus: &[usize]) {
     // SAFETY: the set is plain data of the size that is passed.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
@@ -389,6 +408,25 @@ fn pin(cpus: &[usize]) {
 mod tests {
     use super::*;
     use std::sync::{Barrier, atomic::AtomicUsize, mpsc};
+
+    #[test]
+    fn workers_stay_on_their_node() {
+        let set = Some(vec![0, 2, 4, 6]);
+        assert_eq!(within(&set, None), set);
+        assert_eq!(within(&set, Some(&vec![4, 5, 6, 7])), Some(vec![4, 6]));
+        assert_eq!(within(&set, Some(&vec![1, 3])), Some(vec![1, 3]));
+        assert_eq!(within(&None, Some(&vec![1, 3])), Some(vec![1, 3]));
+        assert_eq!(within(&None, None), None);
+        let pool = Pool::new(PoolConfig {
+            distribute: true,
+            ..PoolConfig::new(4)
+        });
+        let ran = AtomicUsize::new(0);
+        pool.run(100, &|_| {
+            ran.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(ran.load(Ordering::Relaxed), 100);
+    }
 
     #[test]
     fn every_task_runs_once() {

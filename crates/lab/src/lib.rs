@@ -14,4 +14,4 @@ mod record;
 
 pub use check::{Bench, Check, CheckResult, Env, Need, Outcome, Phase, lacking, unbuilt, verify};
 pub use host::Host;
-pub use record::{Date, Record, RecordError, SCHEMA_VERSION, Series};
+pub use record::{Date, Record, RecordError, SCHEMA_VERSION, Series, without_places};

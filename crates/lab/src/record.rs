@@ -28,7 +28,7 @@ pub struct Record {
     pub commit: String,
     /// True if tracked files other than `docs/` differed from that commit.
     pub dirty: bool,
-    /// The command line, without the program's directory.
+    /// The command line, without the directories of absolute paths.
     pub command: Vec<String>,
     /// The machine.
     pub host: Host,
@@ -95,20 +95,21 @@ impl Record {
         };
         // Recording a phase rewrites files under `docs/`, which must not taint the next one.
         let changed = git(&["status", "--porcelain", "--", ".", ":(exclude)docs"]);
-        let program = |arg: &str| {
-            let name = Path::new(arg).file_name();
-            name.map_or_else(String::new, |n| n.to_string_lossy().into_owned())
-        };
+        let commit = git(&["rev-parse", "HEAD"]).unwrap_or_default();
+        let dirty = changed.is_none_or(|c| !c.is_empty());
+        Record::built(subject, &commit, dirty, host)
+    }
+
+    /// An empty record of `subject`, taken now by a program that was built from this commit
+    /// (empty: from none), with or without changes.
+    pub fn built(subject: &str, commit: &str, dirty: bool, host: Host) -> Record {
         Record {
             schema_version: SCHEMA_VERSION,
             subject: subject.to_owned(),
             date: Date::now().to_string(),
-            commit: git(&["rev-parse", "HEAD"]).unwrap_or_default(),
-            dirty: changed.is_none_or(|c| !c.is_empty()),
-            command: std::env::args()
-                .enumerate()
-                .map(|(i, arg)| if i == 0 { program(&arg) } else { arg })
-                .collect(),
+            commit: commit.to_owned(),
+            dirty,
+            command: std::env::args().map(|arg| without_places(&arg)).collect(),
             host,
             checks: Vec::new(),
             series: Vec::new(),
@@ -203,6 +204,25 @@ impl Record {
     }
 }
 
+/// The text with every absolute path in it cut down to its last part: records are public, and
+/// where things lie on a machine is nobody's business.
+pub fn without_places(text: &str) -> String {
+    let ends = |c: char| c.is_whitespace() || "=:,;'\"`()[]".contains(c);
+    let mut out = String::with_capacity(text.len());
+    for part in text.split_inclusive(ends) {
+        let (path, end) = match part.chars().next_back() {
+            Some(c) if ends(c) => part.split_at(part.len() - c.len_utf8()),
+            _ => (part, ""),
+        };
+        out += match path.strip_prefix('/') {
+            Some(_) => path.trim_end_matches('/').rsplit('/').next().unwrap_or(""),
+            None => path,
+        };
+        out += end;
+    }
+    out
+}
+
 /// A moment in UTC, to the second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Date {
@@ -281,6 +301,23 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 9.0]), 3.0);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn places_are_left_out() {
+        for (text, want) in [
+            ("/opt/a/tegula", "tegula"),
+            (
+                "--peer=llama-bench=/opt/b/llama-bench:-m /x/y.gguf",
+                "--peer=llama-bench=llama-bench:-m y.gguf",
+            ),
+            ("cannot read '/a/b c/'", "cannot read 'b c/'"),
+            ("docs/bench/x", "docs/bench/x"),
+            ("a,/b/c,/d", "a,c,d"),
+            ("", ""),
+        ] {
+            assert_eq!(without_places(text), want);
+        }
     }
 
     #[test]

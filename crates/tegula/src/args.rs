@@ -20,7 +20,7 @@ use tegula_engine::{
 };
 use tegula_gguf::Gguf;
 use tegula_kernels::{
-    Amx, Tier,
+    Amx, Numa, Tier,
     kv::{KV_PAGE, KvShape, KvType},
 };
 
@@ -126,6 +126,19 @@ pub struct CpuArgs {
     /// Leave matrices as they are in the file; slower
     #[arg(long)]
     no_repack: bool,
+    /// On several memory nodes: distribute threads over all of them, isolate them on the node
+    /// where the program started, or leave it to numactl
+    #[arg(long, value_name = "distribute|isolate|numactl")]
+    numa: Option<Numa>,
+}
+
+/// Does what `--numa` asks for before there are threads; whether they are to be spread over the
+/// nodes.
+pub fn numa(numa: Option<Numa>) -> bool {
+    if numa == Some(Numa::Isolate) {
+        tegula_kernels::numa::isolate();
+    }
+    numa == Some(Numa::Distribute)
 }
 
 /// What `--amx` asks for.
@@ -179,6 +192,7 @@ impl CpuArgs {
     /// The engine's options for loading from `source`.
     pub fn options(&self, source: Source) -> anyhow::Result<LoadOptions> {
         let tier = self.isa.unwrap_or_else(Tier::detect_max);
+        let distribute = numa(self.numa);
         let threads = self.threads.unwrap_or_else(default_threads);
         if self.threads_batch.is_some_and(|n| n != threads) {
             let what = format!(
@@ -194,6 +208,7 @@ impl CpuArgs {
             tier: require_tier(tier)?,
             amx: amx(self.amx, tier)?,
             threads,
+            distribute,
             memory: facts::available_memory(),
             ..LoadOptions::new(source)
         })
@@ -266,7 +281,8 @@ pub fn kv_type(s: &str) -> Result<KvType, String> {
     KvType::parse(s).ok_or_else(|| "expected f16, bf16 or q8_0".to_owned())
 }
 
-fn flash_attn(s: &str) -> Result<bool, String> {
+/// Attention is always flash attention: anything else is an error.
+pub fn flash_attn(s: &str) -> Result<bool, String> {
     match s {
         "on" | "auto" | "1" => Ok(true),
         "off" | "0" => Err("attention is always flash attention here".to_owned()),

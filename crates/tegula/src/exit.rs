@@ -2,6 +2,7 @@
 //!
 //! 0 ok, 2 usage, 3 bad model or input, 4 requirement not met, 70 internal error.
 
+use phase2_perf::{plot::PlotError, record::BenchRecordError};
 use phase4_parity::oracle::OracleError;
 use std::{fmt::Write as _, io, process::ExitCode};
 use tegula_gguf::TemplateError;
@@ -38,11 +39,16 @@ pub fn code(error: &anyhow::Error) -> u8 {
         if let Some(tegula_engine::Error::Memory { .. }) = cause.downcast_ref() {
             return REQUIREMENT;
         }
+        if let Some(BenchRecordError::Refused(_)) = cause.downcast_ref() {
+            return REQUIREMENT;
+        }
         if cause.is::<tegula_engine::Error>()
             || cause.is::<tegula_gguf::Error>()
             || cause.is::<TemplateError>()
             || cause.is::<OracleError>()
             || cause.is::<RecordError>()
+            || cause.is::<BenchRecordError>()
+            || cause.is::<PlotError>()
             || cause.is::<io::Error>()
         {
             return INPUT;

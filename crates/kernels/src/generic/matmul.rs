@@ -58,15 +58,15 @@ pub(crate) struct Panel {
 #[derive(Clone, Copy)]
 pub(crate) struct Tokens {
     /// The interleave.
-    stride: usize,
-    q: *const i8,
-    d: *const f32,
+    pub stride: usize,
+    pub q: *const i8,
+    pub d: *const f32,
     /// Minus the sums of 32 or, for two scales per 32, of 16.
-    nsum: *const i32,
+    pub nsum: *const i32,
     /// Scaled sums, likewise.
-    fsum: *const f32,
+    pub fsum: *const f32,
     /// `[token][16]`: the sums so far.
-    tile: *mut f32,
+    pub tile: *mut f32,
 }
 
 /// A float type of weights.
@@ -206,7 +206,7 @@ pub(crate) use tier_kernels;
 /// # Safety
 /// `t` points at the group's first token.
 #[inline(always)]
-unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
+pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     acc: &mut [L::Floats; T],
     codes: impl Fn(usize) -> L,
     scales: [(L::Floats, L::Floats); 2],
@@ -458,7 +458,11 @@ pub(crate) unsafe fn mul_strips<M: Machine>(args: &StripArgs<'_>) {
 ///
 /// # Safety
 /// The view holds the q8 form.
-unsafe fn tokens_at<S: Shape>(acts: &ActsView<'_>, base: usize, stride: usize) -> Tokens {
+pub(crate) unsafe fn tokens_at<S: Shape>(
+    acts: &ActsView<'_>,
+    base: usize,
+    stride: usize,
+) -> Tokens {
     let (nsum, fsum, per) = if S::HALVES {
         (acts.nsum16, acts.fsum16, 16)
     } else {

@@ -4,7 +4,10 @@ use crate::{json, path, program, shape, small_model, stdout, tegula, tegula_with
 use std::{
     fs,
     io::Read as _,
+    os::unix::fs::PermissionsExt as _,
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 const PROMPT: [&str; 6] = ["run", "-p", "An iterator adaptor that", "--temp", "0", "-n"];
@@ -476,8 +479,134 @@ fn bench_prints_every_format() {
     let out: serde_json::Value = serde_json::from_str(&bench(&["--json"])).unwrap();
     assert_eq!(out["rows"].as_array().unwrap().len(), 2);
     assert_eq!(out["rows"][0]["samples_ns"].as_array().unwrap().len(), 2);
-    assert_eq!(out["series"][1]["samples"], out["rows"][1]["samples_ts"]);
+    assert_eq!(out["state"], "complete");
     insta::assert_json_snapshot!(shape(&out["rows"]));
+}
+
+#[test]
+fn bench_takes_ranges_and_tells_limits() {
+    let common = [
+        "bench",
+        "-p",
+        "1-4*2",
+        "-n",
+        "0",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "--no-warmup",
+    ];
+    let out = json(&[&common[..], &["--probe", "--probe-time", "1", "--json"]].concat());
+    let tests: Vec<_> = out["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["test"].as_str().unwrap())
+        .collect();
+    assert_eq!(tests, ["pp1", "pp2", "pp4"]);
+    assert_eq!(out["probes"][0]["threads"], 1);
+    let share = out["rows"][2]["bandwidth_share"].as_f64().unwrap();
+    assert!(share > 0.0, "{share}");
+    let only = stdout(&["bench", "--probe=only", "-t", "1", "--probe-time", "1"]);
+    assert!(
+        only.contains("| memory (") && !only.contains("t/s"),
+        "{only}"
+    );
+}
+
+#[test]
+fn bench_runs_peers_and_goes_on_when_they_fail() {
+    let (dir, model) = small_model("qwen3", "Q4_0");
+    let peer = |name: &str, body: &str| {
+        let program = dir.path().join(name);
+        fs::write(&program, format!("#!/bin/sh\n{body}\n")).unwrap();
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&program, executable).unwrap();
+        format!("{name}={}:--repack 0", program.display())
+    };
+    // Says what it was called with, beside its figure.
+    let works = peer(
+        "llama-bench",
+        "echo \"[{\\\"n_prompt\\\":8,\\\"n_gen\\\":0,\\\"samples_ns\\\":[1000000],\\\"build_commit\\\":\\\"$*\\\"}]\"",
+    );
+    let crashes = peer("llama-bench-old", "echo 'no such model' >&2; exit 3");
+    let talks = peer("ik-llama-bench", "echo '| model | t/s |'");
+    let plot = dir.path().join("bench.svg");
+    let args = [
+        "bench",
+        path(&model),
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-r",
+        "3",
+        "-t",
+        "1",
+        "--peer",
+        &works,
+        "--peer",
+        &crashes,
+        "--peer",
+        &talks,
+        "--peer-args",
+        "-fa 1",
+        "--plot",
+        path(&plot),
+    ];
+    let table = stdout(&args);
+    assert!(table.contains("8000.00 ± 0.00"), "{table}");
+    assert!(
+        table.contains("failed: ended with exit status: 3: no such model"),
+        "{table}"
+    );
+    assert!(
+        table.contains("failed: printed no llama-bench JSON"),
+        "{table}"
+    );
+    assert!(table.contains("| of pairs |"), "{table}");
+    assert!(
+        fs::read_to_string(&plot)
+            .unwrap()
+            .contains("llama-bench pp8")
+    );
+    let out = json(&[&args[..], &["--json"]].concat());
+    let row = &out["rows"][1];
+    let called = row["version"].as_str().unwrap();
+    assert!(
+        called.ends_with("-r 1 -o json --repack 0 -fa 1"),
+        "{called}"
+    );
+    assert_eq!(row["samples_ns"].as_array().unwrap().len(), 3);
+    assert_eq!(out["interleaved"], true);
+}
+
+#[test]
+fn bench_ends_with_what_is_done_when_interrupted() {
+    let args = [
+        "bench", "-p", "1", "-n", "0", "-r", "1000000", "-t", "1", "--json",
+    ];
+    let child = program(&args).stdout(Stdio::piped()).spawn().unwrap();
+    let id = child.id().to_string();
+    // Until it catches the signal it would just die.
+    let catches = || {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let mask = status.lines().find_map(|l| l.strip_prefix("SigCgt:"));
+        u64::from_str_radix(mask.unwrap().trim(), 16).unwrap() & 0b10 != 0
+    };
+    while !catches() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let kill = Command::new("kill").args(["-INT", &id]).status();
+    assert!(kill.unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success());
+    let record: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(record["state"], "interrupted");
+    for row in record["rows"].as_array().unwrap() {
+        assert!(row["samples_ns"].as_array().unwrap().len() < 1_000_000);
+    }
 }
 
 #[test]

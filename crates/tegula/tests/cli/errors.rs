@@ -45,6 +45,10 @@ fn usage() {
     assert!(fails(2, &["run", "-p", "x", "-t", "1", "-tb", "2"]).contains("-tb"));
     assert!(fails(2, &["run", "-p", "x", "--logit-bias", "5"]).contains("15+1.5"));
     assert!(fails(2, &["bench", "-p", "0", "-n", "0"]).contains("no test"));
+    assert!(fails(2, &["bench", "-p", "4-1"]).contains("`4-1` is no number or range"));
+    assert!(fails(2, &["bench", "-t", "0"]).contains("from 1 to 1024"));
+    assert!(fails(2, &["bench", "--amx=emulate"]).contains("no speed worth measuring"));
+    assert!(fails(2, &["bench", "--peer", "vllm=/x"]).contains("`vllm=/x` is no peer"));
     let twice = ["run", "-p", "x", "--reference", "--save-state", "s"];
     assert!(fails(2, &twice).contains("--reference"));
     assert_eq!(tegula(&["no-such-command"]).status.code(), Some(2));
@@ -180,6 +184,17 @@ fn what_the_machine_lacks() {
     assert!(memory.contains("smaller -c"), "{memory}");
     let unknown = fails(2, &["run", "-p", "x", "--isa", "sse9"]);
     assert!(unknown.contains("scalar, avx2, avx512"), "{unknown}");
+}
+
+#[test]
+fn what_is_no_measurement_is_not_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["bench", "-p", "1", "-n", "0", "--record", path(dir.path())];
+    // Tests run a development build.
+    if cfg!(debug_assertions) {
+        assert!(fails(4, &args).contains("development build"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }
 
 #[test]
