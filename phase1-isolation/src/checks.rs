@@ -148,7 +148,10 @@ fn same_as_without(env: &Env) -> Result<Outcome, String> {
                 return Err(format!("with AMX as without: {part}"));
             }
         }
-        facts.push(("emulated, as a control".to_owned(), format!("{apart} differ")));
+        facts.push((
+            "emulated, as a control".to_owned(),
+            format!("{apart} differ"),
+        ));
     }
     Ok(Outcome::passed(facts))
 }

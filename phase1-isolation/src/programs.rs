@@ -115,7 +115,10 @@ pub fn probe_arguments<'a>(
     threads: &'a str,
     amx: Option<&'a str>,
 ) -> Vec<&'a str> {
-    [model, tier.name(), threads].into_iter().chain(amx).collect()
+    [model, tier.name(), threads]
+        .into_iter()
+        .chain(amx)
+        .collect()
 }
 
 /// Builds a program and puts it where the next variant does not overwrite it. The build
