@@ -1,13 +1,17 @@
 //! Tasks 1.1 to 1.8.
 
-use std::path::PathBuf;
+use std::{os::unix::process::ExitStatusExt as _, path::PathBuf};
 
 use tegula_engine::plan::Placement;
 use tegula_gguf::{GgmlType, Gguf};
 use tegula_kernels::{Amx, Tier};
 use tegula_lab::{Check, Env, Need, Outcome, Phase, unbuilt};
 
-use crate::probe::{Seen, probe};
+use crate::{
+    matrix,
+    probe::{Seen, probe},
+    programs::{Program, Variant, probe_arguments},
+};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -30,8 +34,8 @@ pub fn checks() -> Vec<Check> {
             id: "1.1",
             title: "without `--amx` logits, plan, allocation sizes and thread chunking \
                     equal those of a build that has no AMX code",
-            requires: &[Need::Unbuilt("a build without AMX code to compare with")],
-            run: unbuilt,
+            requires: &[],
+            run: |env| same_as_without(env).into(),
         },
         Check {
             id: "1.2",
@@ -51,8 +55,8 @@ pub fn checks() -> Vec<Check> {
             id: "1.4",
             title: "`--amx` where AMX can't be had names the cause and exits with 4; \
                     aborting AMX code is never reached without it",
-            requires: &[Need::Unbuilt("a build whose AMX code aborts")],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| refused_and_unreached(env).into(),
         },
         Check {
             id: "1.5",
@@ -79,8 +83,8 @@ pub fn checks() -> Vec<Check> {
             id: "1.8",
             title: "the whole matrix: `--amx` or not, no, part or all layers \
                     offloaded, no to three devices",
-            requires: &[GPU, Need::Gpus(1)],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| whole_matrix(env).into(),
         },
     ]
 }
@@ -95,11 +99,136 @@ fn emulated() -> Result<Amx, String> {
     Amx::emulate().map_err(|e| e.to_string())
 }
 
+fn tiers() -> impl Iterator<Item = Tier> {
+    Tier::ALL.into_iter().filter(|tier| tier.available())
+}
+
+/// Task 1.1. How many buffers a pool of several threads makes depends on which of them find
+/// work, so buffers are compared with one.
+fn same_as_without(env: &Env) -> Result<Outcome, String> {
+    let model = model(env);
+    let without = Program::probe(&env.root, Variant::Without)?;
+    let with = Program::probe(&env.root, Variant::With)?;
+    let mut facts = Vec::new();
+    for tier in tiers() {
+        let run = |program: &Program, threads| program.facts(&model, tier, threads, None);
+        let (a, b) = (run(&without, 1)?, run(&with, 1)?);
+        let (c, mut d) = (run(&without, 2)?, run(&with, 2)?);
+        d.allocated = c.allocated;
+        let apart = [a.differences(&b), c.differences(&d)].concat();
+        if !apart.is_empty() {
+            return Err(format!("{tier}: {} differ", apart.join(", ")));
+        }
+        if a.logits != c.logits {
+            return Err(format!("{tier}: the threads change the logits"));
+        }
+        if a.instructions + c.instructions > 0 || a.permission || c.permission {
+            return Err(format!("{tier}: AMX was touched"));
+        }
+        let [buffers, bytes] = a.allocated;
+        let [jobs, tasks, _] = a.dispatched;
+        facts.push((
+            tier.to_string(),
+            format!(
+                "{} logits, {} placements, {buffers} buffers of {bytes} bytes, {jobs} jobs of \
+                 {tasks} tasks equal",
+                a.logits.len(),
+                a.plan["placements"].as_array().map_or(0, Vec::len)
+            ),
+        ));
+    }
+    // The probe's own control: these must differ, or it compares nothing.
+    let tier = Tier::detect_max();
+    if tier > Tier::Scalar {
+        let off = with.facts(&model, tier, 1, None)?;
+        let on = with.facts(&model, tier, 1, Some("emulate"))?;
+        let apart = off.differences(&on).join(", ");
+        for part in ["AMX instructions", "logits", "the plan", "allocations"] {
+            if !apart.contains(part) {
+                return Err(format!("with AMX as without: {part}"));
+            }
+        }
+        facts.push((
+            "emulated, as a control".to_owned(),
+            format!("{apart} differ"),
+        ));
+    }
+    Ok(Outcome::passed(facts))
+}
+
+/// Task 1.4.
+fn refused_and_unreached(env: &Env) -> Result<Outcome, String> {
+    let mut facts = Vec::new();
+    // The program as it ships, where the machine has no AMX; and without AMX code, anywhere.
+    let run = ["run", "--amx", "-p", "x", "-n", "1"];
+    let mut refused = vec![(Variant::Without, "this build has no AMX code")];
+    match Need::Amx.lacks(env) {
+        Some(_) => refused.push((Variant::With, "the CPU lacks amx")),
+        None => facts.push(("tegula with-amx".to_owned(), "the CPU has AMX".to_owned())),
+    }
+    for (variant, cause) in refused {
+        let output = Program::tegula(&env.root, variant)?.run(&run)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let error = said.lines().find(|line| line.starts_with("error: "));
+        let error = error.unwrap_or("no error");
+        if output.status.code() != Some(4) || !error.contains(cause) || !output.stdout.is_empty() {
+            return Err(format!("{variant:?}: {}: {error}", output.status));
+        }
+        facts.push((format!("tegula {variant:?}"), format!("exit 4, {error}")));
+    }
+    let model = model(env);
+    let (aborting, with) = (
+        Program::probe(&env.root, Variant::Aborting)?,
+        Program::probe(&env.root, Variant::With)?,
+    );
+    for tier in tiers() {
+        let lived = aborting.facts(&model, tier, 1, None)?;
+        let apart = lived.differences(&with.facts(&model, tier, 1, None)?);
+        if !apart.is_empty() {
+            return Err(format!("{tier}: {} differ", apart.join(", ")));
+        }
+        facts.push((format!("aborting, {tier}"), "lives, as it ships".to_owned()));
+        if tier == Tier::Scalar {
+            continue;
+        }
+        let model = model.to_string_lossy();
+        let output = aborting.run(&probe_arguments(&model, tier, "1", Some("emulate")))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let reached = said.lines().find(|line| line.starts_with("amx-abort: "));
+        // SIGABRT has this number on every x86-64 Linux.
+        match (output.status.signal(), reached) {
+            (Some(6), Some(line)) => {
+                facts.push((format!("aborting, {tier}, AMX on"), line.to_owned()));
+            }
+            _ => return Err(format!("{tier}, AMX on: {}: {said}", output.status)),
+        }
+    }
+    Ok(Outcome::passed(facts))
+}
+
+/// Task 1.8: the CPU's part, then what is missing.
+fn whole_matrix(env: &Env) -> Result<Outcome, String> {
+    let cells = matrix::on_the_cpu(&model(env), emulated()?)?;
+    let mut seen = format!("on the CPU {cells} cells hold");
+    if Need::Amx.lacks(env).is_none() {
+        let program = Program::probe(&env.root, Variant::With)?;
+        let run = |amx| program.facts(&model(env), Tier::detect_max(), 2, Some(amx));
+        let (silicon, emulated) = (run("silicon")?, run("emulate")?);
+        if !silicon.permission || silicon.instructions > 0 || silicon.logits != emulated.logits {
+            return Err("silicon: not as emulated".to_owned());
+        }
+        seen += ", silicon gives the emulator's logits";
+    }
+    Ok(Outcome::blocked(format!(
+        "crates/cuda and the placement of layers on GPUs ({seen})"
+    )))
+}
+
 /// Task 1.2. The last run, with AMX, shows that the probe would have seen it.
 fn untouched(env: &Env) -> Result<Outcome, String> {
     let mut facts = Vec::new();
     let touched = |seen: &Seen| format!("{} AMX instructions", seen.instructions);
-    for tier in Tier::ALL.into_iter().filter(|tier| tier.available()) {
+    for tier in tiers() {
         let seen = probe(&model(env), tier, None)?;
         if seen.instructions > 0 || seen.permission {
             let asked = if seen.permission {

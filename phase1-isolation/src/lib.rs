@@ -1,7 +1,10 @@
-//! Phase 1: isolation. The probe that sees whether AMX was touched, and the phase's checks.
+//! Phase 1: isolation. The probe that sees whether AMX was touched, the programs that it is
+//! built into, and the phase's checks.
 #![forbid(unsafe_code)]
 
 mod checks;
+mod matrix;
 pub mod probe;
+pub mod programs;
 
 pub use checks::{checks, phase};

@@ -3,6 +3,7 @@
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
     models::{Ffn, Layer, Matrices},
+    packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
 };
 use std::{panic::resume_unwind, path::PathBuf, thread, time::Instant};
@@ -29,6 +30,9 @@ pub struct LoadOptions {
     pub huge_pages: bool,
     /// Repack matrices where it pays.
     pub repack: bool,
+    /// Keep the packed matrices in this file and map them from it; it is written when it is
+    /// not there or does not fit.
+    pub packed_cache: Option<PathBuf>,
     /// The highest tier to use; what the CPU lacks is never used.
     pub tier: Tier,
     /// Use AMX, with this right to.
@@ -50,6 +54,7 @@ impl LoadOptions {
             mlock: false,
             huge_pages: true,
             repack: true,
+            packed_cache: None,
             tier: Tier::detect_max(),
             amx: None,
             threads: crate::threads::default_threads(),
@@ -82,6 +87,7 @@ impl LoadOptions {
             amx: self.amx,
             repack: self.repack,
             mmap: self.mmap,
+            packed_cache: self.packed_cache.is_some(),
         }
     }
 }
@@ -95,6 +101,14 @@ pub enum LoadEvent<'a> {
         done: u64,
         total: u64,
     },
+    /// A tensor is in the packed file that is being written; counts are of bytes in it.
+    Packed {
+        name: &'a str,
+        done: u64,
+        total: u64,
+    },
+    /// What became of the packed file that was asked for.
+    PackedFile(&'a PackedFile),
 }
 
 /// A loaded model: read-only, shared by all contexts.
@@ -120,16 +134,8 @@ impl Model {
         let start = Instant::now();
         let gguf = options.open()?;
         let config = ModelConfig::from_gguf(&gguf)?;
-        let flags = options.plan_flags();
-        let plan = plan(&config, &gguf, &flags);
-        let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
-        if let Some(available) = options.memory.filter(|&limit| needed > limit) {
-            return Err(Error::Memory {
-                file: gguf.metadata().origin().to_owned(),
-                needed,
-                available,
-            });
-        }
+        let mut flags = options.plan_flags();
+        let mut placed = plan(&config, &gguf, &flags);
         let pool = PoolConfig {
             distribute: options.distribute,
             ..PoolConfig::new(options.threads)
@@ -138,11 +144,29 @@ impl Model {
             None => Compute::new(flags.tier, pool),
             Some(amx) => Compute::with_amx(flags.tier, amx, pool),
         };
+        let cache = options
+            .packed_cache
+            .as_ref()
+            .and_then(|path| packed::open(path, &gguf, &placed, &compute.pool, progress));
+        if flags.packed_cache && cache.is_none() {
+            flags.packed_cache = false;
+            placed = plan(&config, &gguf, &flags);
+        }
+        let plan = placed;
+        let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
+        if let Some(available) = options.memory.filter(|&limit| needed > limit) {
+            return Err(Error::Memory {
+                file: gguf.metadata().origin().to_owned(),
+                needed,
+                available,
+            });
+        }
         let total = plan.placements.iter().map(|p| p.bytes).sum();
         let mut loader = Loader {
             gguf: &gguf,
             plan: &plan,
             compute: &compute,
+            cache: cache.as_ref(),
             progress,
             done: 0,
             total,
@@ -199,6 +223,7 @@ struct Loader<'a> {
     gguf: &'a Gguf,
     plan: &'a Plan,
     compute: &'a Compute,
+    cache: Option<&'a packed::Cache>,
     progress: &'a mut dyn FnMut(LoadEvent<'_>),
     done: u64,
     total: u64,
@@ -272,24 +297,26 @@ impl Loader<'_> {
     ) -> Result<Weights> {
         let shape = [k, n, experts.unwrap_or(1)];
         let tensor = self.tensor(name, &shape[..if experts.is_some() { 3 } else { 2 }])?;
-        let bytes: Bytes = self.gguf.bytes(tensor);
-        let weights = Weights::raw(tensor.ty, n, k, experts.unwrap_or(1), bytes.clone()).map_err(
-            |source| Error::Weights {
-                file: self.file(),
-                tensor: name.to_owned(),
-                source,
-            },
-        )?;
-        let packed = self
-            .plan
-            .get(name)
-            .is_some_and(|p| p.encoding == Encoding::Strip16);
-        let weights = if packed {
-            let packed = weights.pack(&self.compute.pool);
-            bytes.release();
-            packed
+        let refused = |source| Error::Weights {
+            file: self.file(),
+            tensor: name.to_owned(),
+            source,
+        };
+        let experts = experts.unwrap_or(1);
+        let place = self.plan.get(name);
+        let packed = place.is_some_and(|p| p.encoding == Encoding::Strip16);
+        let weights = if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
+            Weights::from_strips(tensor.ty, n, k, experts, strips).map_err(refused)?
         } else {
-            weights
+            let bytes: Bytes = self.gguf.bytes(tensor);
+            let raw = Weights::raw(tensor.ty, n, k, experts, bytes.clone()).map_err(refused)?;
+            if packed {
+                let packed = raw.pack(&self.compute.pool);
+                bytes.release();
+                packed
+            } else {
+                raw
+            }
         };
         self.count(name);
         Ok(weights)

@@ -16,6 +16,8 @@ pub struct PlanFlags {
     pub repack: bool,
     /// The file is mapped, not read.
     pub mmap: bool,
+    /// Strips are mapped from a file that was written by an earlier load.
+    pub packed_cache: bool,
 }
 
 /// Where a tensor lives.
@@ -35,6 +37,8 @@ pub enum Buffer {
     Heap,
     /// Memory for repacked weights.
     Packed,
+    /// Pages of the packed file, which hold repacked weights.
+    Cache,
 }
 
 /// In which order of bytes.
@@ -82,6 +86,19 @@ pub struct Placement {
     pub reason: String,
     #[serde(skip)]
     role: Role,
+    /// For matrices, where AMX was asked for: whether its tiles multiply them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<TileUse>,
+}
+
+/// Whether AMX tiles multiply a matrix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TileUse {
+    /// In batches of at least so many tokens; fewer are faster on vectors.
+    From(usize),
+    /// Never, for this reason.
+    Never(&'static str),
 }
 
 /// All tensors, in file order.
@@ -118,6 +135,13 @@ impl Plan {
             }
         }
         sizes
+    }
+
+    /// Matrices that AMX tiles multiply, and all matrices; `None` where AMX was not asked for.
+    pub fn on_tiles(&self) -> Option<(usize, usize)> {
+        let uses = || self.placements.iter().filter_map(|p| p.tiles);
+        let on = |u: &TileUse| matches!(u, TileUse::From(_));
+        (uses().count() > 0).then(|| (uses().filter(on).count(), uses().count()))
     }
 
     /// The place of a tensor.
@@ -191,6 +215,13 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         let role = role(config.arch, gguf, tensor);
         let strips = strip_bytes(tensor);
         let packable = flags.repack && flags.tier > Tier::Scalar;
+        let packed = match flags.packed_cache {
+            true => Buffer::Cache,
+            false => Buffer::Packed,
+        };
+        let multiplied = matches!(role, Role::Matrix | Role::TiedEmbedding);
+        let kernels = multiplied.then(|| kernels(tensor, flags));
+        let (product, tiles) = kernels.unwrap_or_default();
         let raw = (file, Encoding::Raw, tensor.bytes);
         let ((buffer, encoding, bytes), kernel, reason) = match role {
             Role::Unused => (
@@ -211,29 +242,26 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 "row look-up".to_owned(),
                 "rows are looked up, never multiplied",
             ),
-            Role::Matrix | Role::TiedEmbedding => {
-                let product = kernel_name(tensor, flags);
-                match strips {
-                    Some(bytes) if packable => {
-                        let reason = match role {
-                            Role::TiedEmbedding => {
-                                "output matrix too: strips, from which rows can be looked up"
-                            }
-                            _ => "repacked to strips of 16 rows: one activation feeds 16 products",
-                        };
-                        ((Buffer::Packed, Encoding::Strip16, bytes), product, reason)
-                    }
-                    _ if flags.tier == Tier::Scalar => {
-                        (raw, product, "the scalar kernels gain nothing from strips")
-                    }
-                    Some(_) => (
-                        raw,
-                        product,
-                        "--no-repack: strips are made anew for each product",
-                    ),
-                    None => (raw, "none".to_owned(), "no kernel takes this type or shape"),
+            Role::Matrix | Role::TiedEmbedding => match strips {
+                Some(bytes) if packable => {
+                    let reason = match role {
+                        Role::TiedEmbedding => {
+                            "output matrix too: strips, from which rows can be looked up"
+                        }
+                        _ => "repacked to strips of 16 rows: one activation feeds 16 products",
+                    };
+                    ((packed, Encoding::Strip16, bytes), product, reason)
                 }
-            }
+                _ if flags.tier == Tier::Scalar => {
+                    (raw, product, "the scalar kernels gain nothing from strips")
+                }
+                Some(_) => (
+                    raw,
+                    product,
+                    "--no-repack: strips are made anew for each product",
+                ),
+                None => (raw, "none".to_owned(), "no kernel takes this type or shape"),
+            },
         };
         Placement {
             tensor: tensor.name.clone(),
@@ -246,6 +274,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             bytes,
             reason: reason.to_owned(),
             role,
+            tiles,
         }
     };
     Plan {
@@ -253,20 +282,27 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
     }
 }
 
-fn kernel_name(tensor: &TensorInfo, flags: &PlanFlags) -> String {
+/// What multiplies a matrix, and whether tiles do.
+fn kernels(tensor: &TensorInfo, flags: &PlanFlags) -> (String, Option<TileUse>) {
     let kernels = match flags.amx {
         None => Kernels::for_tier(flags.tier),
         Some(amx) => Kernels::with_amx(flags.tier, amx),
     };
     let vectors = format!("{} product, {}", tensor.ty, kernels.matmul.name);
     let Some(tiles) = &kernels.matmul.tiles else {
-        return vectors;
+        return (vectors, None);
     };
-    match (tiles.fewest_tokens)(tensor.ty) {
-        _ if !tensor.row_len().is_multiple_of(32) => format!("{vectors} (rows are no whole tiles)"),
-        None => format!("{vectors} (no tile product of this type)"),
-        Some(n) => format!("{vectors}; {} from {n} tokens", tiles.name),
-    }
+    let used = match (tiles.fewest_tokens)(tensor.ty) {
+        _ if strip_bytes(tensor).is_none() => TileUse::Never("no kernel takes it"),
+        _ if !tensor.row_len().is_multiple_of(32) => TileUse::Never("rows are no whole tiles"),
+        None => TileUse::Never("no tile product of this type"),
+        Some(n) => TileUse::From(n),
+    };
+    let name = match used {
+        TileUse::From(n) => format!("{vectors}; {} from {n} tokens", tiles.name),
+        TileUse::Never(why) => format!("{vectors} ({why})"),
+    };
+    (name, Some(used))
 }
 
 /// Bytes of a matrix (or a stack of them) as strips, if it can be packed.

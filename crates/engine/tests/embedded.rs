@@ -8,7 +8,7 @@ use std::{
 };
 use tegula_engine::{
     Batch, BatchToken, Context, ContextOptions, Error, GenerateOptions, Generation, LoadEvent,
-    LoadOptions, Model, SamplerOptions, Source, StopReason, generate, perplexity,
+    LoadOptions, Model, SamplerOptions, Source, StopReason, generate, perplexity, plan::Buffer,
 };
 use tegula_gguf::tokenizer::EncodeOptions;
 use tegula_kernels::{Tier, kv::KvType};
@@ -414,13 +414,134 @@ fn perplexity_is_what_its_definition_says() {
 fn progress_counts_every_byte_that_is_loaded() {
     let mut events = Vec::new();
     Model::load(&options(), &mut |event| {
-        let LoadEvent::Tensor { done, total, .. } = event;
-        events.push((done, total));
+        if let LoadEvent::Tensor { done, total, .. } = event {
+            events.push((done, total));
+        }
     })
     .unwrap();
     assert!(events.is_sorted());
     let (done, total) = *events.last().unwrap();
     assert_eq!(done, total);
+}
+
+/// A copy of the model in a directory of its own, and the packed file's path.
+fn copy() -> (tempfile::TempDir, LoadOptions, std::path::PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model.gguf");
+    std::fs::copy(MODEL, &model).unwrap();
+    let packed = dir.path().join("model.packed");
+    let options = LoadOptions {
+        packed_cache: Some(packed.clone()),
+        source: Source::Path(model),
+        ..options()
+    };
+    (dir, options, packed)
+}
+
+/// The bits of all logits, and what became of the packed file.
+fn with_packed_file(options: &LoadOptions) -> (Vec<Vec<u32>>, String) {
+    let mut became = String::new();
+    let model = Model::load(options, &mut |event| {
+        if let LoadEvent::PackedFile(file) = event {
+            became = file.to_string();
+        }
+    });
+    let model = Arc::new(model.unwrap());
+    let logits = all_logits(&mut context(&model, small()));
+    (logits, became)
+}
+
+#[test]
+fn packed_files_are_written_used_and_replaced_when_they_do_not_fit() {
+    if Tier::detect_max() == Tier::Scalar {
+        return;
+    }
+    let (dir, options, packed) = copy();
+    let want = all_logits(&mut context(&load(&self::options()), small()));
+    let run = |options: &LoadOptions, said: &str| {
+        let (logits, became) = with_packed_file(options);
+        assert!(became.ends_with(said), "`{became}`, not `{said}`");
+        assert!(logits == want, "{said}: other logits");
+    };
+    run(&options, "model.packed: written");
+    run(&options, "model.packed: used");
+    let plan = load(&options).plan().clone();
+    assert_eq!(plan.bytes_in(Buffer::Packed), 0);
+    let whole = std::fs::read(&packed).unwrap();
+    let strips = plan.bytes_in(Buffer::Cache);
+    assert!(strips > 0 && (whole.len() as u64) > strips);
+    // Each kind of misfit, and every part of the file.
+    let changed = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&packed, bytes).unwrap();
+    };
+    for (at, said) in [
+        (8, "was written by another version of tegula"),
+        (12, "was written by another version of tegula"),
+        (16, "is stale: the model has changed"),
+        (20, "holds other matrices than are wanted"),
+        (24, "is damaged: the sum of its tables is wrong"),
+        (30, "is stale: the model has changed"),
+        (60, "holds other matrices than are wanted"),
+        (whole.len() - 1, "is wrong"),
+        (whole.len() / 2, "is wrong"),
+    ] {
+        changed(at);
+        run(&options, said);
+        run(&options, "used");
+    }
+    assert!(
+        std::fs::read(&packed).unwrap() == whole,
+        "written otherwise"
+    );
+    for cut in [0, 27, 100, whole.len() - 1] {
+        std::fs::write(&packed, &whole[..cut]).unwrap();
+        let (logits, became) = with_packed_file(&options);
+        assert!(logits == want, "cut to {cut}");
+        assert!(
+            became.contains("written; the one that was there"),
+            "{cut}: {became}"
+        );
+    }
+    // The model's time is part of it.
+    let Source::Path(model) = &options.source else {
+        unreachable!("a path");
+    };
+    let file = std::fs::File::options().write(true).open(model).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    run(&options, "is stale: the model has changed");
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        2,
+        "left over"
+    );
+}
+
+#[test]
+fn packed_files_that_can_not_be_are_done_without() {
+    let (dir, options, packed) = copy();
+    let run = |options: &LoadOptions, said: &str| {
+        let (_, became) = with_packed_file(options);
+        assert!(became.contains(said), "`{became}`, not `{said}`");
+    };
+    let scalar = LoadOptions {
+        tier: Tier::Scalar,
+        ..options.clone()
+    };
+    run(&scalar, "not used: there is nothing to pack");
+    if Tier::detect_max() > Tier::Scalar {
+        std::fs::write(&packed, "somebody's diary").unwrap();
+        run(&options, "not used: it is no packed file");
+        assert_eq!(std::fs::read(&packed).unwrap(), b"somebody's diary");
+        let nowhere = LoadOptions {
+            packed_cache: Some(dir.path().join("no/such/directory")),
+            ..options.clone()
+        };
+        run(&nowhere, "not used: it can't be written");
+    }
+    assert!(std::fs::read_dir(dir.path()).unwrap().count() <= 2);
 }
 
 #[test]
@@ -462,9 +583,6 @@ fn the_plan_says_where_everything_is() {
     let mapped = raw.plan().get("blk.0.attn_q.weight").unwrap();
     assert_eq!(
         (mapped.buffer, mapped.encoding),
-        (
-            tegula_engine::plan::Buffer::Mmap,
-            tegula_engine::plan::Encoding::Raw
-        )
+        (Buffer::Mmap, tegula_engine::plan::Encoding::Raw)
     );
 }

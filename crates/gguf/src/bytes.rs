@@ -2,6 +2,8 @@
 
 use std::{
     fmt,
+    fs::File,
+    io,
     ops::{Deref, Range},
     sync::Arc,
 };
@@ -42,6 +44,15 @@ impl Bytes {
             len: bytes.len(),
             store: Store::Static(bytes),
         }
+    }
+
+    /// Maps all of `file`, which must not be empty. As with models, nobody may write to it or
+    /// cut it off while it is in use; replacing it under its name is fine.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn map(file: &File) -> io::Result<Bytes> {
+        Mapping::file(file, false).map(Bytes::from_mapping)
     }
 
     pub(crate) fn from_mapping(mapping: Mapping) -> Bytes {
@@ -86,7 +97,7 @@ impl Bytes {
     }
 
     /// Locks the storage in memory.
-    pub(crate) fn lock(&self) -> std::io::Result<()> {
+    pub(crate) fn lock(&self) -> io::Result<()> {
         match &self.store {
             Store::Mapping(m) => m.lock(),
             Store::Static(_) | Store::Vec(_) => Ok(()),

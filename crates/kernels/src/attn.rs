@@ -160,7 +160,7 @@ impl AttnOps {
         AttnOps {
             chunk,
             #[cfg(feature = "amx")]
-            tiles: amx.and_then(|_| crate::amx::attention::kernels(tier)),
+            tiles: amx.and_then(|amx| crate::amx::attention(amx, tier)),
             #[cfg(not(feature = "amx"))]
             tiles: amx.and(None),
         }

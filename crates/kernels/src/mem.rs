@@ -7,6 +7,7 @@ use std::{
     ops::{Deref, DerefMut},
     ptr::NonNull,
     slice,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// Alignment of every buffer: a cache line, and a tile row.
@@ -29,11 +30,34 @@ unsafe impl Send for AlignedBuf {}
 // SAFETY: as above; shared access is read-only.
 unsafe impl Sync for AlignedBuf {}
 
+/// What this process has asked [`AlignedBuf`] for.
+static BUFFERS: AtomicU64 = AtomicU64::new(0);
+static BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// All buffers that a process has made so far, those that are gone included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Allocated {
+    /// How many.
+    pub buffers: u64,
+    /// Their lengths added up.
+    pub bytes: u64,
+}
+
+/// What this process has allocated as [`AlignedBuf`]: weights, caches, activations, scratch.
+pub fn allocated() -> Allocated {
+    Allocated {
+        buffers: BUFFERS.load(Ordering::Relaxed),
+        bytes: BYTES.load(Ordering::Relaxed),
+    }
+}
+
 impl AlignedBuf {
     /// `len` zero bytes.
     ///
     /// Ends the process when memory is exhausted, as all allocation in Rust does.
     pub fn zeroed(len: usize) -> AlignedBuf {
+        BUFFERS.fetch_add(1, Ordering::Relaxed);
+        BYTES.fetch_add(len as u64, Ordering::Relaxed);
         let ptr = if len == 0 {
             NonNull::without_provenance(const { std::num::NonZero::new(ALIGN).unwrap() })
         } else if len < HUGE {

@@ -110,7 +110,28 @@ unsafe impl Send for Shared {}
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    running: Mutex<()>,
+    /// Held while a job runs.
+    running: Mutex<Dispatched>,
+}
+
+/// The jobs that a pool has run, for comparing how two runs cut their work up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Dispatched {
+    /// Jobs of at least one task.
+    pub jobs: u64,
+    /// Tasks of all jobs.
+    pub tasks: u64,
+    /// A hash of the numbers of tasks in the order of the jobs.
+    pub order: u64,
+}
+
+impl Dispatched {
+    fn add(&mut self, count: usize) {
+        self.jobs += 1;
+        self.tasks += count as u64;
+        // FNV-1a, by words.
+        self.order = (self.order ^ count as u64).wrapping_mul(0x100_0000_01b3);
+    }
 }
 
 thread_local! {
@@ -169,13 +190,18 @@ impl Pool {
         Pool {
             shared,
             workers,
-            running: Mutex::new(()),
+            running: Mutex::new(Dispatched::default()),
         }
     }
 
     /// Threads that work on a job, the caller among them.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// The jobs so far.
+    pub fn dispatched(&self) -> Dispatched {
+        *lock(&self.running)
     }
 
     /// Runs `task(0)` … `task(count - 1)`, each once, in no particular order, and returns
@@ -190,7 +216,8 @@ impl Pool {
         if count == 0 {
             return;
         }
-        let running = lock(&self.running);
+        let mut running = lock(&self.running);
+        running.add(count);
         let shared = &*self.shared;
         if self.workers.is_empty() || count == 1 {
             let _ = (0..count).try_for_each(|i| shared.call(task, i));

@@ -1,6 +1,9 @@
 //! Weight matrices and the encodings they are stored in.
 
-use std::ops::Range;
+use std::{
+    io::{self, Write},
+    ops::{Deref, Range},
+};
 
 use tegula_gguf::{Bytes, GgmlType};
 
@@ -55,7 +58,26 @@ pub enum WeightsError {
 
 enum Storage {
     Raw(Bytes),
-    Strip16(AlignedBuf),
+    Strip16(Strips),
+}
+
+/// Whose memory strips lie in.
+enum Strips {
+    /// Packed here.
+    Own(AlignedBuf),
+    /// Packed earlier: pages of a file.
+    Shared(Bytes),
+}
+
+impl Deref for Strips {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Strips::Own(buf) => buf,
+            Strips::Shared(bytes) => bytes,
+        }
+    }
 }
 
 /// One `[n][k]` matrix, or a stack of them (`experts`), in one of the encodings.
@@ -91,25 +113,52 @@ impl Weights {
         experts: usize,
         bytes: Bytes,
     ) -> Result<Weights, WeightsError> {
+        Weights::new(ty, n, k, experts, Storage::Raw(bytes))
+    }
+
+    /// A matrix that was packed earlier: what [`Weights::write_strips`] wrote.
+    ///
+    /// # Errors
+    /// As [`Weights::raw`].
+    pub fn from_strips(
+        ty: GgmlType,
+        n: usize,
+        k: usize,
+        experts: usize,
+        bytes: Bytes,
+    ) -> Result<Weights, WeightsError> {
+        let storage = Storage::Strip16(Strips::Shared(bytes));
+        Weights::new(ty, n, k, experts, storage)
+    }
+
+    fn new(
+        ty: GgmlType,
+        n: usize,
+        k: usize,
+        experts: usize,
+        storage: Storage,
+    ) -> Result<Weights, WeightsError> {
         let layout = strip::layout(ty).ok_or(WeightsError::Type(ty))?;
         let row_bytes = ty
             .bytes_for(k as u64)
             .ok_or(WeightsError::Ragged { ty, k })? as usize;
-        let want = n
-            .checked_mul(experts)
-            .and_then(|rows| rows.checked_mul(row_bytes));
-        if want != Some(bytes.len()) {
+        let strip_bytes = layout.strip_bytes(k);
+        let (units, unit_bytes, got) = match &storage {
+            Storage::Raw(bytes) => (n, row_bytes, bytes.len()),
+            Storage::Strip16(strips) => (n.div_ceil(ROWS), strip_bytes, strips.len()),
+        };
+        let units = units.checked_mul(experts);
+        let want = units.and_then(|units| units.checked_mul(unit_bytes));
+        if want != Some(got) {
             return Err(WeightsError::Size {
                 ty,
                 experts,
                 n,
                 k,
                 want,
-                got: bytes.len(),
+                got,
             });
         }
-        let storage = Storage::Raw(bytes);
-        let strip_bytes = layout.strip_bytes(k);
         Ok(Weights {
             ty,
             n,
@@ -235,7 +284,7 @@ impl Weights {
             }
         }
         Weights {
-            storage: Storage::Strip16(out),
+            storage: Storage::Strip16(Strips::Own(out)),
             ..*self
         }
     }
@@ -254,6 +303,18 @@ impl Weights {
                 let strip = &b[at..at + self.strip_bytes];
                 strip::unpack_row(self.layout, self.k, strip, row % ROWS, dst);
             }
+        }
+    }
+
+    /// Writes the strips, [`Weights::bytes`] of them, for [`Weights::from_strips`]. They are
+    /// no rows: nothing but that reads them.
+    ///
+    /// # Errors
+    /// What the writer says, and `InvalidInput` for weights that are not packed.
+    pub fn write_strips(&self, out: &mut dyn Write) -> io::Result<()> {
+        match &self.storage {
+            Storage::Strip16(strips) => out.write_all(strips),
+            Storage::Raw(_) => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
 
@@ -298,6 +359,18 @@ mod tests {
             let packed = weights.pack(&pool);
             assert_eq!(packed.encoding(), Encoding::Strip16);
             assert!(packed.unpack_raw(&pool) == raw, "{n} x {k} x {experts}");
+            let mut strips = Vec::new();
+            packed.write_strips(&mut strips).unwrap();
+            assert!(weights.write_strips(&mut Vec::new()).is_err());
+            let of = |len: usize| {
+                let bytes = Bytes::from_vec(strips[..len].to_vec());
+                Weights::from_strips(ty, n, k, experts, bytes)
+            };
+            let again = of(strips.len()).unwrap();
+            assert_eq!(again.encoding(), Encoding::Strip16);
+            assert!(again.unpack_raw(&pool) == raw, "{n} x {k} x {experts}");
+            let short = of(strips.len() - 1).unwrap_err();
+            assert!(matches!(short, WeightsError::Size { .. }), "{short}");
         }
     }
 }

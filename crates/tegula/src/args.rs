@@ -20,7 +20,7 @@ use tegula_engine::{
 };
 use tegula_gguf::Gguf;
 use tegula_kernels::{
-    Amx, Numa, Tier,
+    Amx, AmxUnavailable, Numa, Tier,
     kv::{KV_PAGE, KvShape, KvType},
 };
 
@@ -130,6 +130,14 @@ pub struct CpuArgs {
     /// where the program started, or leave it to numactl
     #[arg(long, value_name = "distribute|isolate|numactl")]
     numa: Option<Numa>,
+    /// Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there
+    #[arg(
+        long,
+        value_name = "FILE",
+        require_equals = true,
+        conflicts_with = "no_repack"
+    )]
+    packed_cache: Option<Option<PathBuf>>,
 }
 
 /// Does what `--numa` asks for before there are threads; whether they are to be spread over the
@@ -154,6 +162,15 @@ pub enum AmxMode {
 
 /// The right to use AMX, as far as `mode` asks for it.
 pub fn amx(mode: Option<AmxMode>, tier: Tier) -> Result<Option<Amx>, Refusal> {
+    amx_from(mode, tier, Amx::acquire)
+}
+
+/// The same with `acquire` asked for it.
+fn amx_from(
+    mode: Option<AmxMode>,
+    tier: Tier,
+    acquire: impl FnOnce() -> Result<Amx, AmxUnavailable>,
+) -> Result<Option<Amx>, Refusal> {
     let refuse = |why: &dyn std::fmt::Display| {
         Refusal::Requirement(format!("--amx is not available: {why}"))
     };
@@ -162,9 +179,9 @@ pub fn amx(mode: Option<AmxMode>, tier: Tier) -> Result<Option<Amx>, Refusal> {
         return Err(refuse(&"the scalar kernels can't decode weights for it"));
     }
     match mode {
-        AmxMode::On => Amx::acquire().map(Some).map_err(|e| refuse(&e)),
+        AmxMode::On => acquire().map(Some).map_err(|e| refuse(&e)),
         AmxMode::Emulate => Amx::emulate().map(Some).map_err(|e| refuse(&e)),
-        AmxMode::Auto => Ok(Amx::acquire().inspect_err(|e| say!("AMX: off ({e})")).ok()),
+        AmxMode::Auto => Ok(acquire().inspect_err(|e| say!("AMX: off ({e})")).ok()),
     }
 }
 
@@ -202,6 +219,7 @@ impl CpuArgs {
             return Err(Refusal::Usage(what).into());
         }
         Ok(LoadOptions {
+            packed_cache: self.packed_file(&source)?,
             mmap: !self.no_mmap,
             mlock: self.mlock,
             repack: !self.no_repack,
@@ -214,6 +232,23 @@ impl CpuArgs {
         })
     }
 
+    /// The packed file's path.
+    fn packed_file(&self, source: &Source) -> Result<Option<PathBuf>, Refusal> {
+        let Some(given) = &self.packed_cache else {
+            return Ok(None);
+        };
+        let Source::Path(model) = source else {
+            let what = "--packed-cache is for model files; the embedded model has none";
+            return Err(Refusal::Usage(what.to_owned()));
+        };
+        if let Some(path) = given {
+            return Ok(Some(path.clone()));
+        }
+        let mut beside = model.as_os_str().to_owned();
+        beside.push(".tegula-packed");
+        Ok(Some(beside.into()))
+    }
+
     /// Loads the model and shows how far it is.
     pub fn load(&self, model: &ModelArgs) -> anyhow::Result<Arc<Model>> {
         load(&self.options(model.source())?)
@@ -222,16 +257,26 @@ impl CpuArgs {
 
 /// Loads a model, shows how far it is, and warns of what is doubtful about it.
 pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
-    if let Some(amx) = options.amx.filter(|amx| amx.is_emulated()) {
-        say!("{}", amx.name());
-    }
     let mut progress = Progress::new("loading", Unit::Bytes);
-    let model = Model::load(options, &mut |event| {
-        let LoadEvent::Tensor { name, done, total } = event;
-        progress.message(name);
-        progress.done(done, total);
+    let mut became = None;
+    let model = Model::load(options, &mut |event| match event {
+        LoadEvent::Tensor { name, done, total } => {
+            progress.message(name);
+            progress.done(done, total);
+        }
+        LoadEvent::Packed { name, done, total } => {
+            progress.message(format!("packing {name}"));
+            progress.done(done, total);
+        }
+        LoadEvent::PackedFile(file) => became = Some(file.to_string()),
     })?;
     drop(progress);
+    if let Some(became) = became {
+        say!("packed file {became}");
+    }
+    if let Some(line) = facts::amx(&model) {
+        say!("{line}");
+    }
     let warnings = model.gguf().warnings().iter();
     for warning in warnings.chain(model.tokenizer().warnings()) {
         say!("warning: {warning}");
@@ -546,6 +591,31 @@ mod tests {
         );
         assert_eq!(spelt(&["-p", "-fa", "-fa"]), ["-p", "-fa", "--flash-attn"]);
         assert_eq!(spelt(&["--", "-fa"]), ["--", "-fa"]);
+    }
+
+    #[test]
+    fn every_refusal_of_amx_is_a_requirement_with_its_cause() {
+        let causes = [
+            (AmxUnavailable::NotBuilt, "no AMX code"),
+            (AmxUnavailable::Cpu(vec!["amx-bf16"]), "lacks amx-bf16"),
+            (AmxUnavailable::Os { xcr0: 0x2e7 }, "XCR0 is 0x2e7"),
+            (AmxUnavailable::Permission("EPERM".into()), "the permission"),
+        ];
+        for (cause, said) in causes {
+            let refuse = || Err(cause.clone());
+            let on = amx_from(Some(AmxMode::On), Tier::Avx512, refuse).unwrap_err();
+            assert!(on.to_string().contains(said), "{on}");
+            assert_eq!(crate::exit::code(&on.into()), 4);
+            let auto = amx_from(Some(AmxMode::Auto), Tier::Avx512, refuse);
+            assert_eq!(auto, Ok(None));
+        }
+        // Without the flag nobody asks, and the scalar tier has nothing that could use it.
+        let never = || panic!("asked for AMX");
+        assert_eq!(amx_from(None, Tier::Avx512, never), Ok(None));
+        for mode in [AmxMode::On, AmxMode::Auto, AmxMode::Emulate] {
+            let scalar = amx_from(Some(mode), Tier::Scalar, never).unwrap_err();
+            assert_eq!(crate::exit::code(&scalar.into()), 4);
+        }
     }
 
     #[test]

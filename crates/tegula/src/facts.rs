@@ -1,7 +1,7 @@
 //! Facts about model files and the machine that several commands need.
 
 use std::{collections::BTreeMap, fs};
-use tegula_engine::Model;
+use tegula_engine::{Model, plan::TileUse};
 use tegula_gguf::{Gguf, quantize::FileType};
 
 /// The instruction sets that run the model.
@@ -11,6 +11,29 @@ pub fn isa(model: &Model) -> String {
         None => table.tier.to_string(),
         Some(amx) => format!("{}, {}", table.tier, amx.name()),
     }
+}
+
+/// Where AMX was asked for: whether it is on, on how many threads, for which matrices.
+pub fn amx(model: &Model) -> Option<String> {
+    let compute = model.compute();
+    let (on_tiles, matrices) = model.plan().on_tiles()?;
+    let mode = match compute.table.amx?.is_emulated() {
+        true => "amx: emulated",
+        false => "AMX: on",
+    };
+    let threads = compute.pool.threads();
+    let mut line =
+        format!("{mode} (bf16 tiles), {threads} threads, {on_tiles}/{matrices} matrices");
+    let mut others = BTreeMap::new();
+    for p in &model.plan().placements {
+        if let Some(TileUse::Never(why)) = p.tiles {
+            *others.entry((&p.ty, why)).or_insert(0) += 1;
+        }
+    }
+    for ((ty, why), n) in others {
+        line += &format!("; not {n} of {ty}: {why}");
+    }
+    Some(line)
 }
 
 /// Weights of all tensors.

@@ -2,12 +2,15 @@
 //!
 //! Nothing here runs unless somebody holds an [`Amx`]: tables of kernels without one have no
 //! pointer into this module. Without the feature `amx` the token can't be had, and the code
-//! that executes tile instructions is not compiled.
+//! that executes tile instructions is not compiled. With `amx-abort` all of the pointers that
+//! tables get from here end the process.
 
+#[cfg(feature = "amx-abort")]
+mod abort;
 #[cfg(feature = "amx")]
-pub(crate) mod attention;
+mod attention;
 #[cfg(feature = "amx")]
-pub(crate) mod matmul;
+mod matmul;
 #[cfg(feature = "amx")]
 mod panel;
 #[cfg(feature = "amx")]
@@ -16,6 +19,9 @@ mod tile;
 use std::arch::x86_64::__cpuid_count;
 #[cfg(feature = "amx")]
 use std::{io, sync::OnceLock};
+
+#[cfg(feature = "amx")]
+use crate::{attn::TileAttention, strip::kernels::Tiles, tier::Tier};
 
 /// Proof that this process may execute AMX instructions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -226,6 +232,24 @@ impl Amx {
             "amx"
         }
     }
+}
+
+/// The tile products of tables of `tier`; `None` for the scalar tier.
+#[cfg(feature = "amx")]
+pub(crate) fn products(amx: Amx, tier: Tier) -> Option<Tiles> {
+    let tiles = matmul::tiles(amx, tier);
+    #[cfg(feature = "amx-abort")]
+    let tiles = tiles.map(abort::products);
+    tiles
+}
+
+/// Attention on tiles of tables of `tier`; `None` for the scalar tier.
+#[cfg(feature = "amx")]
+pub(crate) fn attention(_: Amx, tier: Tier) -> Option<TileAttention> {
+    let tiles = attention::kernels(tier);
+    #[cfg(feature = "amx-abort")]
+    let tiles = tiles.map(abort::attention);
+    tiles
 }
 
 #[cfg(all(test, feature = "amx"))]

@@ -99,7 +99,7 @@ impl MatmulKernels {
         };
         MatmulKernels {
             #[cfg(feature = "amx")]
-            tiles: amx.and_then(|amx| crate::amx::matmul::tiles(amx, tier)),
+            tiles: amx.and_then(|amx| crate::amx::products(amx, tier)),
             #[cfg(not(feature = "amx"))]
             tiles: amx.and(None),
             ..kernels

@@ -12,6 +12,7 @@ use tegula_engine::{ModelConfig, plan, plan::Placement};
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   tegula explain model.gguf
+  tegula explain model.gguf --amx
   tegula explain model.gguf --isa avx2 --json")]
 pub struct ExplainArgs {
     #[command(flatten)]
@@ -56,6 +57,9 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let mut out = format!("{} ({}), {isa}\n\n", config.name, config.arch);
     for (place, bytes) in &buffers {
         out += &format!("{place:12} {:>11}\n", output::bytes(*bytes));
+    }
+    if let Some((on_tiles, matrices)) = plan.on_tiles() {
+        out += &format!("amx          {on_tiles} of {matrices} matrices on bf16 tiles\n");
     }
     out += "\n";
     let width = |f: fn(&Placement) -> usize| plan.placements.iter().map(f).max().unwrap_or(0);

@@ -675,7 +675,10 @@ fn emulated_amx_says_so_everywhere() {
         out["isa"].as_str().unwrap().ends_with("amx: emulated"),
         "{out}"
     );
-    assert!(text(&run(&[]).stderr).contains("amx: emulated"));
+    let said = text(&run(&["-t", "1"]).stderr);
+    // Two layers of seven matrices, and the output matrix.
+    let line = "amx: emulated (bf16 tiles), 1 threads, ";
+    assert!(said.contains(line), "{said}");
     let table = stdout(&["explain", path(&model), "--amx=emulate"]);
     assert!(table.contains("amx: emulated from"), "{table}");
     assert_eq!(tegula(&["bench", "--amx=emulate"]).status.code(), Some(2));
