@@ -283,6 +283,7 @@ impl CacheArgs {
             batch: self.batch_size,
             ubatch: self.ubatch_size,
             sequences: 1,
+            room: 0,
             k_type: self.cache_type_k,
             v_type: self.cache_type_v,
         };
