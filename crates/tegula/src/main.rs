@@ -9,6 +9,7 @@ mod exit;
 mod facts;
 mod interrupt;
 mod progress;
+mod serve;
 mod synth;
 
 use clap::Parser as _;
