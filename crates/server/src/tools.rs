@@ -227,7 +227,7 @@ pub fn answer_grammar(
     match form {
         Form::Hermes | Form::Ours => {
             let more = if tools.parallel {
-                "(begin call END)*"
+                "(begin call END){0,15}"
             } else {
                 ""
             };

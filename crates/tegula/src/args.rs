@@ -42,7 +42,16 @@ const SPELT_OUT: &[(&str, &str)] = &[
 ];
 
 /// Flags whose value is text of any kind.
-const TAKES_TEXT: &[&str] = &["-p", "--prompt", "--stop", "--system", "-f", "--file"];
+const TAKES_TEXT: &[&str] = &[
+    "-p",
+    "--prompt",
+    "--stop",
+    "--system",
+    "-f",
+    "--file",
+    "--regex",
+    "--grammar",
+];
 
 /// Gives the flags that llama.cpp writes with several letters behind one dash the names
 /// that clap knows them by. Values of flags that take text, and everything behind `--`, stay

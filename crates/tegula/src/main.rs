@@ -5,6 +5,7 @@
 mod output;
 mod args;
 mod cmd;
+mod constrain;
 mod exit;
 mod facts;
 mod interrupt;
