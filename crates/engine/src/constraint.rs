@@ -17,6 +17,11 @@ impl TokenSet {
             .is_some_and(|word| word >> (id % 32) & 1 != 0)
     }
 
+    /// The members that `other` has too.
+    pub fn and(&self, other: &TokenSet) -> TokenSet {
+        TokenSet(self.0.iter().zip(&other.0).map(|(a, b)| a & b).collect())
+    }
+
     /// Members.
     pub fn len(&self) -> usize {
         self.0.iter().map(|word| word.count_ones() as usize).sum()
@@ -56,6 +61,28 @@ pub trait Constraint: Send {
     /// When working it out would cost more than the constraint allows itself.
     fn allowed(&mut self) -> Result<TokenSet, ConstraintError>;
 
+    /// Of the allowed tokens those that lead to an end soonest, as far as the constraint can
+    /// tell: all of them, where it can't.
+    ///
+    /// # Errors
+    /// As [`Constraint::allowed`].
+    fn closing(&mut self) -> Result<TokenSet, ConstraintError> {
+        self.allowed()
+    }
+
+    /// The tokens that may come where `left` more may be generated at most and `done` have
+    /// been: those that lead to an end, once only a quarter of the whole is left. An answer
+    /// that is cut off is of no use to those who constrain it.
+    ///
+    /// # Errors
+    /// As [`Constraint::allowed`].
+    fn allowed_with(&mut self, left: usize, done: usize) -> Result<TokenSet, ConstraintError> {
+        match left <= (left.saturating_add(done) / 4).max(16) {
+            false => self.allowed(),
+            true => self.closing(),
+        }
+    }
+
     /// Goes on behind `id`, which was allowed.
     ///
     /// # Errors
@@ -81,5 +108,8 @@ mod tests {
         );
         assert_eq!((set.len(), set.is_empty()), (4, false));
         assert!(TokenSet::default().is_empty());
+        let other = [31, 33].into_iter().collect();
+        assert!(set.and(&other).contains(31));
+        assert_eq!(set.and(&other).len(), 1);
     }
 }

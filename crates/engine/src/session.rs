@@ -157,7 +157,12 @@ pub fn generate_constrained(
             break StopReason::Limit;
         }
         let allowed = match constraint.as_mut() {
-            Some(constraint) => Some(constraint.allowed()?),
+            Some(constraint) => {
+                let room = ctx.options().context - ctx.tokens(sequence)?.len() + 1;
+                let limit = options.limit.map(|limit| limit - tokens.len());
+                let left = limit.map_or(room, |limit| limit.min(room));
+                Some(constraint.allowed_with(left, tokens.len())?)
+            }
             None => None,
         };
         let id = sampler.sample_allowed(row.logits(0), allowed.as_ref());

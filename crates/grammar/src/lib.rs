@@ -180,6 +180,11 @@ fn nodes(value: &Value) -> usize {
     }
 }
 
+/// What ends a part of a JSON text, the one that is to be preferred first: a string ends
+/// before a brace in it is taken for anything, an object before it gets another member, and
+/// the fraction of a time before it gets another digit.
+const JSON_CLOSERS: [&str; 5] = ["\"", "}", "]", ",", "Z"];
+
 /// Compiles grammars for one vocabulary. Building it takes a while for large vocabularies, so
 /// that happens at the first use.
 pub struct Compiler {
@@ -208,10 +213,15 @@ impl Compiler {
     /// A grammar that is wrong, uses what isn't supported, or is too large; a vocabulary
     /// without an end-of-generation token.
     pub fn compile(&self, grammar: &Grammar) -> Result<Guide, GrammarError> {
-        self.compile_lark(grammar.name(), grammar.lark()?)
+        let mut guide = self.compile_lark(grammar.name(), grammar.lark()?)?;
+        if matches!(grammar, Grammar::Regex(_) | Grammar::Grammar(_)) {
+            guide.closers.truncate(1);
+        }
+        Ok(guide)
     }
 
-    /// The same for a grammar that is certainly Lark's; `what` is what messages call it.
+    /// The same for a grammar in Lark's syntax that describes JSON with something around it;
+    /// `what` is what messages call it.
     ///
     /// # Errors
     /// As [`Compiler::compile`].
@@ -236,7 +246,15 @@ impl Compiler {
         if first.is_zero() {
             return Err(invalid("nothing satisfies it".to_owned()));
         }
-        Ok(Guide { matcher })
+        let eog = self.tokenizer.eog().iter().copied().collect();
+        let ids = JSON_CLOSERS
+            .iter()
+            .filter_map(|c| self.tokenizer.token_id(c));
+        let closers = std::iter::once(eog).chain(ids.map(|id| [id].into_iter().collect()));
+        Ok(Guide {
+            matcher,
+            closers: closers.collect(),
+        })
     }
 }
 
@@ -272,6 +290,8 @@ fn first_line(message: &str) -> String {
 /// A grammar on its way through one answer.
 pub struct Guide {
     matcher: Matcher,
+    /// Sets of tokens that lead to an end, the quickest first.
+    closers: Vec<TokenSet>,
 }
 
 impl std::fmt::Debug for Guide {
@@ -285,6 +305,7 @@ impl Clone for Guide {
     fn clone(&self) -> Guide {
         Guide {
             matcher: self.matcher.deep_clone(),
+            closers: self.closers.clone(),
         }
     }
 }
@@ -293,6 +314,13 @@ impl Constraint for Guide {
     fn allowed(&mut self) -> Result<TokenSet, ConstraintError> {
         let mask = self.matcher.compute_mask_or_eos().map_err(failed)?;
         Ok(TokenSet::from_words(mask.as_slice().to_vec()))
+    }
+
+    fn closing(&mut self) -> Result<TokenSet, ConstraintError> {
+        let allowed = self.allowed()?;
+        let closers = self.closers.iter().map(|set| allowed.and(set));
+        let first = closers.into_iter().find(|set| !set.is_empty());
+        Ok(first.unwrap_or(allowed))
     }
 
     fn accept(&mut self, id: u32) -> Result<(), ConstraintError> {

@@ -151,6 +151,7 @@ impl Scheduler {
             last: vec![SlotInfo::IDLE; options.slots],
             totals: Totals::default(),
             clock: 0,
+            outbox: Vec::new(),
             context,
         };
         let thread = thread::Builder::new()
@@ -287,6 +288,8 @@ struct Worker {
     last: Vec<SlotInfo>,
     totals: Totals,
     clock: u64,
+    /// Last events that are to be sent.
+    outbox: Vec<(Box<dyn Sink>, Event)>,
 }
 
 impl Worker {
@@ -304,6 +307,14 @@ impl Worker {
             self.publish();
         }
         self.publish();
+    }
+
+    /// Shows how things stand, and then tells those who are done.
+    fn publish(&mut self) {
+        self.show();
+        for (mut sink, event) in self.outbox.drain(..) {
+            sink.send(event);
+        }
     }
 
     /// Waits for something to do and fills the slots; false when all is done.
@@ -333,10 +344,7 @@ impl Worker {
             self.totals.failed += late;
             if stopping {
                 for i in 0..self.slots.len() {
-                    if let Some(slot) = &mut self.slots[i] {
-                        let end = slot.fail(Failure::Shutdown);
-                        self.release(i, end);
-                    }
+                    self.release(i, End::Failed(Failure::Shutdown));
                 }
                 return false;
             }
@@ -358,37 +366,34 @@ impl Worker {
     }
 
     /// Whether a slot is running a prompt that begins as this one does, further than what is
-    /// there now: then it pays to wait for it.
+    /// there already: then it pays to wait for it.
     fn is_being_run(&self, task: &Task) -> bool {
         if !task.reuse || matches!(task.work, Work::Embed(_)) {
             return false;
         }
-        let ahead = self.slots.iter().flatten().filter(|slot| {
+        let mut have = None;
+        let mut ahead = self.slots.iter().flatten().filter(|slot| {
             slot.left() > 0 && slot.owner == task.owner && slot.generation().is_some()
         });
-        let mut have = None;
-        for slot in ahead {
+        ahead.any(|slot| {
             let common = common(&slot.prompt, &task.prompt).min(task.prompt.len() - 1);
-            if common <= slot.done {
-                continue;
-            }
             let have = *have.get_or_insert_with(|| {
-                self.best_prefix(&task.prompt, task.owner)
-                    .map_or(0, |found| found.1)
+                let found = self.best_prefix(&task.prompt, task.owner, false);
+                found.map_or(0, |found| found.1)
             });
-            if common >= have.max(slot.done) + KV_PAGE {
-                return true;
-            }
-        }
-        false
+            common > slot.done && common >= have + KV_PAGE
+        })
     }
 
     /// The sequence that has most of the prompt's beginning, and how much; never all of it,
-    /// since the last token's logits are wanted.
-    fn best_prefix(&self, prompt: &[u32], owner: u32) -> Option<(usize, usize)> {
+    /// since the last token's logits are wanted. `running`: also those whose prompts are being
+    /// run.
+    fn best_prefix(&self, prompt: &[u32], owner: u32, running: bool) -> Option<(usize, usize)> {
         let kept = self.kept.iter().filter(|k| k.used > 0 && k.owner == owner);
-        let slots = self.slots.iter().enumerate();
-        let slots = slots.filter(|(_, slot)| slot.as_ref().is_some_and(|s| s.owner == owner));
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| {
+            let fits = |s: &Slot| s.owner == owner && (running || s.left() == 0);
+            slot.as_ref().is_some_and(fits)
+        });
         let sequences = slots.map(|(i, _)| i).chain(kept.map(|k| k.sequence));
         sequences
             .filter_map(|sequence| {
@@ -406,7 +411,7 @@ impl Worker {
         let task = &waiting.task;
         let reuse = task.reuse && matches!(task.work, Work::Generate(_));
         let found = match reuse {
-            true => self.best_prefix(&task.prompt, task.owner),
+            true => self.best_prefix(&task.prompt, task.owner, true),
             false => None,
         };
         let mut cached = 0;
@@ -426,14 +431,13 @@ impl Worker {
     fn end_unwanted(&mut self) {
         let now = Instant::now();
         for i in 0..self.slots.len() {
-            let Some(slot) = &mut self.slots[i] else {
+            let Some(slot) = &self.slots[i] else {
                 continue;
             };
             if !slot.is_open() {
                 self.release(i, End::Cancelled);
             } else if slot.deadline.is_some_and(|deadline| deadline <= now) {
-                let end = slot.fail(Failure::Deadline);
-                self.release(i, end);
+                self.release(i, End::Failed(Failure::Deadline));
             }
         }
     }
@@ -506,10 +510,7 @@ impl Worker {
                 let mut sequences: Vec<_> = batch.tokens.iter().map(|t| t.sequence).collect();
                 sequences.dedup();
                 for i in sequences {
-                    if let Some(slot) = &mut self.slots[i] {
-                        let end = slot.fail(Failure::Engine(error.to_string()));
-                        self.release(i, end);
-                    }
+                    self.release(i, End::Failed(Failure::Engine(error.to_string())));
                 }
                 None
             }
@@ -561,6 +562,9 @@ impl Worker {
 
     /// Chooses a token for each slot that has logits, on all threads, and goes on with it.
     fn choose(&mut self, rows: &[usize], outputs: &Outputs) {
+        let size = self.context.options().context;
+        let room = |i| size - self.context.tokens(i).map_or(size, <[u32]>::len);
+        let rooms: Vec<usize> = (0..self.slots.len()).map(room).collect();
         let mut jobs = Vec::with_capacity(rows.len());
         for (i, slot) in self.slots.iter_mut().enumerate() {
             let row = rows.iter().position(|&sequence| sequence == i);
@@ -573,8 +577,8 @@ impl Worker {
         let pool = &self.context.model().compute().pool;
         pool.run(jobs.len(), &|k| {
             let mut job = lock(&jobs[k]);
-            let (_, row, generation, choice) = &mut *job;
-            *choice = Some(generation.choose(outputs.logits(*row)));
+            let (i, row, generation, choice) = &mut *job;
+            *choice = Some(generation.choose(outputs.logits(*row), rooms[*i]));
         });
         let choices: Vec<_> = jobs
             .into_iter()
@@ -583,14 +587,11 @@ impl Worker {
                 (i, choice)
             })
             .collect();
-        let size = self.context.options().context;
         for (i, choice) in choices {
-            let held = self.context.tokens(i).map_or(size, <[u32]>::len);
             let (Some(slot), Some(choice)) = (&mut self.slots[i], choice) else {
                 continue;
             };
-            let room = size - held;
-            if let Some(end) = slot.advance(choice, room, &self.tokenizer, &mut self.totals) {
+            if let Some(end) = slot.advance(choice, rooms[i], &self.tokenizer, &mut self.totals) {
                 self.release(i, end);
             }
         }
@@ -632,7 +633,7 @@ impl Worker {
             }
         }
         for (i, _) in parts {
-            if let Some(slot) = &mut self.slots[i]
+            if let Some(slot) = &self.slots[i]
                 && slot.left() == 0
             {
                 let end = slot.finish_embedding();
@@ -646,11 +647,6 @@ impl Worker {
         let Some(slot) = self.slots[i].take() else {
             return;
         };
-        match end {
-            End::Finished => self.totals.finished += 1,
-            End::Cancelled => self.totals.cancelled += 1,
-            End::Failed => self.totals.failed += 1,
-        }
         self.last[i] = SlotInfo {
             state: SlotState::Idle,
             ..slot.info()
@@ -661,6 +657,17 @@ impl Worker {
         }
         if slot.reuse && slot.generation().is_some() {
             self.keep(i, slot.owner);
+        }
+        match end {
+            End::Finished(event) => {
+                self.totals.finished += 1;
+                self.outbox.push((slot.sink, event));
+            }
+            End::Cancelled => self.totals.cancelled += 1,
+            End::Failed(failure) => {
+                self.totals.failed += 1;
+                self.outbox.push((slot.sink, Event::Failed(failure)));
+            }
         }
         // The sequence exists: it was made with the context.
         let _ = self.context.truncate(i, 0);
@@ -692,7 +699,7 @@ impl Worker {
         }
     }
 
-    fn publish(&self) {
+    fn show(&self) {
         let (pages, free_pages) = self.context.pages();
         let slots = self.slots.iter().zip(&self.last);
         let slots = slots.map(|(slot, last)| slot.as_ref().map_or(*last, Slot::info));

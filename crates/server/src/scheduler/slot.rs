@@ -19,7 +19,7 @@ pub(super) struct Slot {
     pub owner: u32,
     pub reuse: bool,
     pub deadline: Option<Instant>,
-    sink: Box<dyn Sink>,
+    pub sink: Box<dyn Sink>,
     /// Prompt tokens that were in the cache.
     pub cached: usize,
     /// Prompt tokens that the sequence holds.
@@ -32,13 +32,12 @@ pub(super) enum Active {
     Embed(Embedding),
 }
 
-/// How a slot's task ended, for the totals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a slot's task ended, with the last event, which is sent when the end has been counted.
 pub(super) enum End {
-    Finished,
+    Finished(Event),
     /// Nobody listens any more.
     Cancelled,
-    Failed,
+    Failed(Failure),
 }
 
 impl Slot {
@@ -117,12 +116,6 @@ impl Slot {
         }
     }
 
-    /// Tells the client that there is no answer.
-    pub fn fail(&mut self, failure: Failure) -> End {
-        self.sink.send(Event::Failed(failure));
-        End::Failed
-    }
-
     /// Goes on behind a chosen token. `room` is how many tokens the sequence can still take.
     pub fn advance(
         &mut self,
@@ -136,7 +129,7 @@ impl Slot {
         };
         let Choice { id, logprob } = match id {
             Ok(choice) => choice,
-            Err(e) => return Some(self.fail(Failure::Constraint(e.0))),
+            Err(e) => return Some(End::Failed(Failure::Constraint(e.0))),
         };
         let now = Instant::now();
         match g.last {
@@ -180,7 +173,7 @@ impl Slot {
 
     fn finish(&mut self, mut reason: Reason) -> End {
         let Active::Generate(g) = &mut self.active else {
-            return End::Finished;
+            return End::Cancelled;
         };
         let mut piece = Piece::default();
         if g.text.finish(&mut |s| piece.text.push_str(s)).is_some() {
@@ -188,34 +181,27 @@ impl Slot {
             g.pending.clear();
         }
         piece.tokens = std::mem::take(&mut g.pending);
-        if !piece.text.is_empty() || !piece.tokens.is_empty() {
-            self.sink.send(Event::Text(piece));
+        let something = !piece.text.is_empty() || !piece.tokens.is_empty();
+        if something && !self.sink.send(Event::Text(piece)) {
+            return End::Cancelled;
         }
         let millis = |d: Duration| d.as_secs_f64() * 1e3;
         let first = g.first.unwrap_or(self.started);
-        let done = Finished {
+        End::Finished(Event::Done(Finished {
             reason,
             prompt_tokens: self.prompt.len(),
             cached_tokens: self.cached,
             generated_tokens: g.generated,
             prompt_ms: millis(first - self.started),
             decode_ms: millis(g.last.map_or(Duration::ZERO, |last| last - first)),
-        };
-        match self.sink.send(Event::Done(done)) {
-            true => End::Finished,
-            false => End::Cancelled,
-        }
+        }))
     }
 
-    /// Delivers the pooled vector.
-    pub fn finish_embedding(&mut self) -> End {
-        let Active::Embed(embedding) = &self.active else {
-            return End::Finished;
-        };
-        let vector = embedding.vector();
-        match self.sink.send(Event::Embedding(vector)) {
-            true => End::Finished,
-            false => End::Cancelled,
+    /// The pooled vector.
+    pub fn finish_embedding(&self) -> End {
+        match &self.active {
+            Active::Embed(embedding) => End::Finished(Event::Embedding(embedding.vector())),
+            Active::Generate(_) => End::Cancelled,
         }
     }
 }
@@ -240,10 +226,12 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// Chooses the next token.
-    pub fn choose(&mut self, logits: &[f32]) -> Result<Choice, ConstraintError> {
+    /// Chooses the next token. `room` is how many the sequence can still take.
+    pub fn choose(&mut self, logits: &[f32], room: usize) -> Result<Choice, ConstraintError> {
+        let limit = self.options.limit.map(|limit| limit - self.generated);
+        let left = limit.map_or(room + 1, |limit| limit.min(room + 1));
         let allowed = match &mut self.options.constraint {
-            Some(constraint) => Some(constraint.allowed()?),
+            Some(constraint) => Some(constraint.allowed_with(left, self.generated)?),
             None => None,
         };
         let id = self.sampler.sample_allowed(logits, allowed.as_ref());
