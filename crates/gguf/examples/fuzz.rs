@@ -4,7 +4,7 @@
 //! cargo run --release -p tegula-gguf --example fuzz -- read --seconds 600 --seed 1
 //! ```
 //!
-//! The targets are `read` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
+//! The targets are `read`, `template` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
 //! another) and writes an input that panics to the working directory. The libFuzzer targets in
 //! `crates/gguf/fuzz` find more per input; this one runs anywhere.
 
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tegula_gguf::fuzz::{fuzz_read, fuzz_tokenizer};
+use tegula_gguf::fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer};
 
 /// SplitMix64.
 struct Random(u64);
@@ -107,9 +107,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let name = args
         .next()
-        .ok_or("the target is missing: read or tokenizer")?;
+        .ok_or("the target is missing: read, template or tokenizer")?;
     let target: fn(&[u8]) = match name.as_str() {
         "read" => fuzz_read,
+        "template" => fuzz_template,
         "tokenizer" => fuzz_tokenizer,
         _ => return Err(format!("unknown target {name}").into()),
     };

@@ -2,7 +2,8 @@
 //! that replays the corpus. They panic when an invariant breaks and do nothing otherwise.
 
 use crate::{
-    Bytes, Gguf, Metadata, blocks,
+    Bytes, ChatTemplate, Gguf, Metadata, blocks,
+    chat::{Message, RenderOptions, Value},
     tokenizer::{Decoder, EncodeOptions, Tokenizer},
     writer::GgufWriter,
 };
@@ -195,4 +196,44 @@ fn byte_char(byte: u8) -> char {
     }
     let before = (0..byte).filter(|&b| !plain(b)).count();
     char::from_u32(256 + before as u32).unwrap_or(char::REPLACEMENT_CHARACTER)
+}
+
+/// Renders a template that a stranger wrote, for messages that another one wrote: `data` is the
+/// template, a zero byte, and messages separated by zero bytes.
+///
+/// # Panics
+/// When a rendering is longer than it may be, or not the same again.
+pub fn fuzz_template(data: &[u8]) {
+    let mut parts = data.split(|&byte| byte == 0).map(String::from_utf8_lossy);
+    let source = parts.next().unwrap_or_default();
+    let Ok(template) = source.parse::<ChatTemplate>() else {
+        return;
+    };
+    let template = template.with_tokens(Some("<s>".to_owned()), Some("</s>".to_owned()));
+    let roles = ["system", "user", "assistant", "tool"];
+    let messages: Vec<Message> = parts
+        .zip(roles.iter().cycle())
+        .map(|(content, role)| {
+            let mut message = Message::new(*role, content.clone());
+            if *role == "assistant" {
+                let calls: Result<Value, _> = serde_json::from_str(&content);
+                message
+                    .extra
+                    .extend(calls.ok().map(|v| ("tool_calls".to_owned(), v)));
+            }
+            message
+        })
+        .collect();
+    let tools: Option<Value> = serde_json::from_str("[{\"function\": {\"name\": \"f\"}}]").ok();
+    let options = RenderOptions {
+        add_generation_prompt: data.len().is_multiple_of(2),
+        tools: tools.filter(|_| data.len().is_multiple_of(3)),
+        now: Some(0),
+        ..RenderOptions::default()
+    };
+    if let Ok(text) = template.render(&messages, &options) {
+        // A MiB, and eight times what the messages take as JSON, where a byte may take six.
+        assert!(text.len() <= (1 << 20) + 8 * (6 * data.len() + 4096));
+        assert_eq!(template.render(&messages, &options).ok(), Some(text));
+    }
 }

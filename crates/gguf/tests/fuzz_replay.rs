@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 
 use tegula_gguf::{
     Bytes, Gguf,
-    fuzz::{fuzz_read, fuzz_tokenizer},
+    fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer},
 };
 
 /// Runs `target` over its corpus, which must hold `seeds`.
@@ -48,4 +48,41 @@ fn read() {
 #[test]
 fn tokenizer() {
     replay("tokenizer", &common::tokenizer_seeds(), fuzz_tokenizer);
+}
+
+#[test]
+fn template() {
+    let talk =
+        b"\0Be brief.\0Hi!\0[{\"function\": {\"name\": \"f\", \"arguments\": {}}}]\012 degrees";
+    let with_talk = |source: &str| [source.as_bytes(), talk].concat();
+    let file = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/data/chat")
+            .join(name);
+        with_talk(&fs::read_to_string(path).unwrap())
+    };
+    let seeds = [
+        ("chatml", file("chatml.jinja")),
+        ("llama3", file("llama3.jinja")),
+        ("qwen3", file("qwen3.jinja")),
+        (
+            "loop",
+            with_talk(
+                "{% for a in range(9999) %}{% for b in range(9999) %}{{ a ~ b }}{% endfor %}{% endfor %}",
+            ),
+        ),
+        (
+            "memory",
+            with_talk(
+                "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+            ),
+        ),
+        (
+            "methods",
+            with_talk(
+                "{{ messages[1].content.split(' ')[-1].strip('!').upper() | tojson(indent=2) }}{{ strftime_now('%Y') }}",
+            ),
+        ),
+    ];
+    replay("template", &seeds, fuzz_template);
 }

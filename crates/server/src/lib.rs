@@ -12,6 +12,8 @@
 pub mod answer;
 pub mod api;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod metrics;
 pub mod scheduler;
 pub mod service;

@@ -131,9 +131,13 @@ function render(text) {
     for (const paragraph of part.split(/\n{2,}/)) {
       if (!paragraph.trim()) continue;
       const p = element("p");
-      for (const [j, span] of paragraph.replace(/^\n+|\n+$/g, "").split(/`([^`\n]+)`/).entries()) {
-        p.append(j % 2 === 1 ? element("code", { text: span }) : span);
+      let at = 0;
+      const text = paragraph.replace(/^\n+|\n+$/g, "");
+      for (const match of text.matchAll(/(?<!`)(`{1,2})([^`\n]+)\1(?!`)/g)) {
+        p.append(text.slice(at, match.index), element("code", { text: match[2].trim() }));
+        at = match.index + match[0].length;
       }
+      p.append(text.slice(at));
       out.append(p);
     }
   }
@@ -157,10 +161,12 @@ function addMessage(role, content) {
   return messages.at(-1);
 }
 
-/** Keeps the end in sight, unless the reader has gone back. */
+/** Whether the end is to be kept in sight: until the reader goes back. */
+let following = true;
+
 function scroll(always = false) {
-  const log = $("log");
-  if (always || log.scrollHeight - log.scrollTop - log.clientHeight < 120) log.scrollTop = log.scrollHeight;
+  following ||= always;
+  if (following) $("log").scrollTop = $("log").scrollHeight;
 }
 
 function setRunning(controller) {
@@ -189,6 +195,7 @@ async function answer() {
   let drawn = false;
   const draw = () => {
     drawn = false;
+    if (view.over) return;
     drawAnswer(message, view);
     scroll();
   };
@@ -214,6 +221,7 @@ async function answer() {
     if (error.name === "AbortError") view.end = "stopped";
     else view.error = error instanceof TypeError ? "The server does not answer." : error.message;
   }
+  view.over = true;
   message.content = view.text;
   message.element.classList.remove("waiting");
   drawAnswer(message, view);
@@ -424,6 +432,10 @@ $("input").addEventListener("keydown", (event) => {
 });
 $("input").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+$("log").addEventListener("scroll", () => {
+  const log = $("log");
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+});
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clearChat);
 $("show-chat").addEventListener("click", () => show(false));
@@ -443,4 +455,5 @@ $("defaults").addEventListener("click", () => {
   $("system").value = "";
   saveSettings();
 });
+fillSettings();
 connect();
