@@ -11,6 +11,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("tegula-lab", &[]),
     ("tegula-kernels", &["tegula-gguf", "amx-emu"]),
     ("tegula-engine", &["tegula-gguf", "tegula-kernels"]),
+    ("tegula-grammar", &["tegula-gguf", "tegula-engine"]),
+    (
+        "tegula-server",
+        &[
+            "tegula-gguf",
+            "tegula-kernels",
+            "tegula-engine",
+            "tegula-grammar",
+        ],
+    ),
     ("phase1-isolation", BELOW_PHASES),
     ("phase2-perf", BELOW_PHASES),
     ("phase3-analysis", BELOW_PHASES),
@@ -23,6 +33,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tegula-lab",
             "tegula-kernels",
             "tegula-engine",
+            "tegula-grammar",
+            "tegula-server",
             "phase1-isolation",
             "phase2-perf",
             "phase3-analysis",
@@ -99,6 +111,18 @@ fn the_table_names_the_workspace_in_order() {
             let at = MAY_USE.iter().position(|(other, _)| other == used);
             assert!(at.is_some_and(|at| at < i), "{name} precedes {used}");
         }
+    }
+}
+
+#[test]
+fn only_the_program_has_sockets() {
+    for package in &metadata().packages {
+        let sockets = ["axum", "hyper", "hyper-util", "tokio"];
+        assert!(
+            package.name.as_str() == "tegula" || uses(package).all(|used| !sockets.contains(&used)),
+            "{}: sockets are the program's",
+            package.name
+        );
     }
 }
 

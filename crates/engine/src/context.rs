@@ -6,7 +6,7 @@ use crate::{
 };
 use std::sync::Arc;
 use tegula_kernels::{
-    kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
+    kv::{KV_PAGE, KvCache, KvError, KvShape, KvType, PageTable},
     ops::Token,
 };
 
@@ -21,6 +21,9 @@ pub struct ContextOptions {
     pub ubatch: usize,
     /// Sequences.
     pub sequences: usize,
+    /// How many full sequences the cache has room for; 0 for all of them. Sequences beyond
+    /// that can be held where others are short or share a prefix.
+    pub room: usize,
     pub k_type: KvType,
     pub v_type: KvType,
 }
@@ -32,6 +35,7 @@ impl Default for ContextOptions {
             batch: 2048,
             ubatch: 512,
             sequences: 1,
+            room: 0,
             k_type: KvType::F16,
             v_type: KvType::F16,
         }
@@ -101,7 +105,7 @@ impl Outputs {
         self.rows == 0
     }
 
-    /// Logits of the `i`-th row, `[vocab]`.
+    /// Logits of the `i`-th row, `[vocab]`; empty after [`Context::decode_hidden`].
     pub fn logits(&self, i: usize) -> &[f32] {
         let vocab = self.logits.len() / self.rows;
         &self.logits[i * vocab..(i + 1) * vocab]
@@ -148,7 +152,10 @@ impl Context {
             k: options.k_type,
             v: options.v_type,
         };
-        let pages = options.context.div_ceil(KV_PAGE) * options.sequences;
+        if options.room == 0 {
+            options.room = options.sequences;
+        }
+        let pages = options.context.div_ceil(KV_PAGE) * options.room;
         let cache = KvCache::new(shape, pages)?;
         let sequences = vec![Sequence::default(); options.sequences];
         Ok(Context {
@@ -172,6 +179,17 @@ impl Context {
     /// Bytes that the cache takes when it is full.
     pub fn kv_bytes(&self) -> usize {
         self.cache.shape().bytes(self.cache.pages())
+    }
+
+    /// Pages of the cache, and how many of them no sequence holds.
+    pub fn pages(&self) -> (usize, usize) {
+        (self.cache.pages(), self.cache.free_pages())
+    }
+
+    /// Free pages that appending `tokens` to the sequence would take.
+    pub fn pages_needed(&self, sequence: usize, tokens: usize) -> Result<usize> {
+        let table = &self.sequence(sequence)?.table;
+        Ok(self.cache.pages_to_extend(table, tokens))
     }
 
     fn sequence(&self, sequence: usize) -> Result<&Sequence> {
@@ -213,10 +231,19 @@ impl Context {
     ///
     /// On error no sequence has changed.
     pub fn decode(&mut self, batch: &Batch) -> Result<Outputs> {
+        self.run(batch, true)
+    }
+
+    /// The same, but tokens that want logits get hidden states alone: [`Outputs::hidden`].
+    pub fn decode_hidden(&mut self, batch: &Batch) -> Result<Outputs> {
+        self.run(batch, false)
+    }
+
+    fn run(&mut self, batch: &Batch, logits: bool) -> Result<Outputs> {
         self.check(batch)?;
         let mut outputs = Outputs::default();
         for part in batch.tokens.chunks(self.options.ubatch) {
-            self.step(part, &mut outputs)?;
+            self.step(part, logits, &mut outputs)?;
         }
         Ok(outputs)
     }
@@ -227,7 +254,7 @@ impl Context {
             return Err(Error::Empty("batch"));
         }
         let vocab = self.model.config().vocab;
-        let mut lengths: Vec<_> = self.sequences.iter().map(|s| s.tokens.len()).collect();
+        let mut added = vec![0; self.sequences.len()];
         for token in &batch.tokens {
             self.sequence(token.sequence)?;
             if token.id as usize >= vocab {
@@ -236,20 +263,32 @@ impl Context {
                     vocab,
                 });
             }
-            lengths[token.sequence] += 1;
+            added[token.sequence] += 1;
         }
-        let needed = lengths.into_iter().max().unwrap_or(0);
+        let lengths = self.sequences.iter().map(|s| s.tokens.len());
+        let lengths = lengths.zip(&added).map(|(held, added)| held + added);
+        let needed = lengths.max().unwrap_or(0);
         if needed > self.options.context {
             return Err(Error::ContextFull {
                 needed,
                 context: self.options.context,
             });
         }
+        let tables = self.sequences.iter().map(|s| &s.table);
+        let pages = tables
+            .zip(added)
+            .map(|(t, n)| self.cache.pages_to_extend(t, n));
+        if pages.sum::<usize>() > self.cache.free_pages() {
+            return Err(KvError::Full {
+                pages: self.cache.pages(),
+            }
+            .into());
+        }
         Ok(())
     }
 
     /// One micro-batch.
-    fn step(&mut self, part: &[BatchToken], outputs: &mut Outputs) -> Result<()> {
+    fn step(&mut self, part: &[BatchToken], logits: bool, outputs: &mut Outputs) -> Result<()> {
         let mut tokens = Vec::with_capacity(part.len());
         for token in part {
             let s = &mut self.sequences[token.sequence];
@@ -277,7 +316,10 @@ impl Context {
         step.embed(&model.matrices.embedding, &ids);
         models::forward(model.config().arch, &model.matrices, &mut step);
         if !wanted.is_empty() {
-            step.logits(&model.matrices, &mut outputs.hidden, &mut outputs.logits);
+            step.hidden(&model.matrices, &mut outputs.hidden);
+            if logits {
+                step.logits(&model.matrices, &mut outputs.logits);
+            }
             outputs.rows += wanted.len();
         }
         Ok(())

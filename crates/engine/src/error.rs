@@ -71,6 +71,10 @@ pub enum Error {
     #[error("sequence {sequence} does not exist: the context has {sequences}")]
     Sequence { sequence: usize, sequences: usize },
 
+    /// What constrains the text can't go on.
+    #[error("the constraint failed: {0}")]
+    Constraint(#[from] crate::ConstraintError),
+
     /// Nothing to run.
     #[error("the {0} is empty")]
     Empty(&'static str),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+mod constraint;
 mod context;
 mod error;
 mod model;
@@ -15,9 +16,11 @@ pub mod plan;
 pub mod sampler;
 mod session;
 mod state;
+mod text;
 pub mod threads;
 
 pub use config::{Arch, ModelConfig};
+pub use constraint::{Constraint, ConstraintError, TokenSet};
 pub use context::{Batch, BatchToken, Context, ContextOptions, Outputs};
 pub use error::{Error, Result};
 pub use model::{LoadEvent, LoadOptions, Model, Source};
@@ -25,4 +28,7 @@ pub use packed::{PackedFile, Unfit};
 pub use perplexity::{Perplexity, perplexity, windows};
 pub use plan::{Plan, PlanFlags, plan};
 pub use sampler::{Sampler, SamplerOptions};
-pub use session::{GenerateOptions, Generation, StopReason, Timings, generate};
+pub use session::{
+    GenerateOptions, Generation, StopReason, Timings, generate, generate_constrained,
+};
+pub use text::{TextStream, overlap};

@@ -4,6 +4,7 @@
 //! Each step drops or rescales candidates; equal logits keep the lower id first, so a seed
 //! gives one text.
 
+use crate::TokenSet;
 use std::collections::{HashMap, VecDeque};
 
 /// Settings of the chain. The defaults are llama.cpp's.
@@ -122,6 +123,12 @@ impl Sampler {
     ///
     /// NaN counts as impossible; if nothing is possible the answer is token 0.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        self.sample_allowed(logits, None)
+    }
+
+    /// Chooses among the allowed tokens, as [`Sampler::sample`] does among all; where none of
+    /// them is possible, the first of them.
+    pub fn sample_allowed(&mut self, logits: &[f32], allowed: Option<&TokenSet>) -> u32 {
         let o = &self.options;
         let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l };
         self.candidates.clear();
@@ -138,6 +145,9 @@ impl Sampler {
             }
         }
         penalize(c, o, &self.recent);
+        if let Some(allowed) = allowed {
+            c.retain(|c| allowed.contains(c.id));
+        }
         if o.temperature <= 0.0 {
             let better = |a: &Candidate, b: &Candidate| b.logit > a.logit;
             let first = c.first().copied();
@@ -306,6 +316,26 @@ mod tests {
         assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, f32::NAN]), 1);
         assert_eq!(sampler.sample(&[f32::NAN; 3]), 0);
         assert_eq!(sampler.sample(&[f32::NEG_INFINITY, -1e30]), 1);
+    }
+
+    #[test]
+    fn only_the_allowed_come_out() {
+        let allowed: TokenSet = [1, 4].into_iter().collect();
+        let logits = [9.0, 1.0, 8.0, 7.0, 1.5];
+        for options in [SamplerOptions::greedy(), neutral()] {
+            let mut sampler = Sampler::new(options);
+            let mut seen: Vec<u32> = (0..200)
+                .map(|_| sampler.sample_allowed(&logits, Some(&allowed)))
+                .collect();
+            seen.sort_unstable();
+            seen.dedup();
+            assert!(seen == [4] || seen == [1, 4], "{seen:?}");
+        }
+        let mut sampler = Sampler::new(neutral());
+        assert_eq!(
+            sampler.sample_allowed(&[f32::NAN; 5], Some(&allowed)) % 3,
+            1
+        );
     }
 
     #[test]

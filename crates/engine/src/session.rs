@@ -1,6 +1,6 @@
 //! Generating text: the loop that run, chat and serve share.
 
-use crate::{Batch, Context, Error, Result, Sampler, SamplerOptions};
+use crate::{Batch, Constraint, Context, Error, Result, Sampler, SamplerOptions, TextStream};
 use std::{
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -92,6 +92,19 @@ pub fn generate(
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generation> {
+    generate_constrained(ctx, sequence, prompt, options, None, cancel, on_text)
+}
+
+/// The same where a constraint says which tokens may come.
+pub fn generate_constrained(
+    ctx: &mut Context,
+    sequence: usize,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut constraint: Option<&mut dyn Constraint>,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generation> {
     if prompt.is_empty() {
         return Err(Error::Empty("prompt"));
     }
@@ -117,7 +130,7 @@ pub fn generate(
         prompt_tokens: rest.len(),
         ..Timings::default()
     };
-    let mut text = Text::new(
+    let mut text = TextStream::new(
         Decoder::new(&tokenizer).show_special(options.show_special),
         &options.stop,
     );
@@ -143,14 +156,29 @@ pub fn generate(
         if options.limit.is_some_and(|limit| tokens.len() >= limit) {
             break StopReason::Limit;
         }
-        let id = sampler.sample(row.logits(0));
-        if tokenizer.is_eog(id) && !options.ignore_eog {
+        let allowed = match constraint.as_mut() {
+            Some(constraint) => {
+                let room = ctx.options().context - ctx.tokens(sequence)?.len() + 1;
+                let limit = options.limit.map(|limit| limit - tokens.len());
+                let left = limit.map_or(room, |limit| limit.min(room));
+                Some(constraint.allowed_with(left, tokens.len())?)
+            }
+            None => None,
+        };
+        let id = sampler.sample_allowed(row.logits(0), allowed.as_ref());
+        if tokenizer.is_eog(id) && (!options.ignore_eog || allowed.is_some()) {
             break StopReason::EndOfGeneration;
         }
         tokens.push(id);
         sampler.accept(id);
+        if let Some(constraint) = constraint.as_mut() {
+            constraint.accept(id)?;
+        }
         if let Some(stop) = text.push(id, on_text) {
             break StopReason::StopString(stop);
+        }
+        if constraint.as_ref().is_some_and(|c| c.is_complete()) {
+            break StopReason::EndOfGeneration;
         }
         if options.limit.is_some_and(|limit| tokens.len() >= limit) {
             break StopReason::Limit;
@@ -163,104 +191,14 @@ pub fn generate(
         }
         timings.token_ms.push(begin.elapsed().as_secs_f64() * 1e3);
     };
-    let (text, reason) = text.finish(reason, on_text);
+    let reason = match reason {
+        StopReason::StopString(_) => reason,
+        other => text.finish(on_text).map_or(other, StopReason::StopString),
+    };
     Ok(Generation {
         tokens,
-        text,
+        text: text.into_text(),
         reason,
         timings,
     })
-}
-
-/// Text on its way out: whole characters only, and nothing that may be the beginning of a
-/// stop string.
-struct Text<'a> {
-    decoder: Decoder,
-    stop: &'a [String],
-    text: String,
-    shown: usize,
-}
-
-impl<'a> Text<'a> {
-    fn new(decoder: Decoder, stop: &'a [String]) -> Text<'a> {
-        Text {
-            decoder,
-            stop,
-            text: String::new(),
-            shown: 0,
-        }
-    }
-
-    /// Adds a token; returns the stop string if one is complete now.
-    fn push(&mut self, id: u32, on_text: &mut dyn FnMut(&str)) -> Option<String> {
-        let piece = self.decoder.push(id);
-        self.add(&piece, on_text)
-    }
-
-    fn add(&mut self, piece: &str, on_text: &mut dyn FnMut(&str)) -> Option<String> {
-        self.text.push_str(piece);
-        let pending = &self.text[self.shown..];
-        let found = self.stop.iter().filter(|s| !s.is_empty());
-        let found = found
-            .filter_map(|s| Some((pending.find(s.as_str())?, s)))
-            .min_by_key(|f| f.0);
-        if let Some((at, stop)) = found {
-            self.show(self.shown + at, on_text);
-            self.text.truncate(self.shown);
-            return Some(stop.clone());
-        }
-        let held = self
-            .stop
-            .iter()
-            .map(|s| overlap(pending, s))
-            .max()
-            .unwrap_or(0);
-        self.show(self.text.len() - held, on_text);
-        None
-    }
-
-    fn show(&mut self, end: usize, on_text: &mut dyn FnMut(&str)) {
-        if end > self.shown {
-            on_text(&self.text[self.shown..end]);
-            self.shown = end;
-        }
-    }
-
-    fn finish(mut self, reason: StopReason, on_text: &mut dyn FnMut(&str)) -> (String, StopReason) {
-        if matches!(reason, StopReason::StopString(_)) {
-            return (self.text, reason);
-        }
-        let rest = self.decoder.flush();
-        if let Some(stop) = self.add(&rest, on_text) {
-            return (self.text, StopReason::StopString(stop));
-        }
-        self.show(self.text.len(), on_text);
-        (self.text, reason)
-    }
-}
-
-/// Bytes at the end of `text` that are a proper beginning of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    let longest = text.len().min(stop.len().saturating_sub(1));
-    let fits = |&n: &usize| stop.is_char_boundary(n) && text.ends_with(&stop[..n]);
-    (1..=longest).rev().find(fits).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn overlaps_are_the_longest_prefix_at_the_end() {
-        assert_eq!(overlap("hello <|im", "<|im_end|>"), 4);
-        assert_eq!(overlap("aab", "aabaa"), 3);
-        assert_eq!(
-            overlap("aabaa", "aabaa"),
-            2,
-            "the whole string is a match, not an overlap"
-        );
-        assert_eq!(overlap("x", "yz"), 0);
-        assert_eq!(overlap("naï", "ïve"), 2);
-        assert_eq!(overlap("", "abc"), 0);
-    }
 }

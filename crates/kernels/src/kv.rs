@@ -193,6 +193,21 @@ impl KvCache {
         }
     }
 
+    /// Pages that [`KvCache::extend`] would take from the free ones.
+    pub fn pages_to_extend(&self, table: &PageTable, tokens: usize) -> usize {
+        if tokens == 0 {
+            return 0;
+        }
+        let needed = (table.len + tokens).div_ceil(KV_PAGE) - table.pages.len();
+        needed + usize::from(self.last_is_shared(table))
+    }
+
+    /// Whether the next position falls in a page that other sequences hold too.
+    fn last_is_shared(&self, table: &PageTable) -> bool {
+        let partial = !table.len.is_multiple_of(KV_PAGE);
+        partial && self.references[table.page(table.len) as usize] > 1
+    }
+
     /// Makes room for `tokens` more positions and counts them as filled. On error nothing
     /// changes.
     pub fn extend(&mut self, table: &mut PageTable, tokens: usize) -> Result<(), KvError> {
@@ -200,8 +215,7 @@ impl KvCache {
             return Ok(());
         }
         let needed = (table.len + tokens).div_ceil(KV_PAGE) - table.pages.len();
-        let partial = !table.len.is_multiple_of(KV_PAGE);
-        let shared = partial && self.references[table.page(table.len) as usize] > 1;
+        let shared = self.last_is_shared(table);
         if needed + usize::from(shared) > self.free.len() {
             return Err(KvError::Full {
                 pages: self.pages(),

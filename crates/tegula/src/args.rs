@@ -38,10 +38,20 @@ const SPELT_OUT: &[(&str, &str)] = &[
     ("-ctv", "--cache-type-v"),
     ("-fa", "--flash-attn"),
     ("-pg", "--prompt-gen"),
+    ("-np", "--parallel"),
 ];
 
 /// Flags whose value is text of any kind.
-const TAKES_TEXT: &[&str] = &["-p", "--prompt", "--stop", "--system", "-f", "--file"];
+const TAKES_TEXT: &[&str] = &[
+    "-p",
+    "--prompt",
+    "--stop",
+    "--system",
+    "-f",
+    "--file",
+    "--regex",
+    "--grammar",
+];
 
 /// Gives the flags that llama.cpp writes with several letters behind one dash the names
 /// that clap knows them by. Values of flags that take text, and everything behind `--`, stay
@@ -338,21 +348,26 @@ pub fn flash_attn(s: &str) -> Result<bool, String> {
 impl CacheArgs {
     /// A context of the model for `size` tokens; 0: for as many as it was trained with.
     pub fn context(&self, model: &Arc<Model>, size: usize) -> anyhow::Result<Context> {
+        context(model, &self.options(size))
+    }
+
+    /// The engine's options for one sequence of `size` tokens.
+    pub fn options(&self, size: usize) -> ContextOptions {
         debug_assert!(self.flash_attn);
-        let options = ContextOptions {
+        ContextOptions {
             context: size,
             batch: self.batch_size,
             ubatch: self.ubatch_size,
             sequences: 1,
+            room: 0,
             k_type: self.cache_type_k,
             v_type: self.cache_type_v,
-        };
-        context(model, &options)
+        }
     }
 }
 
 /// A context of the model, if the memory suffices.
-fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Context> {
+pub fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Context> {
     let c = model.config();
     let positions = match options.context {
         0 => c.context,
@@ -366,7 +381,11 @@ fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<Conte
         v: options.v_type,
     };
     let page = shape.bytes(1) as u64;
-    let pages = positions.div_ceil(KV_PAGE) as u64 * options.sequences as u64;
+    let sequences = match options.room {
+        0 => options.sequences,
+        room => room,
+    };
+    let pages = positions.div_ceil(KV_PAGE) as u64 * sequences as u64;
     let what = format!("{positions} tokens of context");
     require_memory(&what, page.saturating_mul(pages), "a smaller -c")?;
     Ok(Context::new(Arc::clone(model), options)?)

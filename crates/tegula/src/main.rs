@@ -5,10 +5,12 @@
 mod output;
 mod args;
 mod cmd;
+mod constrain;
 mod exit;
 mod facts;
 mod interrupt;
 mod progress;
+mod serve;
 mod synth;
 
 use clap::Parser as _;

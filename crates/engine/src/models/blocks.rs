@@ -224,13 +224,17 @@ impl Step<'_> {
         }
     }
 
-    /// Final norm and output matrix: `hidden` `[m][embd]`, `logits` `[m][vocab]`.
-    pub fn logits(&mut self, model: &Matrices, hidden: &mut Vec<f32>, logits: &mut Vec<f32>) {
+    /// Final norm: appends `[m][embd]`.
+    pub fn hidden(&mut self, model: &Matrices, hidden: &mut Vec<f32>) {
         self.norm(&model.output_norm);
+        hidden.extend_from_slice(&self.buffers.input);
+    }
+
+    /// Output matrix behind [`Step::hidden`]: appends `[m][vocab]`.
+    pub fn logits(&mut self, model: &Matrices, logits: &mut Vec<f32>) {
         let output = model.output.as_ref().unwrap_or(&model.embedding);
         self.prepare_input(self.compute.forms(self.m, [output]));
         let b = &mut *self.buffers;
-        hidden.extend_from_slice(&b.input);
         let start = logits.len();
         logits.resize(start + self.m * output.n(), 0.0);
         self.compute.matmul(output, &b.acts, &mut logits[start..]);

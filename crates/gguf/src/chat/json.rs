@@ -33,8 +33,9 @@ pub(super) fn dumps(value: &Value, style: &Style, sort: bool) -> Result<String, 
     };
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
     if sort {
-        // `serde_json`'s own maps are sorted.
-        let sorted = serde_json::to_value(value).map_err(|e| e.to_string())?;
+        // `serde_json`'s own maps are sorted, unless some crate switches that off.
+        let mut sorted = serde_json::to_value(value).map_err(|e| e.to_string())?;
+        sorted.sort_all_objects();
         sorted
             .serialize(&mut serializer)
             .map_err(|e| e.to_string())?;

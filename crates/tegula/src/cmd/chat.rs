@@ -3,6 +3,7 @@
 use crate::{
     args::{CacheArgs, CpuArgs, ModelArgs, SamplingArgs, check_biases, read_text},
     cmd::run::{Stdout, print_timings, warm_up},
+    constrain::{ConstraintArgs, guide},
     exit::Refusal,
     interrupt,
 };
@@ -16,11 +17,12 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
 };
-use tegula_engine::{Context, GenerateOptions, StopReason, generate};
+use tegula_engine::{Constraint, Context, GenerateOptions, StopReason, generate_constrained};
 use tegula_gguf::{
     ChatTemplate,
     chat::{Message, RenderOptions},
 };
+use tegula_grammar::Guide;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -53,6 +55,8 @@ pub struct ChatArgs {
     verbose: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
 }
 
 pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
@@ -61,6 +65,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         sampler: args.sampling.options()?,
         ..GenerateOptions::default()
     };
+    let grammar = args.constraint.grammar()?;
     // Before the weights: without a template there is no conversation.
     let mut template = template(args)?;
     let model = args.cpu.load(&args.model)?;
@@ -72,8 +77,13 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     }
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     warm_up(&mut ctx)?;
+    let guide = match grammar {
+        Some(grammar) => Some(guide(&grammar, model.tokenizer())?),
+        None => None,
+    };
     let mut chat = Chat {
         template,
+        guide,
         generation,
         messages: Vec::new(),
         verbose: args.verbose,
@@ -113,6 +123,8 @@ fn template(args: &ChatArgs) -> anyhow::Result<ChatTemplate> {
 /// A conversation.
 struct Chat {
     template: ChatTemplate,
+    /// What each answer has to be.
+    guide: Option<Guide>,
     generation: GenerateOptions,
     messages: Vec<Message>,
     verbose: bool,
@@ -161,11 +173,13 @@ impl Chat {
         self.cancel.store(false, Ordering::Relaxed);
         let mut out = Stdout::new(true);
         let cancel = &self.cancel;
-        let generation = generate(
+        let mut guide = self.guide.clone();
+        let generation = generate_constrained(
             &mut self.ctx,
             0,
             &prompt,
             &self.generation,
+            guide.as_mut().map(|guide| guide as &mut dyn Constraint),
             cancel,
             &mut |piece| out.show(piece, cancel),
         )?;

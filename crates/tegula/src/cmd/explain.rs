@@ -7,7 +7,7 @@ use crate::{
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use tegula_engine::{ModelConfig, plan, plan::Placement};
+use tegula_engine::{ModelConfig, Plan, plan, plan::Placement};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -24,8 +24,9 @@ pub struct ExplainArgs {
     json: bool,
 }
 
+/// What `--json` prints, and the server shows.
 #[derive(Serialize)]
-struct Report<'a> {
+pub struct Report<'a> {
     model: &'a ModelConfig,
     isa: &'a str,
     /// Bytes by device and buffer.
@@ -33,29 +34,35 @@ struct Report<'a> {
     tensors: &'a [Placement],
 }
 
+/// The report on a plan.
+pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Report<'a> {
+    let mut buffers = BTreeMap::new();
+    for p in &plan.placements {
+        *buffers.entry(place(p)).or_insert(0) += p.bytes;
+    }
+    Report {
+        model,
+        isa,
+        buffers,
+        tensors: &plan.placements,
+    }
+}
+
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let gguf = args.model.open()?;
     let config = ModelConfig::from_gguf(&gguf)?;
     let flags = args.cpu.options(args.model.source())?.plan_flags();
     let plan = plan(&config, &gguf, &flags);
-    let mut buffers = BTreeMap::new();
-    for p in &plan.placements {
-        *buffers.entry(place(p)).or_insert(0) += p.bytes;
-    }
     let isa = match flags.amx {
         None => flags.tier.to_string(),
         Some(amx) => format!("{}, {}", flags.tier, amx.name()),
     };
+    let report = report(&config, &isa, &plan);
     if args.json {
-        return output::json(&Report {
-            model: &config,
-            isa: &isa,
-            buffers,
-            tensors: &plan.placements,
-        });
+        return output::json(&report);
     }
     let mut out = format!("{} ({}), {isa}\n\n", config.name, config.arch);
-    for (place, bytes) in &buffers {
+    for (place, bytes) in &report.buffers {
         out += &format!("{place:12} {:>11}\n", output::bytes(*bytes));
     }
     if let Some((on_tiles, matrices)) = plan.on_tiles() {

@@ -9,6 +9,7 @@ mod logits;
 mod perplexity;
 mod quantize;
 mod run;
+mod serve;
 mod synth;
 mod tokenize;
 
@@ -35,6 +36,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Have a conversation
     Chat(Box<chat::ChatArgs>),
+    /// Serve a model over HTTP, as OpenAI's API and as a page
+    Serve(Box<serve::ServeArgs>),
     /// Measure prompts and generation
     Bench(Box<bench::BenchArgs>),
     /// Score a text: perplexity as llama.cpp counts it
@@ -60,6 +63,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Logits(args) => logits::run(&args),

@@ -2,6 +2,7 @@
 
 use crate::{
     args::{self, CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, check_biases},
+    constrain::{ConstraintArgs, guide},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -14,18 +15,20 @@ use std::{
     time::Instant,
 };
 use tegula_engine::{
-    Batch, Context, GenerateOptions, Generation, LoadOptions, Model, Sampler, StopReason, Timings,
-    generate,
+    Batch, Constraint, Context, GenerateOptions, Generation, LoadOptions, Model, Sampler,
+    StopReason, Timings, generate_constrained,
 };
 use tegula_gguf::{
     Tokenizer,
     tokenizer::{Decoder, EncodeOptions},
 };
+use tegula_grammar::Grammar;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   tegula run -p \"An iterator adaptor that\" -n 64
   tegula run model.gguf -f prompt.txt --temp 0 --json
+  tegula run model.gguf -p \"A date:\" --regex '[0-9]{4}-[0-9]{2}-[0-9]{2}'
   tegula run model.gguf -p \"Part one.\" -n 50 --save-state s.bin
   tegula run model.gguf --load-state s.bin -p \" Part two.\"
 
@@ -80,6 +83,8 @@ pub struct RunArgs {
     verbose: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
 }
 
 /// What `--json` prints.
@@ -131,6 +136,11 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         ignore_eog: args.ignore_eos,
         show_special: false,
     };
+    let grammar = args.constraint.grammar()?;
+    if args.reference && grammar.is_some() {
+        let what = "the reference takes no schema, grammar or expression";
+        return Err(Refusal::Usage(what.to_owned()).into());
+    }
     let load = args.cpu.options(args.model.source())?;
     let mut out = Stdout::new(!args.json);
     let run = if args.reference {
@@ -141,7 +151,14 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             &mut out,
         )?
     } else {
-        engine(args, &load, text.as_deref(), &options, &mut out)?
+        engine(
+            args,
+            &load,
+            text.as_deref(),
+            &options,
+            grammar.as_ref(),
+            &mut out,
+        )?
     };
     out.finish(&run.generation)?;
     if args.json {
@@ -177,10 +194,15 @@ fn engine(
     load: &LoadOptions,
     text: Option<&str>,
     options: &GenerateOptions,
+    grammar: Option<&Grammar>,
     out: &mut Stdout,
 ) -> anyhow::Result<Run> {
     let model = args::load(load)?;
     check_biases(&options.sampler, model.config().vocab)?;
+    let mut guide = match grammar {
+        Some(grammar) => Some(guide(grammar, model.tokenizer())?),
+        None => None,
+    };
     let mut ctx = args.cache.context(&model, args.ctx_size)?;
     if args.verbose {
         describe(&model, &ctx);
@@ -205,9 +227,15 @@ fn engine(
         warm_up(&mut ctx)?;
     }
     let cancel = interrupt::flag()?;
-    let generation = generate(&mut ctx, 0, &prompt, options, &cancel, &mut |piece| {
-        out.show(piece, &cancel);
-    })?;
+    let generation = generate_constrained(
+        &mut ctx,
+        0,
+        &prompt,
+        options,
+        guide.as_mut().map(|guide| guide as &mut dyn Constraint),
+        &cancel,
+        &mut |piece| out.show(piece, &cancel),
+    )?;
     if let Some(path) = args.save_state.as_ref().or(args.prompt_cache.as_ref()) {
         // The last token was chosen but perhaps not run; one that doesn't fit is left out.
         let known = ctx.tokens(0)?.len();

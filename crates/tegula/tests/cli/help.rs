@@ -12,6 +12,7 @@ fn each_command() {
     for command in [
         "run",
         "chat",
+        "serve",
         "bench",
         "perplexity",
         "logits",

@@ -1,0 +1,395 @@
+//! Many tasks at once get what each would get alone, and nobody is forgotten.
+
+mod common;
+
+use std::{sync::Arc, time::Duration};
+
+use common::{client, collect, model, scheduler, service, submit};
+use serde_json::{Value, json};
+use tegula_engine::{Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
+use tegula_gguf::tokenizer::EncodeOptions;
+use tegula_server::{
+    Prepared, Scheduler, Service,
+    scheduler::{Event, Failure, Generate, Reason, Refused, SlotState, Task, Work},
+};
+
+const CONTEXT: usize = 512;
+
+const WORDS: &str = "An iterator adaptor that yields the elements of the underlying iterator until \
+    the predicate returns false. After that, no more elements are taken, and the rest of the \
+    iterator is left as it was. The vector grows as needed, and its capacity is never reduced.";
+
+fn completion(service: &Service, body: &Value) -> Prepared {
+    service.completion(body.to_string().as_bytes()).unwrap()
+}
+
+fn text(body: &Value) -> &str {
+    body["choices"][0]["text"].as_str().unwrap()
+}
+
+/// What the engine alone makes of it.
+fn alone(model: &Arc<tegula_engine::Model>, prompt: &str, seed: u64, limit: usize) -> String {
+    let options = ContextOptions {
+        context: CONTEXT,
+        batch: 256,
+        ubatch: 128,
+        ..ContextOptions::default()
+    };
+    let mut ctx = Context::new(Arc::clone(model), &options).unwrap();
+    let ids = model.tokenizer().encode(prompt, EncodeOptions::default());
+    let options = GenerateOptions {
+        limit: Some(limit),
+        sampler: SamplerOptions {
+            seed,
+            ..SamplerOptions::default()
+        },
+        ..GenerateOptions::default()
+    };
+    let never = false.into();
+    generate(&mut ctx, 0, &ids, &options, &never, &mut |_| {})
+        .unwrap()
+        .text
+}
+
+/// Prompts of all lengths, with common beginnings and without, run in fewer slots than there
+/// are prompts, with kept prefixes: each text is the one that the prompt gets alone.
+#[test]
+fn company_changes_no_answer() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 3, 100, CONTEXT);
+    let prompts: Vec<String> = (0..20)
+        .map(|i| match i % 4 {
+            0 => WORDS[..20 + 7 * i].to_owned(),
+            1 => format!("{i} {}", &WORDS[..200]),
+            2 => format!("{WORDS}{WORDS} {i}"),
+            _ => "The".to_owned(),
+        })
+        .collect();
+    for round in 0..2 {
+        let answers: Vec<_> = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, prompt)| {
+                let body = json!({"prompt": prompt, "max_tokens": 20, "seed": i});
+                submit(&service, &scheduler, completion(&service, &body)).unwrap()
+            })
+            .collect();
+        for (i, answer) in answers.into_iter().enumerate() {
+            let (_, body) = collect(answer).unwrap();
+            assert_eq!(
+                text(&body),
+                alone(&model, &prompts[i], i as u64, 20),
+                "{round} {i}"
+            );
+        }
+    }
+    let s = scheduler.snapshot();
+    assert_eq!((s.totals.finished, s.totals.failed, s.waiting), (40, 0, 0));
+    assert!(s.totals.cached_tokens > 1000, "{}", s.totals.cached_tokens);
+    assert!(s.totals.step_tokens > s.totals.steps, "tokens ran together");
+}
+
+/// Equal prompts at the same time: one of them is run, the others share it.
+#[test]
+fn a_prompt_that_is_being_run_is_waited_for() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 4, 100, CONTEXT);
+    let prompt = WORDS.repeat(5);
+    let body = json!({"prompt": prompt, "max_tokens": 4, "n": 4, "seed": 5});
+    let prepared = completion(&service, &body);
+    let len = prepared.drafts[0].prompt.len() as u64;
+    assert!(len > 256, "{len} tokens are several turns");
+    let (_, body) = collect(submit(&service, &scheduler, prepared).unwrap()).unwrap();
+    assert_eq!(body["choices"].as_array().unwrap().len(), 4);
+    assert_eq!(body["usage"]["prompt_tokens"], len);
+    let totals = scheduler.snapshot().totals;
+    assert_eq!(
+        totals.prompt_tokens,
+        len + 3,
+        "the last token is run by each"
+    );
+    assert_eq!(totals.cached_tokens, 3 * (len - 1));
+}
+
+#[test]
+fn owners_share_no_prefixes() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 1, 100, CONTEXT);
+    let mut cached = Vec::new();
+    for owner in [1, 2, 1] {
+        let prepared = completion(&service, &json!({"prompt": WORDS, "max_tokens": 2}));
+        let (sink, client) = client();
+        service
+            .submit(&scheduler, owner, prepared.drafts, sink)
+            .unwrap();
+        let (_, body) = collect((prepared.answer, client)).unwrap();
+        cached.push(
+            body["usage"]["prompt_tokens_details"]["cached_tokens"]
+                .as_u64()
+                .unwrap(),
+        );
+    }
+    assert_eq!(cached[..2], [0, 0]);
+    assert!(cached[2] > 40);
+    let unwanted = json!({"prompt": WORDS, "max_tokens": 2, "cache_prompt": false});
+    let prepared = completion(&service, &unwanted);
+    let (_, body) = collect(submit(&service, &scheduler, prepared).unwrap()).unwrap();
+    assert_eq!(body["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+}
+
+#[test]
+fn who_goes_away_frees_the_slot() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 1, 100, CONTEXT);
+    let endless = json!({"prompt": "The", "ignore_eos": true, "stream": true});
+    let (_, first) = submit(&service, &scheduler, completion(&service, &endless)).unwrap();
+    let (_, second) = submit(&service, &scheduler, completion(&service, &endless)).unwrap();
+    let third = json!({"prompt": "The", "max_tokens": 3});
+    let third = submit(&service, &scheduler, completion(&service, &third)).unwrap();
+    first.next();
+    second.leave();
+    first.leave();
+    collect(third).unwrap();
+    let totals = scheduler.snapshot().totals;
+    assert_eq!((totals.cancelled, totals.finished), (2, 1));
+}
+
+#[test]
+fn a_full_queue_refuses_and_draining_finishes() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 1, 2, CONTEXT);
+    let long = json!({"prompt": "The", "max_tokens": 300, "ignore_eos": true});
+    let running = submit(&service, &scheduler, completion(&service, &long)).unwrap();
+    running.1.next();
+    let waiting: Vec<_> = (0..2)
+        .map(|_| submit(&service, &scheduler, completion(&service, &long)).unwrap())
+        .collect();
+    let error = submit(&service, &scheduler, completion(&service, &long))
+        .err()
+        .unwrap();
+    assert_eq!((error.status, error.code), (429, "queue_full"));
+    assert!(error.retry_after.is_some_and(|s| s >= 1));
+    scheduler.drain();
+    let error = submit(&service, &scheduler, completion(&service, &long))
+        .err()
+        .unwrap();
+    assert_eq!((error.status, error.code), (503, "shutting_down"));
+    for answer in waiting {
+        let (_, body) = collect(answer).unwrap();
+        assert_eq!(body["usage"]["completion_tokens"], 300);
+    }
+    assert!(scheduler.join());
+    assert!(scheduler.has_ended());
+}
+
+#[test]
+fn stopping_tells_everybody() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 1, 9, CONTEXT);
+    let long = json!({"prompt": "The", "ignore_eos": true});
+    let answers: Vec<_> = (0..3)
+        .map(|_| submit(&service, &scheduler, completion(&service, &long)).unwrap())
+        .collect();
+    answers[0].1.next();
+    scheduler.stop();
+    for answer in answers {
+        let error = collect(answer).unwrap_err();
+        assert_eq!((error.status, error.code), (503, "shutting_down"));
+    }
+}
+
+#[test]
+fn time_runs_out_in_a_slot_and_in_the_queue() {
+    let model = model();
+    let mut tasks = Vec::new();
+    let scheduler = scheduler(&model, 1, 9, CONTEXT);
+    let now = std::time::Instant::now();
+    let (mut sink, client) = client();
+    for (i, ms) in [300, 50].into_iter().enumerate() {
+        tasks.push(Task {
+            prompt: vec![5; 10],
+            work: Work::Generate(Box::new(Generate {
+                limit: None,
+                stop: Vec::new(),
+                // The end is forbidden: the context is full before that only by chance.
+                sampler: SamplerOptions::default(),
+                ignore_eog: true,
+                logprobs: None,
+                constraint: Some(Box::new(Slow)),
+            })),
+            owner: 0,
+            reuse: true,
+            deadline: Some(now + Duration::from_millis(ms)),
+            sink: sink(i),
+        });
+    }
+    scheduler.submit(tasks).unwrap();
+    let mut failed = Vec::new();
+    while failed.len() < 2 {
+        match client.next() {
+            (task, Event::Failed(failure)) => failed.push((task, failure)),
+            (_, Event::Done(done)) => panic!("{done:?}"),
+            _ => {}
+        }
+    }
+    failed.sort_unstable_by_key(|f| f.0);
+    assert_eq!(failed, [(0, Failure::Deadline), (1, Failure::Deadline)]);
+}
+
+/// Allows everything, slowly.
+struct Slow;
+
+impl tegula_engine::Constraint for Slow {
+    fn allowed(&mut self) -> Result<tegula_engine::TokenSet, tegula_engine::ConstraintError> {
+        std::thread::sleep(Duration::from_millis(20));
+        Ok((100..4000).collect())
+    }
+
+    fn accept(&mut self, _: u32) -> Result<(), tegula_engine::ConstraintError> {
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        false
+    }
+}
+
+/// The cache holds one full sequence per slot and not a page more: kept sequences must give
+/// way, and every task still gets to the end of its context.
+#[test]
+fn kept_sequences_give_way() {
+    let model = model();
+    let service = service(&model, 256, None);
+    let scheduler = scheduler(&model, 2, 100, 256);
+    for i in 0..6 {
+        let answers: Vec<_> = (0..3)
+            .map(|k| {
+                let body = json!({"prompt": format!("{k} {i} {}", &WORDS[..100]), "ignore_eos": true, "seed": i});
+                submit(&service, &scheduler, completion(&service, &body)).unwrap()
+            })
+            .collect();
+        for answer in answers {
+            let (_, body) = collect(answer).unwrap();
+            assert_eq!(body["choices"][0]["finish_reason"], "length");
+            // The last token is chosen where there is no room to run it.
+            assert_eq!(body["usage"]["total_tokens"], 257);
+        }
+    }
+    let s = scheduler.snapshot();
+    assert_eq!(s.totals.failed, 0);
+    assert!(s.cached_sequences > 0);
+}
+
+#[test]
+fn embeddings_are_of_length_one_and_tell_texts_apart() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 4, 100, CONTEXT);
+    let embed = |input: Value| -> Vec<Vec<f64>> {
+        let body = json!({"input": input}).to_string();
+        let prepared = service.embedding(body.as_bytes()).unwrap();
+        let (_, body) = collect(submit(&service, &scheduler, prepared).unwrap()).unwrap();
+        let data = body["data"].as_array().unwrap();
+        data.iter()
+            .map(|d| serde_json::from_value(d["embedding"].clone()).unwrap())
+            .collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let long = WORDS.repeat(4);
+    let vectors = embed(json!([
+        "an iterator over a vector",
+        "an iterator over a slice",
+        "numpy linear algebra",
+        long
+    ]));
+    for v in &vectors {
+        assert_eq!(v.len(), 256);
+        assert!((dot(v, v) - 1.0).abs() < 1e-5);
+    }
+    let (near, far) = (dot(&vectors[0], &vectors[1]), dot(&vectors[0], &vectors[2]));
+    assert!(near > far, "{near} {far}");
+    // The same alone, in company, and as tokens.
+    let ids = model.tokenizer().encode(&long, EncodeOptions::default());
+    assert_eq!(embed(json!(long))[0], vectors[3]);
+    assert_eq!(embed(json!([ids]))[0], vectors[3]);
+    let s = scheduler.snapshot();
+    assert!(s.slots.iter().all(|slot| slot.state == SlotState::Idle));
+}
+
+#[test]
+fn stop_strings_limits_and_chosen_tokens_end_answers() {
+    let model = model();
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 2, 100, CONTEXT);
+    let run = |body: Value| {
+        let prepared = completion(&service, &body);
+        collect(submit(&service, &scheduler, prepared).unwrap())
+            .unwrap()
+            .1
+    };
+    let free = run(json!({"prompt": WORDS, "max_tokens": 30, "temperature": 0}));
+    let whole = text(&free).to_owned();
+    assert_eq!(free["choices"][0]["finish_reason"], "length");
+    let stop: String = whole.chars().skip(10).take(5).collect();
+    let before = whole.find(&stop).unwrap();
+    let stopped = run(
+        json!({"prompt": WORDS, "max_tokens": 30, "temperature": 0, "stop": [stop], "logprobs": 0}),
+    );
+    assert_eq!(text(&stopped), &whole[..before]);
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    let tokens = stopped["choices"][0]["logprobs"]["tokens"]
+        .as_array()
+        .unwrap();
+    let joined: String = tokens.iter().map(|t| t.as_str().unwrap()).collect();
+    assert!(whole.starts_with(&joined), "{joined:?}");
+    // A bias decides.
+    let id = model.tokenizer().encode("x", EncodeOptions::default())[0];
+    let biased =
+        run(json!({"prompt": WORDS, "max_tokens": 5, "logit_bias": {id.to_string(): 100}}));
+    assert_eq!(text(&biased), "xxxxx");
+    let echo = run(json!({"prompt": "The vector", "max_tokens": 3, "echo": true}));
+    assert!(text(&echo).starts_with("The vector"));
+}
+
+#[test]
+fn the_number_of_waiting_requests_is_bounded_for_each() {
+    let model = model();
+    let scheduler: Scheduler = scheduler(&model, 1, 1, CONTEXT);
+    let (mut sink, client) = client();
+    let mut task = |i| Task {
+        prompt: vec![9, 10, 11],
+        work: Work::Generate(Box::new(Generate {
+            limit: Some(50),
+            stop: Vec::new(),
+            sampler: SamplerOptions::greedy(),
+            ignore_eog: true,
+            logprobs: None,
+            constraint: None,
+        })),
+        owner: 0,
+        reuse: true,
+        deadline: None,
+        sink: sink(i),
+    };
+    // Many tasks are one request.
+    scheduler.submit((0..5).map(&mut task).collect()).unwrap();
+    let second = scheduler.submit(vec![task(5)]);
+    assert!(matches!(second, Err(Refused::Full { waiting: 1, .. })));
+    let mut done = 0;
+    while done < 5 {
+        if let (_, Event::Done(finished)) = client.next() {
+            assert_eq!(
+                (finished.reason, finished.generated_tokens),
+                (Reason::Length, 50)
+            );
+            done += 1;
+        }
+    }
+    assert_eq!(scheduler.snapshot().totals.refused, 1);
+}

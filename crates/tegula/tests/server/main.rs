@@ -1,0 +1,6 @@
+//! `tegula serve` as its clients and its enemies meet it.
+
+mod access;
+mod api;
+mod faults;
+mod support;
