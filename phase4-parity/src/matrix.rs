@@ -162,7 +162,7 @@ pub const ROWS: [Row; 22] = [
     Row {
         number: 14,
         capability: "batched, broadcast, 3-D, more than 2 GiB",
-        upstream: "wrong, or out of bounds",
+        upstream: "wrong or out of bounds, as we read it",
         tegula: "right",
         evidence: &[
             Here("tiles::attention", tiles::attention),
@@ -187,7 +187,7 @@ pub const ROWS: [Row; 22] = [
         number: 17,
         capability: "NUMA",
         upstream: "none",
-        tegula: "who packs a page first places it; no shards per node",
+        tegula: "who packs a page first places it, `--numa` spreads threads; no shards per node",
         evidence: &[Not("a machine of two nodes to measure shards on")],
     },
     Row {
