@@ -23,6 +23,7 @@ pub fn phase() -> Phase {
                and GPUs, one or several, work as before.",
         checks: checks(),
         benches: Vec::new(),
+        tables: Vec::new(),
     }
 }
 

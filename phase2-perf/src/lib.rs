@@ -33,5 +33,6 @@ pub fn phase() -> Phase {
             requires: &[],
             run: embedded::tiers,
         }],
+        tables: Vec::new(),
     }
 }

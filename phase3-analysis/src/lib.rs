@@ -13,6 +13,7 @@ pub fn phase() -> Phase {
                bytes, instructions and waits.",
         checks: checks(),
         benches: Vec::new(),
+        tables: Vec::new(),
     }
 }
 

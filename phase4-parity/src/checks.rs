@@ -1,10 +1,15 @@
 //! Tasks 4.1 to 4.6.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
-use tegula_lab::{Check, Env, Need, Outcome, Phase, unbuilt};
+use tegula_lab::{Check, Env, Need, Outcome, Phase, Table};
 
-use crate::{engine, golden, oracle::Activations};
+use crate::{
+    engine, golden,
+    matrix::{self, Evidence, ROWS},
+    oracle::Activations,
+    tiles,
+};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -16,12 +21,16 @@ pub fn phase() -> Phase {
                held against results from elsewhere.",
         checks: checks(),
         benches: Vec::new(),
+        tables: vec![Table {
+            title: "The matrix of what upstream's AMX does",
+            header: &["row", "capability", "upstream", "tegula", "evidence"],
+            rows: matrix::table(),
+        }],
     }
 }
 
 /// Tasks 4.1 to 4.6.
 pub fn checks() -> Vec<Check> {
-    const AMX: Need = Need::Unbuilt("the matrix of what upstream's AMX does, run on tiles");
     vec![
         Check {
             id: "4.1",
@@ -48,23 +57,79 @@ pub fn checks() -> Vec<Check> {
             id: "4.4",
             title: "every type that upstream's AMX multiplies, and those it does not, run on AMX \
                     with stated errors",
-            requires: &[AMX],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |_| every_type().into(),
         },
         Check {
             id: "4.5",
             title: "experts, batched, broadcast, 3-D and over-2-GiB weights are right on AMX",
-            requires: &[AMX],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |_| every_shape().into(),
         },
         Check {
             id: "4.6",
             title: "each of the 22 rows of the parity matrix is a test or a record, with how it is \
                     surpassed or why not",
-            requires: &[AMX],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| every_row(env).into(),
         },
     ]
+}
+
+/// How products on tiles are executed here.
+fn mode() -> Result<(String, String), String> {
+    let amx = tiles::compute(1)?.table.amx.ok_or("no AMX")?;
+    Ok(("tiles".to_owned(), amx.name().to_owned()))
+}
+
+/// Task 4.4.
+fn every_type() -> Result<Outcome, String> {
+    let distances = tiles::every_type()?;
+    let facts = distances
+        .into_iter()
+        .map(|(ty, d)| (ty, format!("{d:.1e}")));
+    let bound = format!("{:.0e}", tiles::PRODUCTS_WITHIN);
+    let bound = ("relative L2 distances, at most".to_owned(), bound);
+    Ok(Outcome::passed([mode()?, bound].into_iter().chain(facts)))
+}
+
+/// Task 4.5.
+fn every_shape() -> Result<Outcome, String> {
+    Ok(Outcome::passed([
+        mode()?,
+        ("experts".to_owned(), tiles::experts()?),
+        ("batched and broadcast".to_owned(), tiles::attention()?),
+        ("3-D, over 2 GiB".to_owned(), tiles::beyond_two_gib()?),
+    ]))
+}
+
+/// Task 4.6: looks at the evidence of each row, once.
+fn every_row(env: &Env) -> Result<Outcome, String> {
+    let mut seen: BTreeMap<String, Result<String, String>> = BTreeMap::new();
+    let (mut shown, mut absent, mut misses) = (0, Vec::new(), Vec::new());
+    for row in &ROWS {
+        let mut holds = false;
+        for evidence in row.evidence {
+            let look = || evidence.look(&env.root);
+            match (evidence, seen.entry(evidence.name()).or_insert_with(look)) {
+                (Evidence::Not(why), _) => absent.push(format!("{}: {why}", row.number)),
+                (_, Ok(_)) => holds = true,
+                (_, Err(why)) => misses.push(format!("{}: {why}", row.number)),
+            }
+        }
+        shown += usize::from(holds);
+    }
+    match misses.is_empty() {
+        true => Ok(Outcome::passed([
+            mode()?,
+            (
+                "rows with evidence that holds".to_owned(),
+                shown.to_string(),
+            ),
+            ("absent, by row".to_owned(), absent.join("; ")),
+        ])),
+        false => Err(misses.join("; ")),
+    }
 }
 
 fn run(env: &Env, check: fn(&Path) -> Result<Outcome, String>) -> Outcome {

@@ -8,6 +8,9 @@ mod checks;
 pub mod compare;
 mod engine;
 pub mod golden;
+pub mod matrix;
 pub mod oracle;
+pub mod precision;
+pub mod tiles;
 
 pub use checks::{checks, phase};

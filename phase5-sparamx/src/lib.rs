@@ -12,6 +12,7 @@ pub fn phase() -> Phase {
                than its dense twin; and the truth about quality at equal bytes.",
         checks: checks(),
         benches: Vec::new(),
+        tables: Vec::new(),
     }
 }
 

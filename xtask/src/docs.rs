@@ -331,6 +331,15 @@ fn phase_page(phase: &Phase, tasks: &[Task]) -> String {
             );
         }
     }
+    for table in &phase.tables {
+        let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+        let header = table.header.iter().map(|h| cell(h)).collect();
+        let rule = "|---".repeat(table.header.len());
+        let _ = write!(out, "\n## {}\n\n{}{rule}|\n", table.title, line(header));
+        for row in &table.rows {
+            out += &line(row.iter().map(|c| cell(c)).collect());
+        }
+    }
     out
 }
 
@@ -472,6 +481,11 @@ mod tests {
                 check("1.5", &[]),
             ],
             benches: Vec::new(),
+            tables: vec![tegula_lab::Table {
+                title: "Things",
+                header: &["thing", "said"],
+                rows: vec![vec!["one".into(), "a | b".into()]],
+            }],
         }]
     }
 

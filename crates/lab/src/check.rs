@@ -25,6 +25,19 @@ pub struct Phase {
     pub checks: Vec<Check>,
     /// What it can measure.
     pub benches: Vec<Bench>,
+    /// Facts that are no outcomes, for the phase's page.
+    pub tables: Vec<Table>,
+}
+
+/// A table on a phase's page.
+#[derive(Clone, Debug)]
+pub struct Table {
+    /// A few words, as a heading.
+    pub title: &'static str,
+    /// What the columns are.
+    pub header: &'static [&'static str],
+    /// Cells, as many as the header has.
+    pub rows: Vec<Vec<String>>,
 }
 
 /// A task that can be verified.

@@ -12,6 +12,8 @@ mod check;
 mod host;
 mod record;
 
-pub use check::{Bench, Check, CheckResult, Env, Need, Outcome, Phase, lacking, unbuilt, verify};
+pub use check::{
+    Bench, Check, CheckResult, Env, Need, Outcome, Phase, Table, lacking, unbuilt, verify,
+};
 pub use host::Host;
 pub use record::{Date, Record, RecordError, SCHEMA_VERSION, Series, without_places};

@@ -681,7 +681,51 @@ fn emulated_amx_says_so_everywhere() {
     assert!(said.contains(line), "{said}");
     let table = stdout(&["explain", path(&model), "--amx=emulate"]);
     assert!(table.contains("amx: emulated from"), "{table}");
+    assert!(table.contains("matrices on bf16 tiles"), "{table}");
+    // Routers stay on vectors, and say why.
+    let json = json(&["explain", "--amx=emulate", "--json"]);
+    let tensors = json["tensors"].as_array().unwrap();
+    let tiles = |name: &str| {
+        let found = tensors.iter().find(|t| t["tensor"] == name).unwrap();
+        found["tiles"].clone()
+    };
+    let router = tiles("blk.0.ffn_gate_inp.weight");
+    assert_eq!(router["never"], "no tile product of this type");
+    assert!(tiles("blk.0.attn_q.weight")["from"].as_u64() > Some(1));
+    assert!(tiles("blk.0.attn_norm.weight").is_null());
     assert_eq!(tegula(&["bench", "--amx=emulate"]).status.code(), Some(2));
+}
+
+#[test]
+fn packed_files_are_said_to_be_written_used_and_stale() {
+    let (_dir, model) = small_model("qwen3", "Q4_0");
+    let run = || {
+        let args = ["run", path(&model), "-p", "the", "-n", "4", "--temp", "0"];
+        let out = tegula(&[&args[..], &["--packed-cache", "--json"]].concat());
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        (json["tokens"].clone(), text(&out.stderr))
+    };
+    let (want, said) = run();
+    if said.contains("there is nothing to pack for this instruction set") {
+        return;
+    }
+    let line = |rest: &str| format!("packed file {}.tegula-packed: {rest}\n", path(&model));
+    assert!(said.contains(&line("written")), "{said}");
+    let (tokens, said) = run();
+    assert!(said.contains(&line("used")) && tokens == want, "{said}");
+    let packed = model.with_file_name("model.gguf.tegula-packed");
+    let mut bytes = fs::read(&packed).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&packed, bytes).unwrap();
+    let (tokens, said) = run();
+    let damaged = "written; the one that was there is damaged: the sum of ";
+    assert!(said.contains(damaged) && tokens == want, "{said}");
+    let table = stdout(&["explain", path(&model), "--packed-cache"]);
+    assert!(
+        table.contains("cpu/cache") && !table.contains("cpu/packed"),
+        "{table}"
+    );
 }
 
 #[test]

@@ -49,6 +49,11 @@ fn usage() {
     assert!(fails(2, &["bench", "-t", "0"]).contains("from 1 to 1024"));
     assert!(fails(2, &["bench", "--amx=emulate"]).contains("no speed worth measuring"));
     assert!(fails(2, &["bench", "--peer", "vllm=/x"]).contains("`vllm=/x` is no peer"));
+    assert!(fails(2, &["run", "-p", "x", "--packed-cache"]).contains("embedded model"));
+    fails(
+        2,
+        &["run", "m.gguf", "-p", "x", "--packed-cache", "--no-repack"],
+    );
     let twice = ["run", "-p", "x", "--reference", "--save-state", "s"];
     assert!(fails(2, &twice).contains("--reference"));
     assert_eq!(tegula(&["no-such-command"]).status.code(), Some(2));
