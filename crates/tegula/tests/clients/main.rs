@@ -51,7 +51,8 @@ fn main() {
     let chromium = on_path("chromium");
 
     let openai_python = {
-        let (python, script) = (python.clone(), script("clients.py"));
+        let absent = !python_has_openai(&python);
+        let script = script("clients.py");
         Trial::test("openai_for_python", move || {
             run(&python, |server| {
                 vec![
@@ -61,7 +62,7 @@ fn main() {
                 ]
             })
         })
-        .with_ignored_flag(!python_has_openai(&python))
+        .with_ignored_flag(absent)
     };
     let openai_node = {
         let (node, script, modules) = (node.clone(), script("clients.mjs"), modules.clone());
