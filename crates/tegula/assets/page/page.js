@@ -331,8 +331,8 @@ function group(tensors) {
   for (const t of tensors) {
     const name = t.tensor.replace(/\.\d+\./, ".*.");
     const place = `${t.device}/${t.buffer}`.toLowerCase();
-    const key = [name, t.type ?? t.ty, place, t.kernel, t.reason].join("\n");
-    const row = groups.get(key) ?? { name, type: t.type ?? t.ty, place, kernel: t.kernel, reason: t.reason, count: 0, bytes: 0 };
+    const key = [name, t.type, place, t.kernel, t.reason].join("\n");
+    const row = groups.get(key) ?? { name, type: t.type, place, kernel: t.kernel, reason: t.reason, count: 0, bytes: 0 };
     row.count += 1;
     row.bytes += t.bytes;
     groups.set(key, row);

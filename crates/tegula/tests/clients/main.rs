@@ -51,8 +51,8 @@ fn main() {
     let chromium = on_path("chromium");
 
     let openai_python = {
-        let (python, script) = (python.clone(), script("clients.py"));
         let absent = !python_has_openai(&python);
+        let script = script("clients.py");
         Trial::test("openai_for_python", move || {
             run(&python, |server| {
                 vec![

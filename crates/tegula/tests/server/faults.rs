@@ -357,11 +357,6 @@ fn grammars_that_would_explode() {
         }
         assert!(start.elapsed() < PATIENCE);
     }
-    let huge = server.post(
-        "/v1/completions",
-        &json!({"prompt": "x", "json_schema": {"type": "string", "minLength": 100_000_000}}),
-    );
-    assert_eq!(huge.error(), "invalid_grammar");
     server.assert_well();
 }
 
@@ -371,7 +366,12 @@ fn a_full_queue_says_when_to_come_back() {
     let endless = json!({"prompt": "x", "ignore_eos": true, "stream": true, "logit_bias": {"0": -100},
                          "regex": "[a-z \\n]{100000}"});
     let mut first = server.open_stream("/v1/completions", &endless);
-    first.read_line(&mut String::new()).unwrap();
+    // The status comes with the queue, text only with the slot.
+    let mut line = String::new();
+    while !line.starts_with("data: ") {
+        line.clear();
+        assert!(first.read_line(&mut line).unwrap() > 0);
+    }
     let _second = server.open_stream("/v1/completions", &endless);
     eventually("one waits", || server.metric("requests_waiting") == 1.0);
     let third = server.post("/v1/completions", &json!({"prompt": "x"}));

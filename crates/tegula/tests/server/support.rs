@@ -107,6 +107,10 @@ impl Server {
         assert_eq!(answer.json()["usage"]["completion_tokens"], 3);
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
     }
