@@ -207,12 +207,12 @@ fn experts(plan: &Plan, size: Size) -> Result<Vec<Series>, String> {
         };
         let routing = compute.route(&random.floats(m * count), count, &options);
         let (mut fused, mut apart) = (vec![0.0; m * embd], vec![0.0; m * embd]);
-        let (mut acts, mut scratch) = (Acts::new(), MoeScratch::default());
+        let mut scratch = MoeScratch::default();
         let mut with = || {
-            let forms = compute.expert_forms(m, &all[0], &all[1]);
-            compute.prepare(&mut acts, &x, m, embd, forms);
+            // It adds to what is there.
+            fused.fill(0.0);
             let [gate, up, down] = &all;
-            compute.moe_ffn(&acts, &routing, gate, up, down, &mut scratch, &mut fused);
+            compute.moe_ffn(&x, &routing, gate, up, down, &mut scratch, &mut fused);
         };
         let mut one = Acts::new();
         let mut without = || {
