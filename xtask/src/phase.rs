@@ -25,6 +25,7 @@ pub fn all() -> Vec<Phase> {
 pub fn measurements(page: &str, root: &Path) -> Option<Result<String, String>> {
     match page {
         "PHASE_2.md" => Some(phase2_perf::report::page(root)),
+        "PHASE_3.md" => Some(phase3_analysis::report::page(root)),
         _ => None,
     }
 }
@@ -91,6 +92,9 @@ pub fn bench(root: &Path, phase: &Phase) -> Result<ExitCode> {
     }
     let env = Env::detect(root);
     let mut record = Record::new(&subject(phase), root, env.host.clone());
+    if record.dirty {
+        bail!("there are changes that are not committed: nobody could measure the same again");
+    }
     let mut all_taken = true;
     for bench in &phase.benches {
         let lacks = lacking(bench.requires, &env);

@@ -29,7 +29,7 @@ use std::{
 };
 use tegula_engine::{LoadOptions, Model, Source, threads::default_threads};
 use tegula_kernels::{Amx, Numa, Tier, kv::KvType};
-use tegula_lab::{Host, Record};
+use tegula_lab::{Env, Host, Need, Record};
 
 /// The commit that the program is built from, and whether with changes.
 const COMMIT: &str = env!("TEGULA_COMMIT");
@@ -44,6 +44,7 @@ const DIRTY: bool = matches!(env!("TEGULA_DIRTY").as_bytes(), b"1");
   tegula bench model.gguf --peer llama-bench=build/bin/llama-bench \\
     --peer \"ik-llama-bench-rtr=ik/build/bin/llama-bench:-rtr 1 -fmoe 1\"
   tegula bench --probe=only
+  tegula bench --analysis --record docs/bench/DATE-HOST
 
 Numbers are lists of numbers and ranges: 512,1024 or 1-4 or 8-64+8 or 1-16*2. Each combination is
 measured. pp N: a prompt of N tokens; tg N: N tokens one by one; @ dN: behind N tokens of
@@ -156,6 +157,9 @@ pub struct BenchArgs {
     /// that aren't committed, and throttled runs
     #[arg(long, value_name = "DIR")]
     record: Option<PathBuf>,
+    /// Run phase 3's laboratory instead, and print (or --record as phase-3.json) what it measured
+    #[arg(long)]
+    analysis: bool,
     /// Draw throughput by depth, threads and batch, and the roofline
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -237,6 +241,9 @@ struct Setting {
 }
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    if args.analysis {
+        return analysis(args);
+    }
     debug_assert!(args.flash_attn.iter().all(|on| *on));
     let only_probe = args.probe == Some(Probing::Only);
     let tests = if only_probe { Vec::new() } else { tests(args)? };
@@ -299,6 +306,38 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         false => State::Complete,
     };
     printer.finish(args)
+}
+
+/// Why a run of this program, built from this commit, must not be recorded.
+fn refusal() -> Option<String> {
+    let development = cfg!(debug_assertions)
+        .then(|| "this is a development build; build with --release".to_owned());
+    let record = Record::built("bench", COMMIT, DIRTY, Host::default());
+    development.or_else(|| BenchRecord::new(record, false).refusal())
+}
+
+/// Phase 3's laboratory.
+fn analysis(args: &BenchArgs) -> anyhow::Result<()> {
+    if let (Some(_), Some(why)) = (&args.record, refusal()) {
+        return Err(BenchRecordError::Refused(why).into());
+    }
+    let env = Env::detect(".");
+    let lacks = tegula_lab::lacking(&[Need::Avx2], &env);
+    if !lacks.is_empty() {
+        return Err(Refusal::Requirement(format!("--analysis wants {}", lacks.join(", "))).into());
+    }
+    let subject = phase3_analysis::report::SUBJECT;
+    let mut record = Record::built(subject, COMMIT, DIRTY, env.host.clone());
+    record.series = phase3_analysis::lab::run(&env).map_err(anyhow::Error::msg)?;
+    match &args.record {
+        Some(dir) => {
+            let path = dir.join(format!("{subject}.json"));
+            record.write(&path)?;
+            say!("recorded in {}", path.display());
+            Ok(())
+        }
+        None => output::json(&record),
+    }
 }
 
 /// The instruction sets to measure.
@@ -483,12 +522,8 @@ impl Printer {
     /// # Errors
     /// When a record is wanted that could not be kept.
     fn new(args: &BenchArgs, record: BenchRecord) -> anyhow::Result<Printer> {
-        if args.record.is_some() {
-            let development = cfg!(debug_assertions)
-                .then(|| "this is a development build; build with --release".to_owned());
-            if let Some(why) = development.or_else(|| record.refusal()) {
-                return Err(BenchRecordError::Refused(why).into());
-            }
+        if let (Some(_), Some(why)) = (&args.record, refusal()) {
+            return Err(BenchRecordError::Refused(why).into());
         }
         let mut columns = vec![
             column("model", 24, |r| format!("{} {}", r.arch, r.file_type)),

@@ -198,6 +198,8 @@ fn what_is_no_measurement_is_not_recorded() {
     // Tests run a development build.
     if cfg!(debug_assertions) {
         assert!(fails(4, &args).contains("development build"));
+        let analysis = ["bench", "--analysis", "--record", path(dir.path())];
+        assert!(fails(4, &analysis).contains("development build"));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }
