@@ -2,11 +2,11 @@
 
 use crate::{
     driver::{Gpu, Recorded},
+    launch::{Kv, PlaneTable, Where, launch},
     modules::{Modules, Unit},
 };
 use std::{
     collections::{HashMap, HashSet},
-    ffi::{CStr, c_void},
     ptr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -28,15 +28,15 @@ const RING: usize = 32 << 20;
 /// The largest piece of a copy.
 const PIECE: usize = 8 << 20;
 /// Tokens up to which rows of weights are multiplied one by one.
-const FEW: usize = 8;
+pub(crate) const FEW: usize = 8;
 /// Tokens of an expert's tile.
 const TILE: usize = 64;
 /// Blocks of threads that keep a GPU busy.
 const BUSY: usize = 264;
 
 /// A GPU's memory, counted.
-struct Pool {
-    gpu: Gpu,
+pub(crate) struct Pool {
+    pub(crate) gpu: Gpu,
     used: AtomicU64,
     /// Bytes that may be used, where a GPU is presented as several.
     budget: Option<u64>,
@@ -49,7 +49,7 @@ impl Memory for Pool {
     }
 }
 
-fn rounded(bytes: usize) -> u64 {
+pub(crate) fn rounded(bytes: usize) -> u64 {
     (bytes as u64).next_multiple_of(ALIGN)
 }
 
@@ -106,9 +106,9 @@ struct State {
 /// One GPU, or a part of one.
 pub struct CudaDevice {
     state: Mutex<State>,
-    modules: Modules,
-    grids: Buffer,
-    pool: Arc<Pool>,
+    pub(crate) modules: Modules,
+    pub(crate) grids: Buffer,
+    pub(crate) pool: Arc<Pool>,
 }
 
 impl Drop for CudaDevice {
@@ -123,87 +123,6 @@ impl Drop for CudaDevice {
     }
 }
 
-/// As kernels take a stack of matrices.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Mat {
-    planes: [u64; 5],
-    grids: u64,
-    n: i32,
-    k: i32,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Products {
-    w: [Mat; 3],
-    out: [u64; 3],
-    bias: [u64; 3],
-    end: [i32; 3],
-    add: i32,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Kv {
-    cache: u64,
-    k_type: i32,
-    v_type: i32,
-    heads: i32,
-    dim: i32,
-    k_bytes: i32,
-    head_bytes: i32,
-    page_bytes: i32,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Where {
-    tokens: u64,
-    pages: u64,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct PlaneTable {
-    to: [u64; 5],
-    at: [i32; 5],
-    len: [i32; 5],
-    count: i32,
-    block: i32,
-}
-
-/// Launches a kernel: `launch!(self, unit, name, grid, block, shared, arguments…)`.
-macro_rules! launch {
-    ($self:ident, $unit:expr, $name:literal, $grid:expr, $block:expr, $shared:expr, $($arg:expr),+) => {{
-        const NAME: &CStr = match CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
-            Ok(name) => name,
-            Err(_) => panic!("a name of a kernel"),
-        };
-        let function = $self.modules.function(&$self.pool.gpu, $unit, NAME)?;
-        launch!(@ $self, $name, function, $grid, $block, $shared, [] $($arg),+)
-    }};
-    (@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
-     [$($done:ident)*] $arg:expr $(, $rest:expr)*) => {{
-        let mut value = $arg;
-        launch!(@@ $self, $name, $f, $grid, $block, $shared, [$($done)*] value, $($rest),*)
-    }};
-    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
-     [$($done:ident)*] $value:ident, ) => {{
-        launch!(@run $self, $name, $f, $grid, $block, $shared, [$($done)* $value])
-    }};
-    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
-     [$($done:ident)*] $value:ident, $($rest:expr),+) => {{
-        launch!(@ $self, $name, $f, $grid, $block, $shared, [$($done)* $value] $($rest),+)
-    }};
-    (@run $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr, [$($v:ident)*]) => {{
-        let mut arguments = [$((&raw mut $v).cast::<c_void>()),*];
-        // SAFETY: the arguments are those of the kernel in its source; the buffers are as
-        // large as the shapes say, which the caller of the trait vouches for.
-        unsafe { $self.pool.gpu.launch($name, $f, $grid, $block, $shared, &mut arguments) }
-    }};
-}
-
 fn failed(gpu: &Gpu, operation: &'static str, cause: String) -> DeviceError {
     DeviceError::Failed {
         device: gpu.name.clone(),
@@ -212,12 +131,12 @@ fn failed(gpu: &Gpu, operation: &'static str, cause: String) -> DeviceError {
     }
 }
 
-fn is_float(ty: GgmlType) -> bool {
+pub(crate) fn is_float(ty: GgmlType) -> bool {
     !ty.is_quantized()
 }
 
 /// True if tensor cores multiply the matrix with many tokens.
-fn on_tensor_cores(ty: GgmlType, k: usize) -> bool {
+pub(crate) fn on_tensor_cores(ty: GgmlType, k: usize) -> bool {
     ty != GgmlType::F32 && k.is_multiple_of(32)
 }
 
@@ -240,14 +159,6 @@ fn kv_number(ty: KvType) -> i32 {
         KvType::BF16 => 1,
         KvType::Q8_0 => 2,
     }
-}
-
-/// Activations in the q8 form.
-#[derive(Clone, Copy)]
-struct Q8 {
-    codes: u64,
-    scales: u64,
-    sums: u64,
 }
 
 impl CudaDevice {
@@ -295,7 +206,7 @@ impl CudaDevice {
     }
 
     /// The address of a buffer of the device's own.
-    fn scratch(&self, what: &'static str, bytes: usize) -> Result<u64> {
+    pub(crate) fn scratch(&self, what: &'static str, bytes: usize) -> Result<u64> {
         let mut state = self.state();
         if let Some(buffer) = state.scratch.buffers.get(what)
             && buffer.bytes() >= bytes
@@ -310,251 +221,6 @@ impl CudaDevice {
         let address = buffer.address();
         state.scratch.buffers.insert(what, buffer);
         Ok(address)
-    }
-
-    fn mat(&self, m: &Matrix) -> Mat {
-        let blocks = m.experts * m.n * m.k / m.ty.block_len();
-        let mut at = m.buffer.address();
-        let mut addresses = [0; 5];
-        for (slot, plane) in addresses.iter_mut().zip(planes(m.ty)) {
-            *slot = at;
-            at += rounded(blocks * plane.len);
-        }
-        Mat {
-            planes: addresses,
-            grids: self.grids.address(),
-            n: m.n as i32,
-            k: m.k as i32,
-        }
-    }
-
-    fn quantize(&self, x: u64, m: usize, k: usize) -> Result<Q8> {
-        let groups = m * k / 32;
-        let q8 = Q8 {
-            codes: self.scratch("codes", m * k)?,
-            scales: self.scratch("scales", 4 * groups)?,
-            sums: self.scratch("sums", 8 * groups)?,
-        };
-        let grid = [groups.div_ceil(8), 1, 1];
-        let count = groups as u64;
-        launch!(
-            self,
-            Unit::Rows,
-            "quantize",
-            grid,
-            256,
-            0,
-            x,
-            count,
-            q8.codes,
-            q8.scales,
-            q8.sums
-        )?;
-        Ok(q8)
-    }
-
-    fn round(&self, x: u64, len: usize) -> Result<u64> {
-        let out = self.scratch("rounded", 2 * len)?;
-        let pairs = (len / 2) as u64;
-        let grid = [(len / 2).div_ceil(256), 1, 1];
-        launch!(self, Unit::Rows, "round_bf16", grid, 256, 0, x, pairs, out)?;
-        Ok(out)
-    }
-
-    /// One to three matrices of one type and k, by rows, with up to [`FEW`] tokens or floats.
-    fn by_rows(&self, group: &[Product<'_>], x: u64, q8: Option<Q8>, m: usize) -> Result<()> {
-        let (ty, k) = (group[0].w.ty, group[0].w.k);
-        let mut p = Products {
-            w: [self.mat(group[0].w); 3],
-            out: [0; 3],
-            bias: [0; 3],
-            end: [0; 3],
-            add: i32::from(group[0].add),
-        };
-        let mut rows = 0;
-        for i in 0..3 {
-            if let Some(product) = group.get(i) {
-                p.w[i] = self.mat(product.w);
-                p.out[i] = product.out.address();
-                p.bias[i] = product.bias.map_or(0, Buffer::address);
-                rows += product.w.n;
-            }
-            p.end[i] = rows as i32;
-        }
-        let grid = rows.div_ceil(4);
-        let (unit, tokens) = (Unit::Mul(ty), m as i32);
-        if is_float(ty) {
-            let grid = [grid, m.div_ceil(8), 1];
-            return launch!(self, unit, "mul_float", grid, 128, 0, p, x, tokens);
-        }
-        let q8 = match q8 {
-            Some(q8) => q8,
-            None => self.quantize(x, m, k)?,
-        };
-        let grid = [grid, 1, 1];
-        if m == 1 {
-            launch!(
-                self,
-                unit,
-                "mul_vec_1",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        } else {
-            launch!(
-                self,
-                unit,
-                "mul_vec_8",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        }
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn by_tiles(
-        &self,
-        w: &Matrix,
-        x: u64,
-        m: usize,
-        out: u64,
-        bias: u64,
-        add: bool,
-        grouped: Option<(u64, u64, usize, usize)>,
-    ) -> Result<()> {
-        let (mat, tokens, add) = (self.mat(w), m as i32, i32::from(add));
-        let unit = Unit::Mul(w.ty);
-        let rows = w.n.div_ceil(128);
-        match grouped {
-            Some((tiles, order, most, share)) => {
-                let (grid, share) = ([rows, most, 1], share as i32);
-                launch!(
-                    self,
-                    unit,
-                    "mul_mat_64",
-                    grid,
-                    256,
-                    0,
-                    mat,
-                    x,
-                    tokens,
-                    out,
-                    bias,
-                    add,
-                    tiles,
-                    order,
-                    share
-                )
-            }
-            None => {
-                let (none, share) = (0u64, 1i32);
-                if m <= 64 || rows * m.div_ceil(128) < 132 {
-                    let grid = [rows, m.div_ceil(64), 1];
-                    launch!(
-                        self,
-                        unit,
-                        "mul_mat_64",
-                        grid,
-                        256,
-                        0,
-                        mat,
-                        x,
-                        tokens,
-                        out,
-                        bias,
-                        add,
-                        none,
-                        none,
-                        share
-                    )
-                } else {
-                    let grid = [rows, m.div_ceil(128), 1];
-                    launch!(
-                        self,
-                        unit,
-                        "mul_mat_128",
-                        grid,
-                        256,
-                        0,
-                        mat,
-                        x,
-                        tokens,
-                        out,
-                        bias,
-                        add,
-                        none,
-                        none,
-                        share
-                    )
-                }
-            }
-        }
-    }
-
-    /// `gate = silu(gate) * up`
-    fn swiglu(&self, gate: u64, up: u64, len: usize) -> Result<()> {
-        let (grid, len) = ([len.div_ceil(256), 1, 1], len as u64);
-        launch!(self, Unit::Rows, "swiglu", grid, 256, 0, gate, up, len)
-    }
-
-    /// `out[pair] = w of the pair's expert · x[pair / share]`, by rows.
-    #[allow(clippy::too_many_arguments)]
-    fn pairs_by_rows(
-        &self,
-        w: &Matrix,
-        ids: u64,
-        pairs: usize,
-        share: usize,
-        x: u64,
-        rows: usize,
-        out: u64,
-    ) -> Result<()> {
-        let (mat, share) = (self.mat(w), share as i32);
-        let grid = [w.n.div_ceil(4), pairs, 1];
-        let unit = Unit::Mul(w.ty);
-        if is_float(w.ty) {
-            return launch!(
-                self,
-                unit,
-                "experts_float",
-                grid,
-                128,
-                0,
-                mat,
-                ids,
-                share,
-                x,
-                out
-            );
-        }
-        let q8 = self.quantize(x, rows, w.k)?;
-        launch!(
-            self,
-            unit,
-            "experts_mul",
-            grid,
-            128,
-            0,
-            mat,
-            ids,
-            share,
-            q8.codes,
-            q8.scales,
-            q8.sums,
-            out
-        )
     }
 
     fn kv(&self, cache: &Buffer, shape: &KvShape) -> Kv {
@@ -1161,64 +827,10 @@ impl Device for CudaDevice {
     }
 }
 
-impl CudaDevice {
-    /// One product between addresses.
-    fn single(&self, w: &Matrix, x: u64, m: usize, out: u64, add: bool) -> Result<()> {
-        if m > FEW && on_tensor_cores(w.ty, w.k) {
-            let x = self.round(x, m * w.k)?;
-            return self.by_tiles(w, x, m, out, 0, add, None);
-        }
-        let mut p = Products {
-            w: [self.mat(w); 3],
-            out: [out; 3],
-            bias: [0; 3],
-            end: [w.n as i32; 3],
-            add: i32::from(add),
-        };
-        p.out[0] = out;
-        let (unit, tokens) = (Unit::Mul(w.ty), m as i32);
-        let grid = w.n.div_ceil(4);
-        if is_float(w.ty) {
-            let grid = [grid, m.div_ceil(8), 1];
-            return launch!(self, unit, "mul_float", grid, 128, 0, p, x, tokens);
-        }
-        let q8 = self.quantize(x, m, w.k)?;
-        let grid = [grid, 1, 1];
-        if m == 1 {
-            launch!(
-                self,
-                unit,
-                "mul_vec_1",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        } else {
-            launch!(
-                self,
-                unit,
-                "mul_vec_8",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::{Mat, Products};
 
     #[test]
     fn parameters_lie_as_the_kernels_expect() {

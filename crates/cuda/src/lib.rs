@@ -6,7 +6,9 @@
 
 mod device;
 mod driver;
+mod launch;
 mod modules;
+mod products;
 
 pub use device::CudaDevice;
 pub use modules::{UNITS, Unit};
