@@ -10,7 +10,6 @@ use tegula_engine::{
 use tegula_kernels::device::Device;
 
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "GPUs")]
 pub struct GpuArgs {
     /// Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`:
     /// as many as fit [default: auto]
@@ -22,7 +21,7 @@ pub struct GpuArgs {
     /// Shares of the GPUs (-ts), such as 3,1 [default: by free memory]
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     tensor_split: Option<Vec<f32>>,
-    /// The GPU that takes all with -sm none (-mg) [default: 0]
+    /// The GPU that takes all with -sm none (-mg)
     #[arg(long, value_name = "I", default_value_t = 0)]
     main_gpu: usize,
     /// GPUs to use (-dev), by name, or none [default: all]
