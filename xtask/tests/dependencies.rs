@@ -10,6 +10,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("amx-emu", &[]),
     ("tegula-lab", &[]),
     ("tegula-kernels", &["tegula-gguf", "amx-emu"]),
+    ("tegula-cuda", &["tegula-gguf", "tegula-kernels"]),
     ("tegula-engine", &["tegula-gguf", "tegula-kernels"]),
     ("tegula-grammar", &["tegula-gguf", "tegula-engine"]),
     (
@@ -32,6 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tegula-gguf",
             "tegula-lab",
             "tegula-kernels",
+            "tegula-cuda",
             "tegula-engine",
             "tegula-grammar",
             "tegula-server",

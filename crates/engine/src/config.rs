@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use std::fmt;
 use tegula_gguf::{Gguf, Metadata};
-use tegula_kernels::ops::{RopeParams, RopeStyle, Yarn};
+use tegula_kernels::ops::{RopeParams, RopeStyle, Yarn, moe::RouteOptions};
 
 /// The architectures that the engine runs.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
@@ -81,6 +81,15 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// How the router's logits choose experts.
+    pub(crate) fn route_options(&self) -> RouteOptions {
+        RouteOptions {
+            used: self.experts.map_or(1, |e| e.used),
+            normalize: true,
+            scale: 1.0,
+        }
+    }
+
     /// Reads and checks the hyperparameters.
     pub fn from_gguf(gguf: &Gguf) -> Result<ModelConfig> {
         let md = gguf.metadata();

@@ -2,7 +2,8 @@
 
 use crate::{
     Error, Model, Result,
-    models::{self, Buffers, Step},
+    models::{self, Buffers, Graph, Lane, Step},
+    offload::Device,
 };
 use std::sync::Arc;
 use tegula_kernels::{
@@ -132,6 +133,8 @@ pub struct Context {
     pub(crate) cache: KvCache,
     pub(crate) sequences: Vec<Sequence>,
     buffers: Buffers,
+    /// One per device in use.
+    pub(crate) lanes: Vec<Lane>,
 }
 
 impl Context {
@@ -156,7 +159,25 @@ impl Context {
             options.room = options.sequences;
         }
         let pages = options.context.div_ceil(KV_PAGE) * options.room;
-        let cache = KvCache::new(shape, pages)?;
+        let offload = &model.plan().offload;
+        let cache = KvCache::with_layers(shape, pages, |i| offload.kv[i] == Device::Cpu)?;
+        let lanes = if offload.is_cpu_only() {
+            Vec::new()
+        } else {
+            let lane = |(d, device): (usize, &Arc<_>)| {
+                Lane::new(
+                    Arc::clone(device),
+                    c,
+                    &shape,
+                    pages,
+                    options.ubatch,
+                    |layer| offload.kv[layer] == Device::Gpu(d),
+                    offload.output == Device::Gpu(d),
+                )
+            };
+            let devices = model.devices.iter().enumerate();
+            devices.map(lane).collect::<Result<_>>()?
+        };
         let sequences = vec![Sequence::default(); options.sequences];
         Ok(Context {
             model,
@@ -164,6 +185,7 @@ impl Context {
             cache,
             sequences,
             buffers: Buffers::default(),
+            lanes,
         })
     }
 
@@ -178,7 +200,14 @@ impl Context {
 
     /// Bytes that the cache takes when it is full.
     pub fn kv_bytes(&self) -> usize {
-        self.cache.shape().bytes(self.cache.pages())
+        let here = self.model.plan().offload.kv.iter();
+        let here = here.filter(|d| **d == Device::Cpu).count();
+        let shape = KvShape {
+            layers: here,
+            ..*self.cache.shape()
+        };
+        let devices = self.lanes.iter().map(Lane::cache_bytes).sum::<usize>();
+        shape.bytes(self.cache.pages()) + devices
     }
 
     /// Pages of the cache, and how many of them no sequence holds.
@@ -241,9 +270,16 @@ impl Context {
 
     fn run(&mut self, batch: &Batch, logits: bool) -> Result<Outputs> {
         self.check(batch)?;
+        let before: Vec<_> = self.sequences.iter().map(|s| s.tokens.len()).collect();
         let mut outputs = Outputs::default();
         for part in batch.tokens.chunks(self.options.ubatch) {
-            self.step(part, logits, &mut outputs)?;
+            if let Err(error) = self.step(part, logits, &mut outputs) {
+                for (s, len) in self.sequences.iter_mut().zip(before) {
+                    self.cache.truncate(&mut s.table, len);
+                    s.tokens.truncate(len);
+                }
+                return Err(error);
+            }
         }
         Ok(outputs)
     }
@@ -299,13 +335,19 @@ impl Context {
             });
             s.tokens.push(token.id);
         }
+        for (from, to) in self.cache.take_copies() {
+            for lane in &self.lanes {
+                lane.copy_page(from, to)?;
+            }
+        }
         let ids: Vec<_> = part.iter().map(|t| t.id).collect();
         let wanted: Vec<_> = (0..part.len()).filter(|&i| part[i].logits).collect();
         let tables: Vec<_> = self.sequences.iter().map(|s| &s.table).collect();
         let model = &*self.model;
+        let config = model.config();
         let mut step = Step {
             compute: &model.compute,
-            config: model.config(),
+            config,
             cache: &mut self.cache,
             tables: &tables,
             tokens: &tokens,
@@ -314,14 +356,13 @@ impl Context {
             m: part.len(),
         };
         step.embed(&model.matrices.embedding, &ids);
-        models::forward(model.config().arch, &model.matrices, &mut step);
-        if !wanted.is_empty() {
-            step.hidden(&model.matrices, &mut outputs.hidden);
-            if logits {
-                step.logits(&model.matrices, &mut outputs.logits);
-            }
-            outputs.rows += wanted.len();
-        }
+        let only = model.plan().offload.only_device();
+        Graph::new(step, &model.matrices, &mut self.lanes, only, logits).finish(
+            |graph| models::forward(config.arch, config.layers, graph),
+            &mut outputs.hidden,
+            &mut outputs.logits,
+        )?;
+        outputs.rows += wanted.len();
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! What can go wrong in the engine.
 
 use std::path::PathBuf;
-use tegula_kernels::{kv::KvError, weights::WeightsError};
+use tegula_kernels::{device::DeviceError, kv::KvError, weights::WeightsError};
 
 /// `Result` with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -51,6 +51,24 @@ pub enum Error {
         needed: u64,
         available: u64,
     },
+
+    /// Flags of placement that can't be followed.
+    #[error("{0}")]
+    Placement(String),
+
+    /// More than a device has.
+    #[error(
+        "{device}: {needed} bytes are needed and {available} are available; offload fewer layers (-ngl, or no -ngl for as many as fit), keep experts on the CPU (--n-cpu-moe), or use a smaller context (-c) or cache (-ctk, -ctv)"
+    )]
+    DeviceMemory {
+        device: String,
+        needed: u64,
+        available: u64,
+    },
+
+    /// A device refused or failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 
     /// The KV cache could not be made or extended.
     #[error(transparent)]

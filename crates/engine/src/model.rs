@@ -2,13 +2,17 @@
 
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
-    models::{Ffn, Layer, Matrices},
+    models::{Attention, Ffn, FfnKind, Layer, Matrices, Network, Output, Placed},
+    offload::{self, OffloadFlags, Unit},
     packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
 };
-use std::{panic::resume_unwind, path::PathBuf, thread, time::Instant};
+use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Instant};
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks};
-use tegula_kernels::{Amx, Compute, PoolConfig, Tier, Weights};
+use tegula_kernels::{
+    Amx, Compute, PoolConfig, Tier, Weights,
+    device::{self, Device, RawMatrix},
+};
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -22,7 +26,7 @@ pub enum Source {
 }
 
 /// How to load a model.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LoadOptions {
     pub source: Source,
     pub mmap: bool,
@@ -43,6 +47,21 @@ pub struct LoadOptions {
     /// Refuse a model whose weights take more than these bytes of memory besides the mapped
     /// file.
     pub memory: Option<u64>,
+    /// Devices in use; [`OffloadFlags::devices`] describes the same ones.
+    pub devices: Vec<Arc<dyn Device>>,
+    /// What goes to them.
+    pub offload: OffloadFlags,
+}
+
+impl std::fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "LoadOptions({:?}, {} devices)",
+            self.source,
+            self.devices.len()
+        )
+    }
 }
 
 impl LoadOptions {
@@ -60,7 +79,20 @@ impl LoadOptions {
             threads: crate::threads::default_threads(),
             distribute: false,
             memory: None,
+            devices: Vec::new(),
+            offload: OffloadFlags::default(),
         }
+    }
+
+    /// Uses these devices.
+    ///
+    /// # Errors
+    /// When one can't say what it is.
+    pub fn with_devices(mut self, devices: Vec<Arc<dyn Device>>) -> Result<LoadOptions> {
+        let infos = devices.iter().map(|d| d.info());
+        self.offload.devices = infos.collect::<Result<_, _>>()?;
+        self.devices = devices;
+        Ok(self)
     }
 
     /// Opens the file, without loading anything.
@@ -88,6 +120,7 @@ impl LoadOptions {
             repack: self.repack,
             mmap: self.mmap,
             packed_cache: self.packed_cache.is_some(),
+            offload: self.offload.clone(),
         }
     }
 }
@@ -119,6 +152,7 @@ pub struct Model {
     gguf: Gguf,
     pub(crate) compute: Compute,
     pub(crate) matrices: Matrices,
+    pub(crate) devices: Vec<Arc<dyn Device>>,
     load_ms: f64,
 }
 
@@ -135,6 +169,7 @@ impl Model {
         let gguf = options.open()?;
         let config = ModelConfig::from_gguf(&gguf)?;
         let mut flags = options.plan_flags();
+        flags.offload.check()?;
         let mut placed = plan(&config, &gguf, &flags);
         let pool = PoolConfig {
             distribute: options.distribute,
@@ -153,6 +188,7 @@ impl Model {
             placed = plan(&config, &gguf, &flags);
         }
         let plan = placed;
+        plan.offload.check_memory()?;
         let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
         if let Some(available) = options.memory.filter(|&limit| needed > limit) {
             return Err(Error::Memory {
@@ -167,6 +203,7 @@ impl Model {
             plan: &plan,
             compute: &compute,
             cache: cache.as_ref(),
+            devices: &options.devices,
             progress,
             done: 0,
             total,
@@ -187,6 +224,7 @@ impl Model {
             gguf,
             compute,
             matrices,
+            devices: options.devices.clone(),
             load_ms,
         })
     }
@@ -224,6 +262,7 @@ struct Loader<'a> {
     plan: &'a Plan,
     compute: &'a Compute,
     cache: Option<&'a packed::Cache>,
+    devices: &'a [Arc<dyn Device>],
     progress: &'a mut dyn FnMut(LoadEvent<'_>),
     done: u64,
     total: u64,
@@ -279,14 +318,6 @@ impl Loader<'_> {
         Ok(values)
     }
 
-    fn optional_vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
-        self.gguf
-            .tensor(name)
-            .is_some()
-            .then(|| self.vector(name, len))
-            .transpose()
-    }
-
     /// A matrix of `[k, n]` or a stack of them, in the encoding that the plan gives it.
     fn matrix(
         &mut self,
@@ -322,63 +353,246 @@ impl Loader<'_> {
         Ok(weights)
     }
 
+    /// The same on a device.
+    fn device_matrix(
+        &mut self,
+        device: &dyn Device,
+        name: &str,
+        k: usize,
+        n: usize,
+        experts: Option<usize>,
+    ) -> Result<device::Matrix> {
+        let shape = [k, n, experts.unwrap_or(1)];
+        let tensor = self.tensor(name, &shape[..if experts.is_some() { 3 } else { 2 }])?;
+        let bytes: Bytes = self.gguf.bytes(tensor);
+        let raw = RawMatrix::new(tensor.ty, n, k, experts.unwrap_or(1), bytes.clone());
+        let raw = raw.map_err(|source| Error::Weights {
+            file: self.file(),
+            tensor: name.to_owned(),
+            source,
+        })?;
+        let matrix = device.load(&raw)?;
+        bytes.release();
+        self.count(name);
+        Ok(matrix)
+    }
+
     fn matrices(&mut self, c: &ModelConfig) -> Result<Matrices> {
         let embedding = self.matrix("token_embd.weight", c.embd, c.vocab, None)?;
-        let output = match self.gguf.tensor("output.weight") {
-            Some(_) => Some(self.matrix("output.weight", c.embd, c.vocab, None)?),
-            None => None,
-        };
-        let output_norm = self.vector("output_norm.weight", c.embd)?;
         let layers = (0..c.layers)
             .map(|i| self.layer(c, i))
             .collect::<Result<_>>()?;
+        let own = self.gguf.tensor("output.weight").is_some();
+        let output = match self.plan.offload.device(Unit::Output) {
+            offload::Device::Cpu => {
+                Placed::Host(self.output(&Host, c, own.then_some("output.weight"))?)
+            }
+            offload::Device::Gpu(d) => {
+                let name = if own {
+                    "output.weight"
+                } else {
+                    "token_embd.weight"
+                };
+                let to = OnDevice(Arc::clone(&self.devices[d]));
+                Placed::Device(d, self.output(&to, c, Some(name))?)
+            }
+        };
         Ok(Matrices {
             embedding,
             output,
-            output_norm,
             layers,
         })
     }
 
+    fn output<T: Target>(
+        &mut self,
+        to: &T,
+        c: &ModelConfig,
+        matrix: Option<&str>,
+    ) -> Result<Output<T::Matrix, T::Vector>> {
+        Ok(Output {
+            norm: to.vector(self, "output_norm.weight", c.embd)?,
+            matrix: matrix
+                .map(|name| to.matrix(self, name, c.embd, c.vocab, None))
+                .transpose()?,
+        })
+    }
+
+    /// Loads one part of the model to where the plan puts it.
+    fn placed<H, D>(
+        &mut self,
+        unit: Unit,
+        host: impl FnOnce(&mut Self, &Host) -> Result<H>,
+        device: impl FnOnce(&mut Self, &OnDevice) -> Result<D>,
+    ) -> Result<Placed<H, D>> {
+        Ok(match self.plan.offload.device(unit) {
+            offload::Device::Cpu => Placed::Host(host(self, &Host)?),
+            offload::Device::Gpu(d) => {
+                let to = OnDevice(Arc::clone(&self.devices[d]));
+                Placed::Device(d, device(self, &to)?)
+            }
+        })
+    }
+
     fn layer(&mut self, c: &ModelConfig, i: usize) -> Result<Layer> {
+        Ok(Layer {
+            attention: self.placed(
+                Unit::Attention(i),
+                |l, to| l.attention(to, c, i),
+                |l, to| l.attention(to, c, i),
+            )?,
+            ffn: self.placed(
+                Unit::Ffn(i),
+                |l, to| l.ffn(to, c, i),
+                |l, to| l.ffn(to, c, i),
+            )?,
+            experts: match c.experts {
+                None => None,
+                Some(e) => Some(self.placed(
+                    Unit::Experts(i),
+                    |l, to| l.network(to, i, "_exps", (c.embd, e.ff), Some(e.count)),
+                    |l, to| l.network(to, i, "_exps", (c.embd, e.ff), Some(e.count)),
+                )?),
+            },
+        })
+    }
+
+    fn attention<T: Target>(
+        &mut self,
+        to: &T,
+        c: &ModelConfig,
+        i: usize,
+    ) -> Result<Attention<T::Matrix, T::Vector>> {
         let name = |part: &str| format!("blk.{i}.{part}");
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let norms = c.arch.has_qk_norm();
-        let ffn = match c.experts {
-            Some(e) => Ffn::Experts {
-                router: self.matrix(&name("ffn_gate_inp.weight"), c.embd, e.count, None)?,
-                gate: self.matrix(&name("ffn_gate_exps.weight"), c.embd, e.ff, Some(e.count))?,
-                up: self.matrix(&name("ffn_up_exps.weight"), c.embd, e.ff, Some(e.count))?,
-                down: self.matrix(&name("ffn_down_exps.weight"), e.ff, c.embd, Some(e.count))?,
-            },
-            None => Ffn::Dense {
-                gate: self.matrix(&name("ffn_gate.weight"), c.embd, c.ff, None)?,
-                up: self.matrix(&name("ffn_up.weight"), c.embd, c.ff, None)?,
-                down: self.matrix(&name("ffn_down.weight"), c.ff, c.embd, None)?,
-            },
-        };
         let mut norm = |part: &str| {
-            if norms {
-                self.vector(&name(part), c.head_dim).map(Some)
-            } else {
-                Ok(None)
-            }
+            norms
+                .then(|| to.vector(self, &name(part), c.head_dim))
+                .transpose()
         };
         let (q_norm, k_norm) = (norm("attn_q_norm.weight")?, norm("attn_k_norm.weight")?);
-        Ok(Layer {
-            attn_norm: self.vector(&name("attn_norm.weight"), c.embd)?,
-            q: self.matrix(&name("attn_q.weight"), c.embd, q, None)?,
-            k: self.matrix(&name("attn_k.weight"), c.embd, kv, None)?,
-            v: self.matrix(&name("attn_v.weight"), c.embd, kv, None)?,
-            q_bias: self.optional_vector(&name("attn_q.bias"), q)?,
-            k_bias: self.optional_vector(&name("attn_k.bias"), kv)?,
-            v_bias: self.optional_vector(&name("attn_v.bias"), kv)?,
+        let mut bias = |part: &str, len| {
+            let name = name(part);
+            let there = self.gguf.tensor(&name).is_some();
+            there.then(|| to.vector(self, &name, len)).transpose()
+        };
+        let (q_bias, k_bias) = (bias("attn_q.bias", q)?, bias("attn_k.bias", kv)?);
+        let (v_bias, out_bias) = (bias("attn_v.bias", kv)?, bias("attn_output.bias", c.embd)?);
+        Ok(Attention {
+            norm: to.vector(self, &name("attn_norm.weight"), c.embd)?,
+            q: to.matrix(self, &name("attn_q.weight"), c.embd, q, None)?,
+            k: to.matrix(self, &name("attn_k.weight"), c.embd, kv, None)?,
+            v: to.matrix(self, &name("attn_v.weight"), c.embd, kv, None)?,
+            q_bias,
+            k_bias,
+            v_bias,
             q_norm,
             k_norm,
-            out: self.matrix(&name("attn_output.weight"), q, c.embd, None)?,
-            out_bias: self.optional_vector(&name("attn_output.bias"), c.embd)?,
-            ffn_norm: self.vector(&name("ffn_norm.weight"), c.embd)?,
-            ffn,
+            out: to.matrix(self, &name("attn_output.weight"), q, c.embd, None)?,
+            out_bias,
         })
+    }
+
+    fn ffn<T: Target>(
+        &mut self,
+        to: &T,
+        c: &ModelConfig,
+        i: usize,
+    ) -> Result<Ffn<T::Matrix, T::Vector>> {
+        let kind = match c.experts {
+            Some(e) => {
+                let name = format!("blk.{i}.ffn_gate_inp.weight");
+                FfnKind::Router(to.matrix(self, &name, c.embd, e.count, None)?)
+            }
+            None => FfnKind::Dense(self.network(to, i, "", (c.embd, c.ff), None)?),
+        };
+        Ok(Ffn {
+            norm: to.vector(self, &format!("blk.{i}.ffn_norm.weight"), c.embd)?,
+            kind,
+        })
+    }
+
+    fn network<T: Target>(
+        &mut self,
+        to: &T,
+        i: usize,
+        suffix: &str,
+        (embd, ff): (usize, usize),
+        experts: Option<usize>,
+    ) -> Result<Network<T::Matrix>> {
+        let name = |part: &str| format!("blk.{i}.ffn_{part}{suffix}.weight");
+        Ok(Network {
+            gate: to.matrix(self, &name("gate"), embd, ff, experts)?,
+            up: to.matrix(self, &name("up"), embd, ff, experts)?,
+            down: to.matrix(self, &name("down"), ff, embd, experts)?,
+        })
+    }
+}
+
+/// Where tensors are loaded to.
+trait Target {
+    type Matrix;
+    type Vector;
+
+    fn matrix(
+        &self,
+        loader: &mut Loader<'_>,
+        name: &str,
+        k: usize,
+        n: usize,
+        experts: Option<usize>,
+    ) -> Result<Self::Matrix>;
+
+    fn vector(&self, loader: &mut Loader<'_>, name: &str, len: usize) -> Result<Self::Vector>;
+}
+
+/// The CPU.
+struct Host;
+
+impl Target for Host {
+    type Matrix = Weights;
+    type Vector = Vec<f32>;
+
+    fn matrix(
+        &self,
+        loader: &mut Loader<'_>,
+        name: &str,
+        k: usize,
+        n: usize,
+        experts: Option<usize>,
+    ) -> Result<Weights> {
+        loader.matrix(name, k, n, experts)
+    }
+
+    fn vector(&self, loader: &mut Loader<'_>, name: &str, len: usize) -> Result<Vec<f32>> {
+        loader.vector(name, len)
+    }
+}
+
+/// A device.
+struct OnDevice(Arc<dyn Device>);
+
+impl Target for OnDevice {
+    type Matrix = device::Matrix;
+    type Vector = device::Buffer;
+
+    fn matrix(
+        &self,
+        loader: &mut Loader<'_>,
+        name: &str,
+        k: usize,
+        n: usize,
+        experts: Option<usize>,
+    ) -> Result<device::Matrix> {
+        loader.device_matrix(&*self.0, name, k, n, experts)
+    }
+
+    fn vector(&self, loader: &mut Loader<'_>, name: &str, len: usize) -> Result<device::Buffer> {
+        let values = loader.vector(name, len)?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let buffer = self.0.alloc(bytes.len())?;
+        self.0.write(&buffer, 0, &bytes)?;
+        Ok(buffer)
     }
 }

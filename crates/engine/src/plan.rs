@@ -1,13 +1,17 @@
 //! Where each tensor goes and what multiplies it: a pure function of the model and the
 //! flags. The loader only executes it, `explain` only prints it.
 
-use crate::{Arch, ModelConfig};
+pub use crate::offload::Device;
+use crate::{
+    Arch, ModelConfig,
+    offload::{self, DeviceUse, Offload, OffloadFlags, Unit, unit},
+};
 use serde::Serialize;
 use tegula_gguf::{Gguf, TensorInfo};
 use tegula_kernels::{Amx, Kernels, Tier, strip};
 
 /// What decides the placement besides the model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PlanFlags {
     pub tier: Tier,
     /// AMX may be used.
@@ -18,13 +22,8 @@ pub struct PlanFlags {
     pub mmap: bool,
     /// Strips are mapped from a file that was written by an earlier load.
     pub packed_cache: bool,
-}
-
-/// Where a tensor lives.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    Cpu,
+    /// What goes to devices.
+    pub offload: OffloadFlags,
 }
 
 /// In which memory.
@@ -39,6 +38,8 @@ pub enum Buffer {
     Packed,
     /// Pages of the packed file, which hold repacked weights.
     Cache,
+    /// A GPU's memory.
+    Device,
 }
 
 /// In which order of bytes.
@@ -51,6 +52,8 @@ pub enum Encoding {
     Strip16,
     /// Plain f32.
     F32,
+    /// The file's blocks, field by field, for a GPU.
+    Planes,
 }
 
 /// What a tensor is for.
@@ -105,6 +108,11 @@ pub enum TileUse {
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
     pub placements: Vec<Placement>,
+    /// What each device in use holds.
+    pub devices: Vec<DeviceUse>,
+    /// Where the model's parts go.
+    #[serde(skip)]
+    pub offload: Offload,
 }
 
 impl Plan {
@@ -211,8 +219,46 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
     } else {
         Buffer::Heap
     };
+    let offload = offload::offload(config, gguf, &flags.offload);
+    let on_device = |tensor: &TensorInfo, unit: Unit| match offload.device(unit) {
+        Device::Cpu => None,
+        device => {
+            let matrix = tensor.shape.len() > 1;
+            Some(Placement {
+                tensor: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                ty: tensor.ty.name().to_owned(),
+                device,
+                buffer: Buffer::Device,
+                encoding: if matrix {
+                    Encoding::Planes
+                } else {
+                    Encoding::F32
+                },
+                kernel: match matrix {
+                    true => format!("{} product, gpu", tensor.ty),
+                    false => "f32 rows, gpu".to_owned(),
+                },
+                bytes: offload::device_bytes(tensor),
+                reason: offload.reason(unit).to_owned(),
+                role: role(config.arch, gguf, tensor),
+                tiles: None,
+            })
+        }
+    };
     let place = |tensor: &TensorInfo| {
-        let role = role(config.arch, gguf, tensor);
+        let mut role = role(config.arch, gguf, tensor);
+        // Frequencies are used on the CPU, wherever the heads are that they rotate.
+        let unit = unit(&tensor.name).filter(|unit| match *unit {
+            Unit::Attention(i) | Unit::Ffn(i) | Unit::Experts(i) if i >= config.layers => false,
+            _ => role != Role::Unused,
+        });
+        if let Some(placement) = unit.and_then(|unit| on_device(tensor, unit)) {
+            return placement;
+        }
+        if role == Role::TiedEmbedding && offload.output != Device::Cpu {
+            role = Role::Embedding;
+        }
         let strips = strip_bytes(tensor);
         let packable = flags.repack && flags.tier > Tier::Scalar;
         let packed = match flags.packed_cache {
@@ -277,8 +323,19 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             tiles,
         }
     };
+    let mut placements: Vec<_> = gguf.tensors().iter().map(place).collect();
+    if let (None, Some(tied)) = (
+        gguf.tensor("output.weight"),
+        gguf.tensor("token_embd.weight"),
+    ) && let Some(mut copy) = on_device(tied, Unit::Output)
+    {
+        "a second copy, as the output matrix".clone_into(&mut copy.reason);
+        placements.push(copy);
+    }
     Plan {
-        placements: gguf.tensors().iter().map(place).collect(),
+        placements,
+        devices: offload.devices.clone(),
+        offload,
     }
 }
 

@@ -3,8 +3,9 @@
 //! The file: magic, version, a fingerprint of the model and the cache's geometry, the
 //! tokens, the pages, and a CRC-32 of everything before it. Little-endian.
 
-use crate::{Context, Error, Result, context::Sequence};
+use crate::{Context, Error, Result, context::Sequence, models::Lane};
 use std::{fs, io::Write, path::Path};
+use tegula_kernels::device::{Buffer, Device};
 
 const MAGIC: &[u8; 8] = b"TEGULAkv";
 const VERSION: u32 = 1;
@@ -20,7 +21,12 @@ impl Context {
         data.extend_from_slice(&self.fingerprint().to_le_bytes());
         data.extend_from_slice(&(tokens.len() as u64).to_le_bytes());
         data.extend(tokens.iter().flat_map(|t| t.to_le_bytes()));
-        data.extend_from_slice(&self.cache.export(table));
+        let bytes = self.cache.page_bytes();
+        let pages = self.cache.export(table, |layer, page, out| {
+            let (device, cache) = self.device_cache(layer);
+            device.read(cache, page as usize * bytes, out)
+        })?;
+        data.extend_from_slice(&pages);
         let sum = crc32fast::hash(&data);
         data.extend_from_slice(&sum.to_le_bytes());
         let error = |action| {
@@ -94,11 +100,22 @@ impl Context {
             });
         }
         self.truncate(sequence, 0)?;
-        let table = self
-            .cache
-            .import(&body[header + ids.len()..], tokens.len())?;
+        let bytes = self.cache.page_bytes();
+        let lanes = &self.lanes;
+        let table = self.cache.import(
+            &body[header + ids.len()..],
+            tokens.len(),
+            |layer, page, part| {
+                let (device, cache) = device_cache(lanes, layer);
+                Ok::<_, Error>(device.write(cache, page as usize * bytes, part)?)
+            },
+        )?;
         self.sequences[sequence] = Sequence { table, tokens };
         Ok(())
+    }
+
+    fn device_cache(&self, layer: usize) -> (&dyn Device, &Buffer) {
+        device_cache(&self.lanes, layer)
     }
 
     /// CRC-32 of what must agree: the tensors' names, types and shapes, and the cache.
@@ -116,4 +133,16 @@ impl Context {
         hash.update(format!("{:?}", self.cache.shape()).as_bytes());
         hash.finalize()
     }
+}
+
+/// Where the cache of a layer lies that is not on the CPU.
+fn device_cache(lanes: &[Lane], layer: usize) -> (&dyn Device, &Buffer) {
+    let mut there = lanes.iter().filter_map(|lane| {
+        let cache = lane.cache[layer].as_ref()?;
+        Some((&*lane.device, cache))
+    });
+    let Some(found) = there.next() else {
+        unreachable!("layer {layer}'s cache is neither here nor on a device");
+    };
+    found
 }

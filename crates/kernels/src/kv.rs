@@ -121,8 +121,14 @@ impl PageTable {
         self.pages[position / KV_PAGE]
     }
 
-    pub(crate) fn pages(&self) -> &[u32] {
+    /// The pages in order.
+    pub fn pages(&self) -> &[u32] {
         &self.pages
+    }
+
+    /// A table of given pages.
+    pub(crate) fn of_pages(pages: Vec<u32>, len: usize) -> PageTable {
+        PageTable { pages, len }
     }
 }
 
@@ -133,11 +139,23 @@ pub struct KvCache {
     layers: Vec<AlignedBuf>,
     references: Vec<u32>,
     free: Vec<u32>,
+    /// Pages copied since [`KvCache::take_copies`], for layers that lie elsewhere.
+    copies: Vec<(u32, u32)>,
 }
 
 impl KvCache {
     /// A cache of `pages` pages. The memory is reserved and becomes resident as it is used.
     pub fn new(shape: KvShape, pages: usize) -> Result<KvCache, KvError> {
+        KvCache::with_layers(shape, pages, |_| true)
+    }
+
+    /// The same with memory for those layers only that `here` names: the others lie on a
+    /// device, and this cache keeps the books for them.
+    pub fn with_layers(
+        shape: KvShape,
+        pages: usize,
+        here: impl Fn(usize) -> bool,
+    ) -> Result<KvCache, KvError> {
         for ty in [shape.k, shape.v] {
             let (unit, needs) = match ty {
                 KvType::Q8_0 => (32, "it must be a multiple of 32"),
@@ -155,11 +173,36 @@ impl KvCache {
         Ok(KvCache {
             shape,
             layers: (0..shape.layers)
-                .map(|_| AlignedBuf::zeroed(bytes))
+                .map(|layer| AlignedBuf::zeroed(if here(layer) { bytes } else { 0 }))
                 .collect(),
             references: vec![0; pages],
             free: (0..pages as u32).rev().collect(),
+            copies: Vec::new(),
         })
+    }
+
+    /// A cache whose only layer holds the given bytes.
+    pub(crate) fn of_layer(shape: KvShape, bytes: &[u8]) -> KvCache {
+        let pages = bytes.len() / shape.layer_page_bytes();
+        let mut layer = AlignedBuf::zeroed(bytes.len());
+        layer.copy_from_slice(bytes);
+        KvCache {
+            shape,
+            layers: vec![layer],
+            references: vec![1; pages],
+            free: Vec::new(),
+            copies: Vec::new(),
+        }
+    }
+
+    pub(crate) fn layer_bytes(&self, layer: usize) -> &[u8] {
+        &self.layers[layer]
+    }
+
+    /// Pages copied, `(from, to)`, since the last call, because a sequence wrote to a page
+    /// that it shared: layers that lie on devices must be copied likewise.
+    pub fn take_copies(&mut self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut self.copies)
     }
 
     /// The geometry.
@@ -262,7 +305,8 @@ impl KvCache {
 
     fn copy_page(&mut self, from: u32, to: u32) {
         let bytes = self.shape.layer_page_bytes();
-        for layer in &mut self.layers {
+        self.copies.push((from, to));
+        for layer in self.layers.iter_mut().filter(|layer| !layer.is_empty()) {
             layer.copy_within(
                 from as usize * bytes..(from as usize + 1) * bytes,
                 to as usize * bytes,
@@ -285,37 +329,69 @@ impl KvCache {
         }
     }
 
+    /// Bytes of one page in one layer.
+    pub fn page_bytes(&self) -> usize {
+        self.shape.layer_page_bytes()
+    }
+
     /// The pages of a sequence as bytes: page after page, layer after layer, the whole page
     /// in the cache's own layout. [`KvCache::import`] reads it into a cache of equal shape.
-    pub fn export(&self, table: &PageTable) -> Vec<u8> {
+    /// Pages of layers that lie elsewhere are read by `elsewhere(layer, page, bytes)`.
+    pub fn export<E>(
+        &self,
+        table: &PageTable,
+        mut elsewhere: impl FnMut(usize, u32, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Vec<u8>, E> {
         let bytes = self.shape.layer_page_bytes();
         let mut out = Vec::with_capacity(bytes * self.layers.len() * table.pages.len());
         for &page in &table.pages {
-            for layer in &self.layers {
-                out.extend_from_slice(&layer[page as usize * bytes..][..bytes]);
+            for (i, layer) in self.layers.iter().enumerate() {
+                match layer.get(page as usize * bytes..(page as usize + 1) * bytes) {
+                    Some(part) => out.extend_from_slice(part),
+                    None => {
+                        let at = out.len();
+                        out.resize(at + bytes, 0);
+                        elsewhere(i, page, &mut out[at..])?;
+                    }
+                }
             }
         }
-        out
+        Ok(out)
     }
 
-    /// A new sequence of `len` positions from exported bytes.
-    pub fn import(&mut self, data: &[u8], len: usize) -> Result<PageTable, KvError> {
+    /// A new sequence of `len` positions from exported bytes. Pages of layers that lie
+    /// elsewhere are written by `elsewhere(layer, page, bytes)`.
+    pub fn import<E: From<KvError>>(
+        &mut self,
+        data: &[u8],
+        len: usize,
+        mut elsewhere: impl FnMut(usize, u32, &[u8]) -> Result<(), E>,
+    ) -> Result<PageTable, E> {
         let bytes = self.shape.layer_page_bytes();
         let want = bytes * self.layers.len() * len.div_ceil(KV_PAGE);
         if data.len() != want {
-            return Err(KvError::StateSize {
+            return Err(E::from(KvError::StateSize {
                 got: data.len(),
                 want,
-            });
+            }));
         }
         let mut table = PageTable::default();
         self.extend(&mut table, len)?;
         let mut parts = data.chunks_exact(bytes);
-        for &page in &table.pages {
-            for layer in &mut self.layers {
-                if let Some(part) = parts.next() {
-                    layer[page as usize * bytes..][..bytes].copy_from_slice(part);
+        for i in 0..table.pages.len() * self.layers.len() {
+            let (page, layer) = (table.pages[i / self.layers.len()], i % self.layers.len());
+            let part = parts.next().unwrap_or_default();
+            let at = page as usize * bytes;
+            let written = match self.layers[layer].get_mut(at..at + bytes) {
+                Some(here) => {
+                    here.copy_from_slice(part);
+                    Ok(())
                 }
+                None => elsewhere(layer, page, part),
+            };
+            if let Err(error) = written {
+                self.truncate(&mut table, 0);
+                return Err(error);
             }
         }
         Ok(table)

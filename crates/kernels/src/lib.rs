@@ -7,6 +7,7 @@ pub mod attn;
 mod avx2;
 mod avx512;
 pub mod check;
+pub mod device;
 mod disjoint;
 pub mod float;
 mod generic;

@@ -2,7 +2,9 @@
 
 use crate::{
     exit::Refusal,
-    facts, output,
+    facts,
+    gpu::GpuArgs,
+    output,
     progress::{Progress, Unit},
 };
 use anyhow::Context as _;
@@ -39,6 +41,15 @@ const SPELT_OUT: &[(&str, &str)] = &[
     ("-fa", "--flash-attn"),
     ("-pg", "--prompt-gen"),
     ("-np", "--parallel"),
+    ("-ngl", "--gpu-layers"),
+    ("-sm", "--split-mode"),
+    ("-ts", "--tensor-split"),
+    ("-mg", "--main-gpu"),
+    ("-dev", "--device"),
+    ("-ot", "--override-tensor"),
+    ("-nkvo", "--no-kv-offload"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
 ];
 
 /// Flags whose value is text of any kind.
@@ -148,6 +159,8 @@ pub struct CpuArgs {
         conflicts_with = "no_repack"
     )]
     packed_cache: Option<Option<PathBuf>>,
+    #[command(flatten)]
+    gpu: GpuArgs,
 }
 
 /// Does what `--numa` asks for before there are threads; whether they are to be spread over the
@@ -228,7 +241,7 @@ impl CpuArgs {
             );
             return Err(Refusal::Usage(what).into());
         }
-        Ok(LoadOptions {
+        self.gpu.apply(LoadOptions {
             packed_cache: self.packed_file(&source)?,
             mmap: !self.no_mmap,
             mlock: self.mlock,
@@ -286,6 +299,9 @@ pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
     }
     if let Some(line) = facts::amx(&model) {
         say!("{line}");
+    }
+    if !model.plan().offload.summary.is_empty() {
+        say!("GPUs: {}", model.plan().offload.summary);
     }
     let warnings = model.gguf().warnings().iter();
     for warning in warnings.chain(model.tokenizer().warnings()) {
@@ -374,7 +390,7 @@ pub fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<C
         n => n,
     };
     let shape = KvShape {
-        layers: c.layers,
+        layers: model.plan().offload.cpu_cache_layers(),
         heads: c.kv_heads,
         dim: c.head_dim,
         k: options.k_type,

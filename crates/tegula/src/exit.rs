@@ -6,6 +6,7 @@ use phase2_perf::{plot::PlotError, record::BenchRecordError};
 use phase4_parity::oracle::OracleError;
 use std::{fmt::Write as _, io, process::ExitCode};
 use tegula_gguf::TemplateError;
+use tegula_kernels::device::DeviceError;
 use tegula_lab::RecordError;
 
 const USAGE: u8 = 2;
@@ -36,8 +37,15 @@ pub fn code(error: &anyhow::Error) -> u8 {
             Some(Refusal::Requirement(_)) => return REQUIREMENT,
             None => {}
         }
-        if let Some(tegula_engine::Error::Memory { .. }) = cause.downcast_ref() {
-            return REQUIREMENT;
+        match cause.downcast_ref() {
+            Some(tegula_engine::Error::Placement(_)) => return USAGE,
+            Some(tegula_engine::Error::Device(DeviceError::Failed { .. })) => return INTERNAL,
+            Some(
+                tegula_engine::Error::Memory { .. }
+                | tegula_engine::Error::DeviceMemory { .. }
+                | tegula_engine::Error::Device(_),
+            ) => return REQUIREMENT,
+            _ => {}
         }
         if let Some(BenchRecordError::Refused(_)) = cause.downcast_ref() {
             return REQUIREMENT;

@@ -8,6 +8,7 @@ mod cmd;
 mod constrain;
 mod exit;
 mod facts;
+mod gpu;
 mod interrupt;
 mod progress;
 mod serve;

@@ -1,14 +1,14 @@
 //! What the graphs are made of. A [`Step`] holds one micro-batch on its way through the
 //! layers; its buffers are kept from step to step.
 
-use super::{Ffn, Layer, Matrices};
+use super::{FfnKind, HostAttention, HostFfn, Network, Output};
 use crate::ModelConfig;
 use tegula_kernels::{
     Acts, Compute, Forms, Weights,
     kv::{KvCache, PageTable},
     ops::{
         RopeTable, Token,
-        moe::{MoeScratch, RouteOptions},
+        moe::{MoeScratch, Routing},
     },
 };
 
@@ -18,24 +18,24 @@ pub(crate) struct Buffers {
     /// `[m][embd]`: the residual stream.
     pub x: Vec<f32>,
     /// `[m][embd]`: normalised.
-    input: Vec<f32>,
+    pub input: Vec<f32>,
     /// `input` in the forms that the next products take.
     acts: Acts,
     /// `[m][heads][dim]`
-    q: Vec<f32>,
+    pub q: Vec<f32>,
     /// `[m][kv_heads][dim]`
-    k: Vec<f32>,
-    v: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
     /// `[m][heads][dim]`
-    attention: Vec<f32>,
+    pub attention: Vec<f32>,
     /// `[m][ff]`, in the form that `down` takes.
     hidden: Acts,
     /// `[m][embd]`: what is about to be added to `x`, where it has a bias.
-    delta: Vec<f32>,
+    pub delta: Vec<f32>,
     /// `[m][experts]`
-    router: Vec<f32>,
+    pub router: Vec<f32>,
     experts: MoeScratch,
-    rope: RopeTable,
+    pub rope: RopeTable,
 }
 
 /// One micro-batch.
@@ -86,9 +86,9 @@ impl Step<'_> {
     }
 
     /// The three projections of the normalised `x` in one dispatch, biases added.
-    pub fn norm_qkv(&mut self, layer: &Layer) {
+    pub fn norm_qkv(&mut self, layer: &HostAttention) {
         let forms = self.compute.forms(self.m, [&layer.q, &layer.k, &layer.v]);
-        self.norm_acts(&layer.attn_norm, forms);
+        self.norm_acts(&layer.norm, forms);
         let b = &mut *self.buffers;
         let (c, m) = (self.config, self.m);
         b.q.resize(m * c.heads * c.head_dim, 0.0);
@@ -113,7 +113,7 @@ impl Step<'_> {
     }
 
     /// Normalises each head of q and k.
-    pub fn norm_heads(&mut self, layer: &Layer) {
+    pub fn norm_heads(&mut self, layer: &HostAttention) {
         let (b, c) = (&mut *self.buffers, self.config);
         for (rows, heads, norm) in [
             (&mut b.q, c.heads, &layer.q_norm),
@@ -168,7 +168,7 @@ impl Step<'_> {
     }
 
     /// `x += out · attention`.
-    pub fn add_attention_output(&mut self, layer: &Layer) {
+    pub fn add_attention_output(&mut self, layer: &HostAttention) {
         let b = &mut *self.buffers;
         let k = layer.out.k();
         self.compute.prepare(
@@ -189,50 +189,69 @@ impl Step<'_> {
         }
     }
 
-    /// `x += ffn(rms_norm(x) * norm)`.
-    pub fn norm_ffn(&mut self, layer: &Layer) {
-        match &layer.ffn {
-            Ffn::Dense { gate, up, down } => {
+    /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see
+    /// [`Step::add_experts`].
+    pub fn norm_ffn(&mut self, layer: &HostFfn) -> Option<Routing> {
+        match &layer.kind {
+            FfnKind::Dense(Network { gate, up, down }) => {
                 let forms = self.compute.forms(self.m, [gate, up]);
-                self.norm_acts(&layer.ffn_norm, forms);
+                self.norm_acts(&layer.norm, forms);
                 let b = &mut *self.buffers;
                 self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
                 self.compute.matmul_add(down, &b.hidden, &mut b.x);
+                None
             }
-            Ffn::Experts {
-                router,
-                gate,
-                up,
-                down,
-            } => {
-                self.norm(&layer.ffn_norm);
+            FfnKind::Router(router) => {
+                self.norm(&layer.norm);
                 self.prepare_input(self.compute.forms(self.m, [router]));
                 let b = &mut *self.buffers;
                 b.router.resize(self.m * router.n(), 0.0);
                 self.compute.matmul(router, &b.acts, &mut b.router);
-                let used = self.config.experts.map_or(1, |e| e.used);
-                let options = RouteOptions {
-                    used,
-                    normalize: true,
-                    scale: 1.0,
-                };
-                let routing = self.compute.route(&b.router, router.n(), &options);
-                let (input, scratch) = (&b.input, &mut b.experts);
-                self.compute
-                    .moe_ffn(input, &routing, gate, up, down, scratch, &mut b.x);
+                Some(self.route(router.n()))
             }
         }
     }
 
+    /// The experts that the router's logits choose.
+    pub fn route(&self, count: usize) -> Routing {
+        let options = self.config.route_options();
+        self.compute.route(&self.buffers.router, count, &options)
+    }
+
+    /// `x += Σ weight · expert(input)`.
+    pub fn add_experts(&mut self, experts: &Network<Weights>, routing: &Routing) {
+        let b = &mut *self.buffers;
+        let Network { gate, up, down } = experts;
+        let (input, scratch) = (&b.input, &mut b.experts);
+        self.compute
+            .moe_ffn(input, routing, gate, up, down, scratch, &mut b.x);
+    }
+
+    /// The same for an `x` that is elsewhere: `delta = Σ weight · expert(input)`.
+    pub fn experts_apart(&mut self, experts: &Network<Weights>, routing: &Routing) {
+        let b = &mut *self.buffers;
+        let Network { gate, up, down } = experts;
+        let (input, scratch) = (&b.input, &mut b.experts);
+        b.delta.clear();
+        b.delta.resize(input.len(), 0.0);
+        self.compute
+            .moe_ffn(input, routing, gate, up, down, scratch, &mut b.delta);
+    }
+
     /// Final norm: appends `[m][embd]`.
-    pub fn hidden(&mut self, model: &Matrices, hidden: &mut Vec<f32>) {
-        self.norm(&model.output_norm);
+    pub fn hidden(&mut self, output: &Output<Weights, Vec<f32>>, hidden: &mut Vec<f32>) {
+        self.norm(&output.norm);
         hidden.extend_from_slice(&self.buffers.input);
     }
 
     /// Output matrix behind [`Step::hidden`]: appends `[m][vocab]`.
-    pub fn logits(&mut self, model: &Matrices, logits: &mut Vec<f32>) {
-        let output = model.output.as_ref().unwrap_or(&model.embedding);
+    pub fn logits(
+        &mut self,
+        output: &Output<Weights, Vec<f32>>,
+        embedding: &Weights,
+        logits: &mut Vec<f32>,
+    ) {
+        let output = output.matrix.as_ref().unwrap_or(embedding);
         self.prepare_input(self.compute.forms(self.m, [output]));
         let b = &mut *self.buffers;
         let start = logits.len();

@@ -3,81 +3,108 @@
 //! Shapes are written row-major, slowest first; `m` is the number of tokens in the step.
 
 mod blocks;
+mod graph;
+mod lane;
 mod llama;
 mod qwen2;
 mod qwen3;
 mod qwen3moe;
 
 pub(crate) use blocks::{Buffers, Step};
+pub(crate) use graph::Graph;
+pub(crate) use lane::Lane;
 
 use crate::Arch;
-use tegula_kernels::Weights;
+use tegula_kernels::{Weights, device};
+
+/// Something of the model, on the CPU or on a device.
+pub(crate) enum Placed<H, D> {
+    Host(H),
+    Device(usize, D),
+}
 
 /// All that is multiplied. Matrices are `[n][k]`: `n` outputs, `k` inputs.
 pub(crate) struct Matrices {
     /// `[vocab][embd]`
     pub embedding: Weights,
-    /// `[vocab][embd]`; the embedding again where it is absent.
-    pub output: Option<Weights>,
-    /// `[embd]`
-    pub output_norm: Vec<f32>,
+    pub output: Placed<Output<Weights, Vec<f32>>, Output<device::Matrix, device::Buffer>>,
     pub layers: Vec<Layer>,
+}
+
+/// What turns the last hidden state into logits.
+pub(crate) struct Output<M, V> {
+    /// `[embd]`
+    pub norm: V,
+    /// `[vocab][embd]`; the embedding again where it is absent.
+    pub matrix: Option<M>,
 }
 
 /// One transformer layer.
 pub(crate) struct Layer {
+    pub attention: Placed<HostAttention, DeviceAttention>,
+    pub ffn: Placed<HostFfn, DeviceFfn>,
+    /// Of a mixture of experts.
+    pub experts: Option<Placed<Network<Weights>, Network<device::Matrix>>>,
+}
+
+pub(crate) type HostAttention = Attention<Weights, Vec<f32>>;
+pub(crate) type DeviceAttention = Attention<device::Matrix, device::Buffer>;
+pub(crate) type HostFfn = Ffn<Weights, Vec<f32>>;
+pub(crate) type DeviceFfn = Ffn<device::Matrix, device::Buffer>;
+
+/// A layer's attention.
+pub(crate) struct Attention<M, V> {
     /// `[embd]`
-    pub attn_norm: Vec<f32>,
+    pub norm: V,
     /// `[heads * head_dim][embd]`
-    pub q: Weights,
+    pub q: M,
     /// `[kv_heads * head_dim][embd]`
-    pub k: Weights,
+    pub k: M,
     /// `[kv_heads * head_dim][embd]`
-    pub v: Weights,
+    pub v: M,
     /// As many values as the matrix has rows.
-    pub q_bias: Option<Vec<f32>>,
-    pub k_bias: Option<Vec<f32>>,
-    pub v_bias: Option<Vec<f32>>,
+    pub q_bias: Option<V>,
+    pub k_bias: Option<V>,
+    pub v_bias: Option<V>,
     /// `[head_dim]`
-    pub q_norm: Option<Vec<f32>>,
-    pub k_norm: Option<Vec<f32>>,
+    pub q_norm: Option<V>,
+    pub k_norm: Option<V>,
     /// `[embd][heads * head_dim]`
-    pub out: Weights,
+    pub out: M,
     /// `[embd]`
-    pub out_bias: Option<Vec<f32>>,
-    /// `[embd]`
-    pub ffn_norm: Vec<f32>,
-    pub ffn: Ffn,
+    pub out_bias: Option<V>,
 }
 
 /// The feed-forward part of a layer.
-pub(crate) enum Ffn {
-    Dense {
-        /// `[ff][embd]`
-        gate: Weights,
-        /// `[ff][embd]`
-        up: Weights,
-        /// `[embd][ff]`
-        down: Weights,
-    },
-    Experts {
-        /// `[experts][embd]`
-        router: Weights,
-        /// `[experts][ff][embd]`
-        gate: Weights,
-        /// `[experts][ff][embd]`
-        up: Weights,
-        /// `[experts][embd][ff]`
-        down: Weights,
-    },
+pub(crate) struct Ffn<M, V> {
+    /// `[embd]`
+    pub norm: V,
+    pub kind: FfnKind<M>,
+}
+
+/// Dense, or where the router is of a mixture of experts.
+pub(crate) enum FfnKind<M> {
+    Dense(Network<M>),
+    /// `[experts][embd]`
+    Router(M),
+}
+
+/// A feed-forward network, or a stack of them.
+pub(crate) struct Network<M> {
+    /// `[ff][embd]` or `[experts][ff][embd]`
+    pub gate: M,
+    /// `[ff][embd]` or `[experts][ff][embd]`
+    pub up: M,
+    /// `[embd][ff]` or `[experts][embd][ff]`
+    pub down: M,
 }
 
 /// Runs the layers of `arch` over a step that holds embedded tokens.
-pub(crate) fn forward(arch: Arch, matrices: &Matrices, step: &mut Step<'_>) {
+pub(crate) fn forward(arch: Arch, layers: usize, graph: &mut Graph<'_>) {
     match arch {
-        Arch::Llama => llama::forward(matrices, step),
-        Arch::Qwen2 => qwen2::forward(matrices, step),
-        Arch::Qwen3 => qwen3::forward(matrices, step),
-        Arch::Qwen3Moe => qwen3moe::forward(matrices, step),
+        Arch::Llama => llama::forward(layers, graph),
+        Arch::Qwen2 => qwen2::forward(layers, graph),
+        Arch::Qwen3 => qwen3::forward(layers, graph),
+        Arch::Qwen3Moe => qwen3moe::forward(layers, graph),
     }
 }

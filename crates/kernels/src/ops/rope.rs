@@ -118,6 +118,16 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
+    /// Cosines and sines, `[m][pairs]`, and the number of pairs.
+    pub(crate) fn rows(&self) -> (&[f32], &[f32], usize) {
+        (&self.cos, &self.sin, self.pairs)
+    }
+
+    /// The table that [`RopeTable::rows`] shows.
+    pub(crate) fn from_rows(cos: Vec<f32>, sin: Vec<f32>, pairs: usize) -> RopeTable {
+        RopeTable { cos, sin, pairs }
+    }
+
     /// Computes the table for `positions`.
     pub fn fill(&mut self, params: &RopeParams, positions: impl Iterator<Item = usize>) {
         self.pairs = params.frequencies.len();

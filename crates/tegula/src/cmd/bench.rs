@@ -1,6 +1,7 @@
 //! `bench`: measures prompts and generation, in llama-bench's terms, alone or taking turns
 //! with other engines.
 
+use crate::gpu::GpuArgs;
 use crate::{
     args::{self, AmxMode, ModelArgs},
     exit::Refusal,
@@ -78,6 +79,8 @@ pub struct BenchArgs {
     /// Tokens in the context before the clock starts
     #[arg(short = 'd', long, value_name = "LIST", default_value = "0", value_parser = numbers)]
     n_depth: Vec<Numbers>,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Tokens that are submitted together
     #[arg(short, long, value_name = "LIST", default_value = "2048", value_parser = numbers)]
     batch_size: Vec<Numbers>,
@@ -385,6 +388,7 @@ fn engine(
         memory: facts::available_memory(),
         ..LoadOptions::new(source.clone())
     };
+    let load = args.gpu.apply(load)?;
     let model = args::load(&load)?;
     let probes = &printer.record.probes;
     Ok(Engine {

@@ -100,7 +100,38 @@ struct Gpus {
     /// NVIDIA GPUs that the driver shows.
     present: usize,
     usable: usize,
-    reason: &'static str,
+    /// Those that are usable, and bytes of their memory.
+    devices: BTreeMap<String, (String, u64)>,
+    /// Why none is.
+    reason: Option<String>,
+}
+
+/// The GPUs that can be used, or why none can.
+fn gpus(present: usize) -> Gpus {
+    let found = crate::gpu::detect().and_then(|devices| {
+        let infos = devices.iter().map(|d| d.info());
+        Ok(infos.collect::<Result<Vec<_>, _>>()?)
+    });
+    let (infos, reason) = match found {
+        Ok(infos) if infos.is_empty() => {
+            let why = match cfg!(feature = "cuda") {
+                true => "there is no NVIDIA driver, or no GPU",
+                false => "this build has no GPU support",
+            };
+            (infos, Some(why.to_owned()))
+        }
+        Ok(infos) => (infos, None),
+        Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+    };
+    Gpus {
+        present,
+        usable: infos.len(),
+        devices: infos
+            .into_iter()
+            .map(|i| (i.name, (i.description, i.total)))
+            .collect(),
+        reason,
+    }
 }
 
 pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
@@ -144,11 +175,7 @@ fn report() -> Report {
             transparent,
             reserved: facts::meminfo("HugePages_Total").unwrap_or(0),
         },
-        gpus: Gpus {
-            present: host.gpus,
-            usable: 0,
-            reason: "this build has no GPU support",
-        },
+        gpus: gpus(host.gpus),
         cpu: host.cpu,
         kernel: host.kernel,
     }
@@ -282,10 +309,16 @@ fn text(r: &Report) -> String {
         yes(h.used),
         h.reserved
     );
-    out += &format!(
-        "gpus       none usable: {} ({} shown by the driver)\n",
-        r.gpus.reason, r.gpus.present
-    );
+    if let Some(why) = &r.gpus.reason {
+        let shown = r.gpus.present;
+        out += &format!("gpus       none usable: {why} ({shown} shown by the driver)\n");
+    }
+    for (name, (description, total)) in &r.gpus.devices {
+        out += &format!(
+            "gpus       {name}: {description}, {}\n",
+            output::bytes(*total)
+        );
+    }
     out
 }
 

@@ -7,7 +7,7 @@ use crate::{
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use tegula_engine::{ModelConfig, Plan, plan, plan::Placement};
+use tegula_engine::{ModelConfig, Plan, offload::DeviceUse, plan, plan::Placement};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -31,6 +31,10 @@ pub struct Report<'a> {
     isa: &'a str,
     /// Bytes by device and buffer.
     buffers: BTreeMap<String, u64>,
+    /// What each GPU in use holds.
+    gpus: &'a [DeviceUse],
+    /// What of the model goes to GPUs, in words.
+    offload: &'a str,
     tensors: &'a [Placement],
 }
 
@@ -44,6 +48,8 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
         model,
         isa,
         buffers,
+        gpus: &plan.devices,
+        offload: &plan.offload.summary,
         tensors: &plan.placements,
     }
 }
@@ -68,6 +74,20 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     if let Some((on_tiles, matrices)) = plan.on_tiles() {
         out += &format!("amx          {on_tiles} of {matrices} matrices on bf16 tiles\n");
     }
+    for d in &plan.devices {
+        out += &format!(
+            "{} ({}): {} of weights, {} of KV cache, {} of activations; {} may be used\n",
+            d.name,
+            d.description,
+            output::bytes(d.weights),
+            output::bytes(d.kv),
+            output::bytes(d.activations),
+            output::bytes(d.budget)
+        );
+    }
+    if !plan.offload.summary.is_empty() {
+        out += &format!("{}\n", plan.offload.summary);
+    }
     out += "\n";
     let width = |f: fn(&Placement) -> usize| plan.placements.iter().map(f).max().unwrap_or(0);
     let (names, kernels) = (width(|p| p.tensor.len()), width(|p| p.kernel.len()));
@@ -90,7 +110,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
 
 /// Device and buffer: `cpu/packed`.
 fn place(p: &Placement) -> String {
-    format!("{}/{}", lower(&p.device), lower(&p.buffer))
+    format!("{}/{}", p.device, lower(&p.buffer))
 }
 
 /// The name as `--json` has it.

@@ -1,0 +1,376 @@
+//! The driver's interface: errors, contexts, streams, memory, launches.
+
+use cudarc::driver::sys::{self, CUresult};
+use std::{
+    ffi::{CStr, c_void},
+    ptr,
+};
+use tegula_kernels::device::{DeviceError, Result};
+
+/// The driver's word for a result.
+fn word(result: CUresult) -> String {
+    let mut text = ptr::null();
+    // SAFETY: the driver writes a pointer to a static string, or null.
+    let known = unsafe { sys::cuGetErrorString(result, &raw mut text) };
+    if known == CUresult::CUDA_SUCCESS && !text.is_null() {
+        // SAFETY: a static C string of the driver.
+        let text = unsafe { CStr::from_ptr(text) };
+        return format!("{} ({})", text.to_string_lossy(), result as u32);
+    }
+    format!("error {}", result as u32)
+}
+
+/// Turns a result into an error of `device` doing `operation`.
+pub(crate) fn check(device: &str, operation: &'static str, result: CUresult) -> Result<()> {
+    if result == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    Err(DeviceError::Failed {
+        device: device.to_owned(),
+        operation,
+        cause: word(result),
+    })
+}
+
+/// The number of GPUs; `Ok(0)` where there is no driver.
+pub(crate) fn count() -> Result<usize> {
+    // cudarc panics on the first call where there is no library.
+    // SAFETY: it only tries to open the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Ok(0);
+    }
+    // SAFETY: plain calls without preconditions.
+    let started = unsafe { sys::cuInit(0) };
+    match started {
+        CUresult::CUDA_SUCCESS => {}
+        CUresult::CUDA_ERROR_NO_DEVICE => return Ok(0),
+        other => {
+            let why = format!("the NVIDIA driver can't be used: {}", word(other));
+            return Err(DeviceError::Unusable(why));
+        }
+    }
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    check("CUDA", "asking for the driver's version", unsafe {
+        sys::cuDriverGetVersion(&raw mut version)
+    })?;
+    if version < 12_000 {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        return Err(DeviceError::Unusable(format!(
+            "the NVIDIA driver is too old: it knows CUDA {major}.{minor}, and 12.0 is needed"
+        )));
+    }
+    let mut count = 0;
+    // SAFETY: writes one integer.
+    check("CUDA", "counting devices", unsafe {
+        sys::cuDeviceGetCount(&raw mut count)
+    })?;
+    Ok(count.max(0) as usize)
+}
+
+/// One GPU's context with a stream of its own.
+pub(crate) struct Gpu {
+    pub name: String,
+    pub description: String,
+    pub arch: (i32, i32),
+    ordinal: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: handles of the driver may be used from any thread once the context is current
+// there, which every call makes sure of.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver locks what it shares.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    pub fn open(ordinal: usize, name: &str) -> Result<Gpu> {
+        let ck = |what, r| check(name, what, r);
+        let mut device = 0;
+        let mut text = [0 as std::ffi::c_char; 256];
+        let mut context = ptr::null_mut();
+        let mut stream = ptr::null_mut();
+        let (mut major, mut minor) = (0, 0);
+        use sys::CUdevice_attribute_enum as A;
+        // SAFETY: every call writes to a place of its own of the right size; the name is
+        // terminated by the driver.
+        unsafe {
+            ck(
+                "opening it",
+                sys::cuDeviceGet(&raw mut device, ordinal as i32),
+            )?;
+            ck(
+                "asking its name",
+                sys::cuDeviceGetName(text.as_mut_ptr(), 256, device),
+            )?;
+            for (value, what) in [
+                (
+                    &raw mut major,
+                    A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                ),
+                (
+                    &raw mut minor,
+                    A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                ),
+            ] {
+                ck(
+                    "asking its kind",
+                    sys::cuDeviceGetAttribute(value, what, device),
+                )?;
+            }
+            ck(
+                "opening it",
+                sys::cuDevicePrimaryCtxRetain(&raw mut context, device),
+            )?;
+            ck("opening it", sys::cuCtxSetCurrent(context))?;
+            let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+            ck(
+                "making a stream",
+                sys::cuStreamCreate(&raw mut stream, flags),
+            )?;
+        }
+        // SAFETY: the driver terminated it.
+        let description = unsafe { CStr::from_ptr(text.as_ptr()) };
+        Ok(Gpu {
+            name: name.to_owned(),
+            description: description.to_string_lossy().into_owned(),
+            arch: (major, minor),
+            ordinal: device,
+            context,
+            stream,
+        })
+    }
+
+    fn check(&self, operation: &'static str, result: CUresult) -> Result<()> {
+        check(&self.name, operation, result)
+    }
+
+    /// Makes the context current on this thread.
+    fn current(&self) -> Result<()> {
+        // SAFETY: the context lives as long as this.
+        self.check("entering its context", unsafe {
+            sys::cuCtxSetCurrent(self.context)
+        })
+    }
+
+    /// Free and total bytes.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.current()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two integers.
+        let result = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
+        self.check("asking for its memory", result)?;
+        Ok((free as u64, total as u64))
+    }
+
+    pub fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.current()?;
+        let mut address = 0;
+        // SAFETY: writes an address.
+        let result = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) };
+        if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            let (free, total) = self.memory()?;
+            return Err(DeviceError::OutOfMemory {
+                device: self.name.clone(),
+                needed: bytes as u64,
+                free,
+                total,
+            });
+        }
+        self.check("allocating", result)?;
+        Ok(address)
+    }
+
+    /// Waits for the stream, then frees; a lost device's memory is gone anyway.
+    pub fn free(&self, address: u64) {
+        if self.current().is_ok() {
+            // SAFETY: the address came from `alloc`, and nothing that was issued uses it.
+            unsafe {
+                sys::cuStreamSynchronize(self.stream);
+                sys::cuMemFree_v2(address);
+            }
+        }
+    }
+
+    /// Memory here that copies can be made from behind the caller's back.
+    pub fn pinned(&self, bytes: usize) -> Result<*mut u8> {
+        self.current()?;
+        let mut pointer: *mut c_void = ptr::null_mut();
+        // SAFETY: writes a pointer.
+        let result = unsafe { sys::cuMemAllocHost_v2(&raw mut pointer, bytes) };
+        self.check("allocating pinned memory", result)?;
+        Ok(pointer.cast())
+    }
+
+    /// # Safety
+    /// The pointer came from [`Gpu::pinned`], and nothing uses it any more.
+    pub unsafe fn free_pinned(&self, pointer: *mut u8) {
+        if self.current().is_ok() {
+            // SAFETY: the caller's promise.
+            unsafe { sys::cuMemFreeHost(pointer.cast()) };
+        }
+    }
+
+    pub fn sync(&self) -> Result<()> {
+        self.current()?;
+        // SAFETY: the stream lives as long as this.
+        self.check("waiting for it", unsafe {
+            sys::cuStreamSynchronize(self.stream)
+        })
+    }
+
+    /// # Safety
+    /// `src` is valid until the stream has been waited for; `dst` has room.
+    pub unsafe fn copy_in(&self, dst: u64, src: *const u8, bytes: usize) -> Result<()> {
+        self.current()?;
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast(), bytes, self.stream) };
+        self.check("copying to it", result)
+    }
+
+    /// # Safety
+    /// `dst` is valid until the stream has been waited for; `src` is as long.
+    pub unsafe fn copy_out(&self, dst: *mut u8, src: u64, bytes: usize) -> Result<()> {
+        self.current()?;
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(dst.cast(), src, bytes, self.stream) };
+        self.check("copying from it", result)
+    }
+
+    /// # Safety
+    /// Both are valid for `bytes` and don't overlap.
+    pub unsafe fn copy_inside(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
+        self.current()?;
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(dst, src, bytes, self.stream) };
+        self.check("copying inside it", result)
+    }
+
+    /// # Safety
+    /// `dst` is valid for `bytes`.
+    pub unsafe fn clear(&self, dst: u64, bytes: usize) -> Result<()> {
+        self.current()?;
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemsetD8Async(dst, 0, bytes, self.stream) };
+        self.check("clearing", result)
+    }
+
+    /// A module from PTX text, which must end in a NUL.
+    pub fn module(&self, image: &[u8]) -> Result<sys::CUmodule, CUresult> {
+        assert_eq!(image.last(), Some(&0));
+        let _ = self.current();
+        let mut module = ptr::null_mut();
+        // SAFETY: a terminated text, no options.
+        let result = unsafe {
+            sys::cuModuleLoadDataEx(
+                &raw mut module,
+                image.as_ptr().cast(),
+                0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+            )
+        };
+        match result {
+            CUresult::CUDA_SUCCESS => Ok(module),
+            other => Err(other),
+        }
+    }
+
+    pub fn function(&self, module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
+        self.current()?;
+        let mut function = ptr::null_mut();
+        // SAFETY: the module was loaded and the name is terminated.
+        let result = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
+        self.check("finding a kernel", result)?;
+        Ok(function)
+    }
+
+    /// # Safety
+    /// `arguments` point to values of the kernel's parameter types, in order, and the
+    /// addresses among them are valid for what the kernel does with this grid.
+    pub unsafe fn launch(
+        &self,
+        what: &'static str,
+        function: sys::CUfunction,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        self.current()?;
+        let [x, y, z] = grid.map(|n| n as u32);
+        // SAFETY: the caller's promise.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                function,
+                x,
+                y,
+                z,
+                block as u32,
+                1,
+                1,
+                shared as u32,
+                self.stream,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        self.check(what, result)
+    }
+
+    pub fn begin_capture(&self) -> Result<()> {
+        self.current()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream lives as long as this.
+        let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) };
+        self.check("recording", result)
+    }
+
+    pub fn end_capture(&self) -> Result<Recorded> {
+        self.current()?;
+        let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the stream is being captured; the graph is destroyed once instantiated.
+        unsafe {
+            let result = sys::cuStreamEndCapture(self.stream, &raw mut graph);
+            self.check("recording", result)?;
+            let result = sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0);
+            sys::cuGraphDestroy(graph);
+            self.check("preparing a recording", result)?;
+        }
+        Ok(Recorded(exec))
+    }
+
+    pub fn replay(&self, recorded: &Recorded) -> Result<()> {
+        self.current()?;
+        // SAFETY: both live; the buffers that the recording names live while it is kept.
+        let result = unsafe { sys::cuGraphLaunch(recorded.0, self.stream) };
+        self.check("replaying a recording", result)
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.current().is_ok() {
+            // SAFETY: nothing uses the stream any more; the context was retained once.
+            unsafe {
+                sys::cuStreamSynchronize(self.stream);
+                sys::cuStreamDestroy_v2(self.stream);
+                sys::cuDevicePrimaryCtxRelease_v2(self.ordinal);
+            }
+        }
+    }
+}
+
+/// Operations that can be issued at once.
+pub(crate) struct Recorded(sys::CUgraphExec);
+
+// SAFETY: a handle of the driver, used under the device's lock.
+unsafe impl Send for Recorded {}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once; the driver waits for a launch under way.
+        unsafe { sys::cuGraphExecDestroy(self.0) };
+    }
+}

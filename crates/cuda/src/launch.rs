@@ -1,0 +1,84 @@
+//! Parameters of kernels, as their sources have them, and how kernels are launched.
+
+/// As kernels take a stack of matrices.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Mat {
+    pub planes: [u64; 5],
+    pub grids: u64,
+    pub n: i32,
+    pub k: i32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Products {
+    pub w: [Mat; 3],
+    pub out: [u64; 3],
+    pub bias: [u64; 3],
+    pub end: [i32; 3],
+    pub add: i32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Kv {
+    pub cache: u64,
+    pub k_type: i32,
+    pub v_type: i32,
+    pub heads: i32,
+    pub dim: i32,
+    pub k_bytes: i32,
+    pub head_bytes: i32,
+    pub page_bytes: i32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Where {
+    pub tokens: u64,
+    pub pages: u64,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct PlaneTable {
+    pub to: [u64; 5],
+    pub at: [i32; 5],
+    pub len: [i32; 5],
+    pub count: i32,
+    pub block: i32,
+}
+
+/// Launches a kernel: `launch!(self, unit, name, grid, block, shared, arguments…)`.
+macro_rules! launch {
+    ($self:ident, $unit:expr, $name:literal, $grid:expr, $block:expr, $shared:expr, $($arg:expr),+) => {{
+        const NAME: &std::ffi::CStr = match std::ffi::CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
+            Ok(name) => name,
+            Err(_) => panic!("a name of a kernel"),
+        };
+        let function = $self.modules.function(&$self.pool.gpu, $unit, NAME)?;
+        launch!(@ $self, $name, function, $grid, $block, $shared, [] $($arg),+)
+    }};
+    (@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+     [$($done:ident)*] $arg:expr $(, $rest:expr)*) => {{
+        let mut value = $arg;
+        launch!(@@ $self, $name, $f, $grid, $block, $shared, [$($done)*] value, $($rest),*)
+    }};
+    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+     [$($done:ident)*] $value:ident, ) => {{
+        launch!(@run $self, $name, $f, $grid, $block, $shared, [$($done)* $value])
+    }};
+    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+     [$($done:ident)*] $value:ident, $($rest:expr),+) => {{
+        launch!(@ $self, $name, $f, $grid, $block, $shared, [$($done)* $value] $($rest),+)
+    }};
+    (@run $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr, [$($v:ident)*]) => {{
+        let mut arguments = [$((&raw mut $v).cast::<std::ffi::c_void>()),*];
+        // SAFETY: the arguments are those of the kernel in its source; the buffers are as
+        // large as the shapes say, which the caller of the trait vouches for.
+        unsafe { $self.pool.gpu.launch($name, $f, $grid, $block, $shared, &mut arguments) }
+    }};
+}
+
+pub(crate) use launch;

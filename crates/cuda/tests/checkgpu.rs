@@ -1,0 +1,503 @@
+//! Every kernel of the GPU against the scalar definition, on the simulated device: seeded
+//! inputs, poisoned outputs, odd shapes. Without a GPU the trials are ignored by name.
+
+use half::f16;
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::sync::Arc;
+use tegula_cuda::{CudaDevice, UNITS, Unit};
+use tegula_gguf::{Bytes, GgmlType, blocks};
+use tegula_kernels::{
+    Tier,
+    device::{
+        Buffer, Device, DeviceRouting, HeadOptions, Matrix, Network, Places, Product, RawMatrix,
+        Recording, sim::SimDevice,
+    },
+    kv::{KvShape, KvType},
+    ops::{RopeStyle, moe::RouteOptions},
+};
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u32 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    fn float(&mut self) -> f32 {
+        (self.next() % 20_001) as f32 / 10_000.0 - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+}
+
+/// Weights of any type with scales of about a hundredth.
+fn raw(rng: &mut Rng, ty: GgmlType, n: usize, k: usize, experts: usize) -> RawMatrix {
+    let rows = n * experts;
+    let mut bytes = vec![0; ty.bytes_for(k as u64).unwrap() as usize * rows];
+    if blocks::can_quantize(ty) {
+        let values = rng.floats(rows * k);
+        let row = bytes.len() / rows;
+        for (values, bytes) in values.chunks(k).zip(bytes.chunks_mut(row)) {
+            blocks::quantize(ty, values, None, bytes).unwrap();
+        }
+    } else {
+        bytes.iter_mut().for_each(|b| *b = rng.next() as u8);
+        for block in bytes.chunks_mut(ty.block_bytes()) {
+            let d = f16::from_f32(0.01 + 0.001 * rng.float()).to_bits();
+            if ty == GgmlType::IQ1_M {
+                for i in 0..4 {
+                    let high = &mut block[48 + 2 * i + 1];
+                    *high = *high & 15 | ((d >> (4 * i)) & 15) as u8 * 16;
+                }
+            } else {
+                block[..2].copy_from_slice(&d.to_le_bytes());
+            }
+        }
+    }
+    RawMatrix::new(ty, n, k, experts, Bytes::from_vec(bytes)).unwrap()
+}
+
+/// The same work on a device, and what came out.
+struct Bench<'a>(&'a dyn Device);
+
+impl Bench<'_> {
+    fn put(&self, values: &[f32]) -> Buffer {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let buffer = self.0.alloc(bytes.len()).unwrap();
+        self.0.write(&buffer, 0, &bytes).unwrap();
+        buffer
+    }
+
+    fn words(&self, values: &[u32]) -> Buffer {
+        self.put(
+            &values
+                .iter()
+                .map(|v| f32::from_bits(*v))
+                .collect::<Vec<_>>(),
+        )
+    }
+
+    fn poisoned(&self, n: usize) -> Buffer {
+        self.put(&vec![f32::NAN; n])
+    }
+
+    fn get(&self, buffer: &Buffer, n: usize) -> Vec<f32> {
+        let mut bytes = vec![0; 4 * n];
+        self.0.read(buffer, 0, &mut bytes).unwrap();
+        bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect()
+    }
+
+    fn load(&self, m: &RawMatrix) -> Matrix {
+        self.0.load(m).unwrap()
+    }
+
+    fn places(&self, tokens: &[(u32, u32)], pages: &[u32], pairs: usize) -> Places {
+        let at: Vec<u32> = tokens.iter().flat_map(|t| [t.0, t.1]).collect();
+        let angle = |t: usize, i: usize| (tokens[t].1 as f32) / (1.0 + i as f32);
+        let all = (0..tokens.len()).flat_map(|t| (0..pairs).map(move |i| (t, i)));
+        let angles: Vec<f32> = all.map(|(t, i)| angle(t, i)).collect();
+        let longest = tokens.iter().map(|t| t.1 as usize + 1).max().unwrap_or(0);
+        Places {
+            tokens: self.words(&at),
+            pages: self.words(pages),
+            cos: self.put(&angles.iter().map(|a| a.cos()).collect::<Vec<_>>()),
+            sin: self.put(&angles.iter().map(|a| a.sin()).collect::<Vec<_>>()),
+            m: tokens.len(),
+            pairs,
+            longest: longest.next_power_of_two().max(256),
+        }
+    }
+}
+
+/// `|got - want| <= bound * max |want|`, and no NaN.
+fn close(what: &str, got: &[f32], want: &[f32], bound: f32) -> Result<(), Failed> {
+    let largest = want.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (g - w).abs() / largest;
+        if error.is_nan() || error > bound {
+            return Err(format!("{what}: value {i} is {g} and not {w} (largest {largest})").into());
+        }
+    }
+    Ok(())
+}
+
+/// Runs `work` on the GPU and on scalar kernels and compares.
+fn both(
+    gpu: &CudaDevice,
+    what: &str,
+    bound: f32,
+    work: impl Fn(&Bench<'_>) -> Vec<f32>,
+) -> Result<(), Failed> {
+    let sim = SimDevice::new("SIM0", 8 << 30, Tier::Scalar);
+    close(what, &work(&Bench(gpu)), &work(&Bench(&sim)), bound)
+}
+
+/// Tensor cores round to bf16 what the CPU rounds to eight bits.
+const ROUNDED: f32 = 0.03;
+const EXACT: f32 = 2e-5;
+
+fn products(gpu: &CudaDevice, ty: GgmlType) -> Result<(), Failed> {
+    let block = ty.block_len().max(32);
+    for (n, k) in [(1, block), (130, 3 * block), (67, 512)] {
+        for m in [1, 2, 8, 9, 33, 150] {
+            let what = format!("{ty} {n}x{k}, {m} tokens");
+            let bound = if m > 8 && ty != GgmlType::F32 {
+                ROUNDED
+            } else {
+                EXACT
+            };
+            both(gpu, &what, bound, |d| {
+                let rng = &mut Rng(7);
+                let w: Vec<_> = (0..3).map(|i| d.load(&raw(rng, ty, n + i, k, 1))).collect();
+                let (x, bias) = (d.put(&rng.floats(m * k)), d.put(&rng.floats(n)));
+                let out: Vec<_> = (0..3).map(|i| d.poisoned(m * (n + i))).collect();
+                let sum = d.put(&rng.floats(m * n));
+                let product = |i: usize| Product {
+                    w: &w[i],
+                    out: &out[i],
+                    bias: (i == 0).then_some(&bias),
+                    add: false,
+                };
+                d.0.matmul(&[product(0), product(1), product(2)], &x, m)
+                    .unwrap();
+                let add = Product {
+                    w: &w[0],
+                    out: &sum,
+                    bias: None,
+                    add: true,
+                };
+                d.0.matmul(&[add], &x, m).unwrap();
+                let mut all = d.get(&sum, m * n);
+                (0..3).for_each(|i| all.extend(d.get(&out[i], m * (n + i))));
+                all
+            })?;
+        }
+    }
+    let ff = block * 2;
+    for m in [1, 3, 8, 20, 70] {
+        let bound = if m > 8 && ty != GgmlType::F32 {
+            ROUNDED
+        } else {
+            2e-3
+        };
+        both(gpu, &format!("{ty} network, {m} tokens"), bound, |d| {
+            let rng = &mut Rng(8);
+            let [gate, up] = [0, 1].map(|_| d.load(&raw(rng, ty, ff, 256, 1)));
+            let down = d.load(&raw(rng, ty, 256, ff, 1));
+            let (input, x) = (d.put(&rng.floats(m * 256)), d.put(&rng.floats(m * 256)));
+            let network = Network {
+                gate: &gate,
+                up: &up,
+                down: &down,
+            };
+            d.0.ffn(&network, &input, m, &x).unwrap();
+            d.get(&x, m * 256)
+        })?;
+        both(gpu, &format!("{ty} experts, {m} tokens"), bound, |d| {
+            let rng = &mut Rng(9);
+            let (experts, used) = (7, 3);
+            let [gate, up] = [0, 1].map(|_| d.load(&raw(rng, ty, ff, 256, experts)));
+            let down = d.load(&raw(rng, ty, 256, ff, experts));
+            let (input, x) = (d.put(&rng.floats(m * 256)), d.put(&rng.floats(m * 256)));
+            let ids: Vec<u32> = (0..m as u32)
+                .flat_map(|t| [t % 7, (t + 2) % 7, (t * 3 + 4) % 7])
+                .collect();
+            let routing = DeviceRouting {
+                ids: d.words(&ids),
+                weights: d.put(&rng.floats(m * used)),
+                used,
+            };
+            let network = Network {
+                gate: &gate,
+                up: &up,
+                down: &down,
+            };
+            d.0.experts(&network, &input, &routing, m, &x).unwrap();
+            d.get(&x, m * 256)
+        })?;
+    }
+    Ok(())
+}
+
+fn rows(gpu: &CudaDevice) -> Result<(), Failed> {
+    for (m, k) in [(1, 1), (3, 33), (2, 4097)] {
+        both(gpu, &format!("rms_norm {m}x{k}"), EXACT, |d| {
+            let rng = &mut Rng(1);
+            let (x, w, out) = (
+                d.put(&rng.floats(m * k)),
+                d.put(&rng.floats(k)),
+                d.poisoned(m * k),
+            );
+            d.0.rms_norm(&x, &w, 1e-6, m, k, &out).unwrap();
+            d.get(&out, m * k)
+        })?;
+        both(gpu, "add and gather", 0.0, |d| {
+            let rng = &mut Rng(2);
+            let (x, y, out) = (
+                d.put(&rng.floats(m * k)),
+                d.put(&rng.floats(m * k)),
+                d.poisoned(m * k),
+            );
+            d.0.add(&x, &y, m * k).unwrap();
+            let back: Vec<u32> = (0..m as u32).rev().collect();
+            d.0.gather(&x, &d.words(&back), m, k, &out).unwrap();
+            d.get(&out, m * k)
+        })?;
+    }
+    for (heads, dim, pairs) in [(1, 2, 1), (3, 64, 32), (2, 128, 40), (4, 256, 128)] {
+        for (style, norm) in [
+            (RopeStyle::Neox, true),
+            (RopeStyle::Normal, false),
+            (RopeStyle::Normal, true),
+        ] {
+            both(
+                gpu,
+                &format!("heads of {dim}, {pairs} pairs, {style:?}"),
+                EXACT,
+                |d| {
+                    let rng = &mut Rng(3);
+                    let (x, w) = (d.put(&rng.floats(2 * heads * dim)), d.put(&rng.floats(dim)));
+                    let places = d.places(&[(0, 5), (0, 6)], &[0], pairs);
+                    let options = HeadOptions {
+                        heads,
+                        dim,
+                        style,
+                        eps: 1e-6,
+                    };
+                    d.0.heads(&x, norm.then_some(&w), &options, &places)
+                        .unwrap();
+                    d.get(&x, 2 * heads * dim)
+                },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn routing(gpu: &CudaDevice) -> Result<(), Failed> {
+    for (m, experts, used) in [(1, 1, 1), (5, 16, 4), (9, 128, 8), (2, 300, 3)] {
+        for normalize in [true, false] {
+            both(gpu, &format!("{used} of {experts}"), EXACT, |d| {
+                let rng = &mut Rng(4);
+                let mut logits = rng.floats(m * experts);
+                if experts > 4 {
+                    // Ties go to the lower number.
+                    (logits[1], logits[3]) = (2.0, 2.0);
+                }
+                let routing = DeviceRouting {
+                    ids: d.poisoned(m * used),
+                    weights: d.poisoned(m * used),
+                    used,
+                };
+                let options = RouteOptions {
+                    used,
+                    normalize,
+                    scale: 1.5,
+                };
+                d.0.route(&d.put(&logits), m, experts, &options, &routing)
+                    .unwrap();
+                let ids = d.get(&routing.ids, m * used);
+                let mut all: Vec<f32> = ids.iter().map(|v| v.to_bits() as f32).collect();
+                all.extend(d.get(&routing.weights, m * used));
+                all
+            })?;
+        }
+    }
+    let bench = Bench(gpu);
+    let mut x = Rng(5).floats(3 * 70_001);
+    (x[123], x[456], x[70_001 + 9], x[2 * 70_001]) = (7.0, 7.0, f32::NAN, 9.0);
+    let out = bench.poisoned(3);
+    gpu.argmax(&bench.put(&x), 3, 70_001, &out)?;
+    let got: Vec<u32> = bench.get(&out, 3).iter().map(|v| v.to_bits()).collect();
+    let best = |row: &[f32]| {
+        let mut at = 0;
+        (0..row.len()).for_each(|i| {
+            if row[i] > row[at] {
+                at = i
+            }
+        });
+        at as u32
+    };
+    let want: Vec<u32> = x.chunks(70_001).map(best).collect();
+    if got != want {
+        return Err(format!("argmax: {got:?} and not {want:?}").into());
+    }
+    Ok(())
+}
+
+fn attention(gpu: &CudaDevice, k: KvType, v: KvType) -> Result<(), Failed> {
+    for (kv_heads, heads, dim) in [
+        (1, 1, 32),
+        (2, 8, 64),
+        (2, 32, 128),
+        (1, 3, 96),
+        (1, 2, 256),
+    ] {
+        let shape = KvShape {
+            layers: 1,
+            heads: kv_heads,
+            dim,
+            k,
+            v,
+        };
+        for (seen, m) in [(0usize, 1usize), (63, 3), (130, 1), (300, 2), (5, 40)] {
+            both(
+                gpu,
+                &format!("{heads}/{kv_heads} heads of {dim}, {m} behind {seen}"),
+                2e-4,
+                |d| {
+                    let rng = &mut Rng(6);
+                    let pages = 8;
+                    let cache = d.0.alloc(shape.bytes(pages)).unwrap();
+                    d.0.zero(&cache).unwrap();
+                    let table: Vec<u32> = vec![99, 3, 1, 7, 0, 5, 2];
+                    let run = |from: usize, count: usize, rng: &mut Rng| {
+                        let tokens: Vec<_> = (from..from + count).map(|p| (1, p as u32)).collect();
+                        let places = d.places(&tokens, &table, 1);
+                        let len = count * kv_heads * dim;
+                        let (k, v) = (d.put(&rng.floats(len)), d.put(&rng.floats(len)));
+                        d.0.kv_store(&cache, &shape, &places, &k, &v).unwrap();
+                        places
+                    };
+                    if seen > 0 {
+                        run(0, seen, rng);
+                    }
+                    let places = run(seen, m, rng);
+                    let q = d.put(&rng.floats(m * heads * dim));
+                    let out = d.poisoned(m * heads * dim);
+                    d.0.attention(&cache, &shape, &places, &q, heads, &out)
+                        .unwrap();
+                    let first = d.get(&out, m * heads * dim);
+                    // A page moves and the table with it.
+                    d.0.kv_copy(&cache, &shape, 3, 6).unwrap();
+                    d.0.attention(&cache, &shape, &places, &q, heads, &out)
+                        .unwrap();
+                    let mut all = d.get(&out, m * heads * dim);
+                    all.extend(first);
+                    all
+                },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn recordings(gpu: &CudaDevice) -> Result<(), Failed> {
+    let d = Bench(gpu);
+    let rng = &mut Rng(10);
+    let w = d.load(&raw(rng, GgmlType::Q4_0, 64, 64, 1));
+    let (x, out) = (d.poisoned(64), d.poisoned(64));
+    let mut results = Vec::new();
+    for i in 0..4 {
+        let values = rng.floats(64);
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        gpu.write(&x, 0, &bytes)?;
+        let recording = gpu.begin(&[1, 2, 3])?;
+        if (recording == Recording::Replayed) != (i >= 2) {
+            return Err(format!("pass {i}: {recording:?}").into());
+        }
+        let product = || Product {
+            w: &w,
+            out: &out,
+            bias: None,
+            add: false,
+        };
+        if recording == Recording::Issue {
+            gpu.matmul(&[product()], &x, 1)?;
+            gpu.end()?;
+        }
+        let recorded = d.get(&out, 64);
+        gpu.matmul(&[product()], &x, 1)?;
+        close("recorded", &recorded, &d.get(&out, 64), 0.0)?;
+        results.push(recorded);
+    }
+    gpu.forget();
+    if results[2] == results[3] {
+        return Err("a replay does not read its inputs anew".into());
+    }
+    Ok(())
+}
+
+fn memory(gpu: &CudaDevice) -> Result<(), Failed> {
+    let d = Bench(gpu);
+    let values: Vec<f32> = (0..12_000_001).map(|i| i as f32).collect();
+    close(
+        "a long copy",
+        &d.get(&d.put(&values), values.len()),
+        &values,
+        0.0,
+    )?;
+    match gpu.alloc(1 << 46) {
+        Err(tegula_kernels::device::DeviceError::OutOfMemory { .. }) => Ok(()),
+        other => Err(format!("64 TiB: {other:?}").into()),
+    }
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let (gpu, why) = match tegula_cuda::detect(1) {
+        Ok(found) => (found.into_iter().next(), None),
+        Err(error) => (None, Some(error)),
+    };
+    if let Some(why) = why {
+        eprintln!("no GPU: {why}");
+    }
+    let mut trials = vec![Trial::test("shipped_ptx_is_of_these_sources", || {
+        for unit in UNITS {
+            let ptx = unit.shipped().ok_or("a unit without PTX")?;
+            if !ptx.starts_with(&unit.stamp()) {
+                return Err(format!("{}: made from other sources", unit.name()).into());
+            }
+        }
+        Ok(())
+    })];
+    let mut add = |name: String, f: Box<dyn Fn(&CudaDevice) -> Result<(), Failed> + Send>| {
+        let gpu = gpu.clone();
+        let absent = gpu.is_none();
+        let run = move || gpu.as_ref().map_or(Ok(()), |gpu: &Arc<CudaDevice>| f(gpu));
+        trials.push(Trial::test(format!("gpu::{name}"), run).with_ignored_flag(absent));
+    };
+    add(
+        "kernels_load".to_owned(),
+        Box::new(|gpu| Ok(gpu.load_all()?)),
+    );
+    add("memory".to_owned(), Box::new(memory));
+    add("rows".to_owned(), Box::new(rows));
+    add("routing".to_owned(), Box::new(routing));
+    add("recordings".to_owned(), Box::new(recordings));
+    for (k, v) in [
+        (KvType::F16, KvType::F16),
+        (KvType::BF16, KvType::Q8_0),
+        (KvType::Q8_0, KvType::BF16),
+    ] {
+        let name = format!("attention_{}_{}", k.name(), v.name());
+        add(name, Box::new(move |gpu| attention(gpu, k, v)));
+    }
+    for &unit in UNITS {
+        if let Unit::Mul(ty) = unit {
+            add(
+                format!("products_{ty}"),
+                Box::new(move |gpu| products(gpu, ty)),
+            );
+        }
+    }
+    libtest_mimic::run(
+        &Arguments {
+            test_threads: Some(1),
+            ..arguments
+        },
+        trials,
+    )
+    .exit();
+}

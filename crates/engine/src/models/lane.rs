@@ -1,0 +1,476 @@
+//! What a context keeps on one device: buffers of a step, and the cache of the layers that
+//! attend there.
+
+use super::{DeviceAttention, DeviceFfn, FfnKind, Network};
+use crate::{ModelConfig, Result, offload::LOGIT_ROWS};
+use std::sync::Arc;
+use tegula_kernels::{
+    device::{
+        self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Matrix, Places, PlacesData,
+        Product,
+    },
+    kv::KvShape,
+    ops::{RopeTable, moe::Routing},
+};
+
+/// One device's share of a context.
+pub(crate) struct Lane {
+    pub device: Arc<dyn Device>,
+    config: ModelConfig,
+    /// Per layer, where it attends here.
+    pub cache: Vec<Option<Buffer>>,
+    shape: KvShape,
+    /// `[m][embd]`: the residual stream.
+    x: Buffer,
+    /// `[m][embd]`: normalised.
+    input: Buffer,
+    /// `[m][embd]`: what is about to be added, or rows of `x`.
+    delta: Buffer,
+    /// `[m][heads][dim]`
+    q: Buffer,
+    attention: Buffer,
+    /// `[m][kv_heads][dim]`
+    k: Buffer,
+    v: Buffer,
+    /// `[m][experts]`
+    router: Option<Buffer>,
+    routing: Option<DeviceRouting>,
+    /// `[LOGIT_ROWS][vocab]`, if the output matrix is here.
+    logits: Option<Buffer>,
+    /// Row numbers.
+    rows: Buffer,
+    places: Places,
+    /// The places are those of this step.
+    placed: bool,
+}
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn words(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Positions that a recording stands for: the next power of two.
+fn rounded(longest: usize) -> usize {
+    longest.next_power_of_two().max(256)
+}
+
+impl Lane {
+    /// Allocates everything that a context will need on the device, for micro-batches of `m`
+    /// tokens and a cache of `pages` pages in the layers that `attends` names.
+    pub fn new(
+        device: Arc<dyn Device>,
+        config: &ModelConfig,
+        shape: &KvShape,
+        pages: usize,
+        m: usize,
+        attends: impl Fn(usize) -> bool,
+        output: bool,
+    ) -> Result<Lane> {
+        let c = config;
+        let floats = |n: usize| device.alloc(4 * n.max(1));
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let one = KvShape {
+            layers: 1,
+            ..*shape
+        };
+        let layer = || {
+            let cache = device.alloc(one.bytes(pages))?;
+            device.zero(&cache)?;
+            Ok::<_, DeviceError>(cache)
+        };
+        let cache = (0..c.layers)
+            .map(|i| attends(i).then(layer).transpose())
+            .collect::<Result<_, _>>()?;
+        let pairs = c.rope.frequencies.len();
+        let routing = match c.experts {
+            Some(e) => Some(DeviceRouting {
+                ids: floats(m * e.used)?,
+                weights: floats(m * e.used)?,
+                used: e.used,
+            }),
+            None => None,
+        };
+        let lane = Lane {
+            cache,
+            shape: one,
+            x: floats(m * c.embd)?,
+            input: floats(m * c.embd)?,
+            delta: floats(m * c.embd)?,
+            q: floats(m * q)?,
+            attention: floats(m * q)?,
+            k: floats(m * kv)?,
+            v: floats(m * kv)?,
+            router: c.experts.map(|e| floats(m * e.count)).transpose()?,
+            routing,
+            logits: match output {
+                true => Some(floats(LOGIT_ROWS.min(m) * c.vocab)?),
+                false => None,
+            },
+            rows: floats(m)?,
+            places: Places {
+                tokens: floats(2 * m)?,
+                pages: floats(pages)?,
+                cos: floats(m * pairs)?,
+                sin: floats(m * pairs)?,
+                m: 0,
+                pairs,
+                longest: 0,
+            },
+            placed: false,
+            config: config.clone(),
+            device,
+        };
+        Ok(lane)
+    }
+
+    /// A new step begins.
+    pub fn begin_step(&mut self) {
+        self.placed = false;
+    }
+
+    /// Brings the places of the step's tokens here, once per step.
+    pub fn place(&mut self, data: &PlacesData, rope: &RopeTable) -> Result<()> {
+        if self.placed {
+            return Ok(());
+        }
+        let (cos, sin, pairs) = device::rope_rows(rope);
+        let p = &mut self.places;
+        self.device.write(&p.tokens, 0, &words(&data.tokens))?;
+        self.device.write(&p.pages, 0, &words(&data.pages))?;
+        if pairs > 0 {
+            self.device.write(&p.cos, 0, &bytes_of(cos))?;
+            self.device.write(&p.sin, 0, &bytes_of(sin))?;
+        }
+        p.m = data.tokens.len() / 2;
+        p.longest = rounded(data.longest);
+        self.placed = true;
+        Ok(())
+    }
+
+    /// What names a recording of a step that runs here alone.
+    pub fn key(&self, m: usize, outputs: usize, logits: bool) -> [u64; 6] {
+        let cache = self
+            .cache
+            .iter()
+            .flatten()
+            .next()
+            .map_or(0, Buffer::address);
+        let longest = self.places.longest as u64;
+        [
+            u64::from(logits),
+            self.x.address(),
+            cache,
+            m as u64,
+            outputs as u64,
+            longest,
+        ]
+    }
+
+    pub fn write_x(&self, x: &[f32]) -> Result<()> {
+        Ok(self.device.write(&self.x, 0, &bytes_of(x))?)
+    }
+
+    fn read(&self, buffer: &Buffer, len: usize, out: &mut Vec<f32>) -> Result<()> {
+        let start = out.len();
+        out.resize(start + len, 0.0);
+        let mut bytes = vec![0; 4 * len];
+        self.device.read(buffer, 0, &mut bytes)?;
+        let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+        out[start..]
+            .iter_mut()
+            .zip(values)
+            .for_each(|(o, v)| *o = v);
+        Ok(())
+    }
+
+    pub fn read_x(&self, m: usize, x: &mut Vec<f32>) -> Result<()> {
+        x.clear();
+        self.read(&self.x, m * self.config.embd, x)
+    }
+
+    /// `input = rms_norm(x) * w`
+    fn norm(&self, w: &Buffer, m: usize) -> Result<()> {
+        let c = &self.config;
+        let (x, out) = (&self.x, &self.input);
+        Ok(self.device.rms_norm(x, w, c.rms_eps, m, c.embd, out)?)
+    }
+
+    pub fn norm_qkv(&self, a: &DeviceAttention, m: usize) -> Result<()> {
+        self.norm(&a.norm, m)?;
+        let one = |w, out, bias| Product {
+            w,
+            out,
+            bias,
+            add: false,
+        };
+        let products = [
+            one(&a.q, &self.q, a.q_bias.as_ref()),
+            one(&a.k, &self.k, a.k_bias.as_ref()),
+            one(&a.v, &self.v, a.v_bias.as_ref()),
+        ];
+        Ok(self.device.matmul(&products, &self.input, m)?)
+    }
+
+    /// Normalises the heads of q and k, where there is a norm, and rotates them.
+    pub fn heads(&self, a: &DeviceAttention) -> Result<()> {
+        let c = &self.config;
+        for (x, heads, norm) in [
+            (&self.q, c.heads, &a.q_norm),
+            (&self.k, c.kv_heads, &a.k_norm),
+        ] {
+            let options = HeadOptions {
+                heads,
+                dim: c.head_dim,
+                style: c.rope.style,
+                eps: c.rms_eps,
+            };
+            self.device
+                .heads(x, norm.as_ref(), &options, &self.places)?;
+        }
+        Ok(())
+    }
+
+    /// Stores k and v in the layer's cache, which must be here, and attends.
+    pub fn attend(&self, layer: usize) -> Result<()> {
+        let Some(cache) = &self.cache[layer] else {
+            unreachable!("the plan puts layer {layer}'s cache elsewhere");
+        };
+        let (shape, places) = (&self.shape, &self.places);
+        self.device
+            .kv_store(cache, shape, places, &self.k, &self.v)?;
+        let heads = self.config.heads;
+        let (q, out) = (&self.q, &self.attention);
+        Ok(self.device.attention(cache, shape, places, q, heads, out)?)
+    }
+
+    /// Reads q, k and v, for a cache on the CPU.
+    pub fn read_qkv(&self, m: usize, to: [&mut Vec<f32>; 3]) -> Result<()> {
+        let c = &self.config;
+        let heads = [c.heads, c.kv_heads, c.kv_heads];
+        let from = [&self.q, &self.k, &self.v];
+        for ((out, heads), buffer) in to.into_iter().zip(heads).zip(from) {
+            out.clear();
+            self.read(buffer, m * heads * c.head_dim, out)?;
+        }
+        Ok(())
+    }
+
+    pub fn write_attention(&self, attention: &[f32]) -> Result<()> {
+        Ok(self
+            .device
+            .write(&self.attention, 0, &bytes_of(attention))?)
+    }
+
+    /// Brings row numbers here.
+    pub fn write_rows(&self, rows: &[usize]) -> Result<()> {
+        let rows: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
+        Ok(self.device.write(&self.rows, 0, &words(&rows))?)
+    }
+
+    /// Moves the rows that [`Lane::write_rows`] brought to the front of x and attention.
+    pub fn keep_rows(&mut self, count: usize) -> Result<()> {
+        let c = &self.config;
+        self.device
+            .gather(&self.x, &self.rows, count, c.embd, &self.delta)?;
+        std::mem::swap(&mut self.x, &mut self.delta);
+        // The queries have been used.
+        let q = c.heads * c.head_dim;
+        self.device
+            .gather(&self.attention, &self.rows, count, q, &self.q)?;
+        std::mem::swap(&mut self.attention, &mut self.q);
+        Ok(())
+    }
+
+    /// Undoes the swaps of [`Lane::keep_rows`], so that every step finds the same buffers.
+    pub fn restore_rows(&mut self) {
+        std::mem::swap(&mut self.x, &mut self.delta);
+        std::mem::swap(&mut self.attention, &mut self.q);
+    }
+
+    pub fn add_attention_output(&self, a: &DeviceAttention, m: usize) -> Result<()> {
+        let product = Product {
+            w: &a.out,
+            out: &self.x,
+            bias: a.out_bias.as_ref(),
+            add: true,
+        };
+        Ok(self.device.matmul(&[product], &self.attention, m)?)
+    }
+
+    /// Norm and dense network, or norm and the router's logits.
+    pub fn norm_ffn(&self, ffn: &DeviceFfn, m: usize) -> Result<()> {
+        self.norm(&ffn.norm, m)?;
+        match &ffn.kind {
+            FfnKind::Dense(network) => {
+                let network = on_device(network);
+                Ok(self.device.ffn(&network, &self.input, m, &self.x)?)
+            }
+            FfnKind::Router(router) => {
+                let product = Product {
+                    w: router,
+                    out: self.router_logits(),
+                    bias: None,
+                    add: false,
+                };
+                Ok(self.device.matmul(&[product], &self.input, m)?)
+            }
+        }
+    }
+
+    fn router_logits(&self) -> &Buffer {
+        let Some(router) = &self.router else {
+            unreachable!("a router in a model without experts");
+        };
+        router
+    }
+
+    fn routing(&self) -> &DeviceRouting {
+        let Some(routing) = &self.routing else {
+            unreachable!("a router in a model without experts");
+        };
+        routing
+    }
+
+    /// Chooses experts by the router's logits, here.
+    pub fn route(&self, count: usize, m: usize) -> Result<()> {
+        let options = self.config.route_options();
+        let (logits, routing) = (self.router_logits(), self.routing());
+        Ok(self.device.route(logits, m, count, &options, routing)?)
+    }
+
+    /// Reads what experts elsewhere need: the router's logits and the normalised input.
+    pub fn read_input(
+        &self,
+        m: usize,
+        count: usize,
+        router: &mut Vec<f32>,
+        input: &mut Vec<f32>,
+    ) -> Result<()> {
+        router.clear();
+        self.read(self.router_logits(), m * count, router)?;
+        input.clear();
+        self.read(&self.input, m * self.config.embd, input)
+    }
+
+    /// Brings a choice of experts and their input here.
+    pub fn write_input(&self, routing: &Routing, input: &[f32]) -> Result<()> {
+        let here = self.routing();
+        self.device.write(&here.ids, 0, &words(&routing.ids))?;
+        self.device
+            .write(&here.weights, 0, &bytes_of(&routing.weights))?;
+        Ok(self.device.write(&self.input, 0, &bytes_of(input))?)
+    }
+
+    /// `x += experts(input)`, as routed here.
+    pub fn add_experts(&self, experts: &Network<Matrix>, m: usize) -> Result<()> {
+        let (network, routing) = (on_device(experts), self.routing());
+        Ok(self
+            .device
+            .experts(&network, &self.input, routing, m, &self.x)?)
+    }
+
+    /// Experts whose sum is added elsewhere: `delta` from zeros.
+    pub fn experts_apart(
+        &self,
+        experts: &Network<Matrix>,
+        m: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let len = m * self.config.embd;
+        self.device.write(&self.delta, 0, &vec![0; 4 * len])?;
+        let (network, routing) = (on_device(experts), self.routing());
+        self.device
+            .experts(&network, &self.input, routing, m, &self.delta)?;
+        out.clear();
+        self.read(&self.delta, len, out)
+    }
+
+    /// `x += delta`, which comes from elsewhere.
+    pub fn add_delta(&self, delta: &[f32]) -> Result<()> {
+        self.device.write(&self.delta, 0, &bytes_of(delta))?;
+        Ok(self.device.add(&self.x, &self.delta, delta.len())?)
+    }
+
+    /// Final norm, and for up to [`LOGIT_ROWS`] rows the logits.
+    pub fn output(&self, norm: &Buffer, matrix: Option<&Matrix>, m: usize) -> Result<()> {
+        self.norm(norm, m)?;
+        match matrix {
+            Some(matrix) if m <= LOGIT_ROWS => self.logits(matrix, &self.input, m),
+            _ => Ok(()),
+        }
+    }
+
+    fn logits_buffer(&self) -> &Buffer {
+        let Some(logits) = &self.logits else {
+            unreachable!("the plan puts the output matrix elsewhere");
+        };
+        logits
+    }
+
+    fn logits(&self, matrix: &Matrix, x: &Buffer, m: usize) -> Result<()> {
+        let product = Product {
+            w: matrix,
+            out: self.logits_buffer(),
+            bias: None,
+            add: false,
+        };
+        Ok(self.device.matmul(&[product], x, m)?)
+    }
+
+    /// Reads what [`Lane::output`] made, and makes the rest.
+    pub fn read_output(
+        &self,
+        matrix: Option<&Matrix>,
+        m: usize,
+        hidden: &mut Vec<f32>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
+        let c = &self.config;
+        let Some(matrix) = matrix else {
+            return self.read(&self.input, m * c.embd, hidden);
+        };
+        if m <= LOGIT_ROWS {
+            self.read(self.logits_buffer(), m * c.vocab, logits)?;
+        } else {
+            for first in (0..m).step_by(LOGIT_ROWS) {
+                let count = LOGIT_ROWS.min(m - first);
+                self.write_rows(&(first..first + count).collect::<Vec<_>>())?;
+                let (input, part) = (&self.input, &self.delta);
+                self.device.gather(input, &self.rows, count, c.embd, part)?;
+                self.logits(matrix, part, count)?;
+                self.read(self.logits_buffer(), count * c.vocab, logits)?;
+            }
+        }
+        self.read(&self.input, m * c.embd, hidden)
+    }
+
+    /// Copies a page of all layers here.
+    pub fn copy_page(&self, from: u32, to: u32) -> Result<()> {
+        for cache in self.cache.iter().flatten() {
+            self.device.kv_copy(cache, &self.shape, from, to)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the cache here.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.iter().flatten().map(Buffer::bytes).sum()
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.device.forget();
+    }
+}
+
+fn on_device(network: &Network<Matrix>) -> device::Network<'_> {
+    device::Network {
+        gate: &network.gate,
+        up: &network.up,
+        down: &network.down,
+    }
+}

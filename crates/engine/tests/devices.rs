@@ -1,0 +1,413 @@
+//! Models on simulated devices: wherever the parts lie, the logits are the CPU's, bit for
+//! bit, since the devices compute with the CPU's kernels.
+
+use std::{path::Path, sync::Arc};
+use tegula_engine::{
+    Batch, BatchToken, Context, ContextOptions, Error, LoadOptions, Model, OffloadFlags, Source,
+    offload::{Device as At, GpuLayers, Split},
+    plan::{Buffer, Encoding},
+};
+use tegula_kernels::{
+    Amx, Tier,
+    device::{Device, DeviceError, sim::SimDevice},
+    kv::KvType,
+};
+
+const MOE: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../tegula/assets/ferrous-moe-21m-Q4_0.gguf"
+);
+const GIB: u64 = 1 << 30;
+
+fn options() -> LoadOptions {
+    LoadOptions {
+        threads: 2,
+        ..LoadOptions::new(Source::Path(MOE.into()))
+    }
+}
+
+fn sims(n: usize, budget: u64) -> Vec<Arc<SimDevice>> {
+    let one = |i| {
+        Arc::new(SimDevice::new(
+            &format!("SIM{i}"),
+            budget,
+            Tier::detect_max(),
+        ))
+    };
+    (0..n).map(one).collect()
+}
+
+fn with(sims: &[Arc<SimDevice>], set: impl FnOnce(&mut OffloadFlags)) -> LoadOptions {
+    let devices = sims
+        .iter()
+        .map(|d| Arc::clone(d) as Arc<dyn Device>)
+        .collect();
+    let mut options = options().with_devices(devices).unwrap();
+    options.offload.margin = 0;
+    options.offload.context = 256;
+    options.offload.ubatch = 32;
+    set(&mut options.offload);
+    options
+}
+
+fn context(options: &LoadOptions) -> Result<Context, Error> {
+    let model = Arc::new(Model::load(options, &mut |_| {})?);
+    let small = ContextOptions {
+        context: 256,
+        ubatch: 32,
+        sequences: 2,
+        ..ContextOptions::default()
+    };
+    Context::new(model, &small)
+}
+
+/// Prompts, single tokens, several sequences and a shared prefix.
+fn work(context: &mut Context) -> Result<Vec<f32>, Error> {
+    let mut logits = Vec::new();
+    let mut run = |context: &mut Context, batch: &Batch| -> Result<(), Error> {
+        let out = context.decode(batch)?;
+        (0..out.len()).for_each(|i| logits.extend_from_slice(out.logits(i)));
+        (0..out.len()).for_each(|i| logits.extend_from_slice(out.hidden(i)));
+        Ok(())
+    };
+    let ids: Vec<u32> = (1..=70).collect();
+    run(context, &Batch::prompt(0, &ids))?;
+    context.copy(0, 1, 66)?;
+    let token = |id, sequence, logits| BatchToken {
+        id,
+        sequence,
+        logits,
+    };
+    let tokens = vec![token(5, 0, true), token(9, 1, false), token(11, 1, true)];
+    run(context, &Batch { tokens })?;
+    run(context, &Batch::prompt(0, &[77]))?;
+    run(context, &Batch::all_logits(1, &[3, 4]))?;
+    Ok(logits)
+}
+
+fn cpu() -> Vec<f32> {
+    work(&mut context(&options()).unwrap()).unwrap()
+}
+
+fn same(name: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{name}");
+    let first = got
+        .iter()
+        .zip(want)
+        .position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(i) = first {
+        panic!(
+            "{name}: value {i} of {} is {} and not {}",
+            got.len(),
+            got[i],
+            want[i]
+        );
+    }
+}
+
+#[test]
+fn every_placement_gives_the_logits_of_the_cpu() {
+    let want = cpu();
+    let ot = |f: &OffloadFlags, text: &str| f.parse_override(text).unwrap();
+    type Set<'a> = Box<dyn Fn(&mut OffloadFlags) + 'a>;
+    let cases: Vec<(&str, usize, Set<'_>)> = vec![
+        ("all on one", 1, Box::new(|_| {})),
+        ("no layer", 1, Box::new(|f| f.layers = GpuLayers::Count(0))),
+        (
+            "the output matrix",
+            1,
+            Box::new(|f| f.layers = GpuLayers::Count(1)),
+        ),
+        ("part", 1, Box::new(|f| f.layers = GpuLayers::Count(3))),
+        (
+            "experts on the CPU",
+            1,
+            Box::new(|f| f.cpu_moe = usize::MAX),
+        ),
+        ("some experts on the CPU", 1, Box::new(|f| f.cpu_moe = 2)),
+        ("cache on the CPU", 1, Box::new(|f| f.kv_on_cpu = true)),
+        ("two", 2, Box::new(|f| f.layers = GpuLayers::Count(99))),
+        ("three", 3, Box::new(|f| f.layers = GpuLayers::Count(99))),
+        (
+            "three, part",
+            3,
+            Box::new(|f| f.layers = GpuLayers::Count(4)),
+        ),
+        (
+            "shares",
+            2,
+            Box::new(|f| {
+                f.layers = GpuLayers::Count(99);
+                f.shares = Some(vec![1.0, 3.0]);
+            }),
+        ),
+        (
+            "the second alone",
+            2,
+            Box::new(|f| {
+                f.layers = GpuLayers::Count(99);
+                f.split = Split::None;
+                f.main = 1;
+            }),
+        ),
+        (
+            "experts on the other device",
+            2,
+            Box::new(move |f| {
+                f.split = Split::None;
+                f.layers = GpuLayers::Count(99);
+                f.overrides = vec![ot(f, "exps=SIM1")];
+            }),
+        ),
+        (
+            "experts alone on a device",
+            1,
+            Box::new(move |f| {
+                f.layers = GpuLayers::Count(0);
+                f.overrides = vec![ot(f, "_exps=SIM0")];
+            }),
+        ),
+        (
+            "output on the CPU, one attention too",
+            1,
+            Box::new(move |f| {
+                f.layers = GpuLayers::Count(99);
+                f.overrides = vec![ot(f, "^output=CPU"), ot(f, r"blk\.1\.attn=CPU")];
+            }),
+        ),
+    ];
+    for (name, n, set) in cases {
+        let sims = sims(n, GIB);
+        let mut context = context(&with(&sims, set)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let got = work(&mut context).unwrap_or_else(|e| panic!("{name}: {e}"));
+        same(name, &got, &want);
+        drop(context);
+        assert!(
+            sims.iter().all(|d| d.used() == 0),
+            "{name}: memory is given back"
+        );
+    }
+}
+
+#[test]
+fn devices_hold_what_the_plan_says() {
+    for set in [
+        (|_: &mut OffloadFlags| {}) as fn(&mut OffloadFlags),
+        |f| f.cpu_moe = 3,
+        |f| f.layers = GpuLayers::Count(4),
+        |f| f.kv_on_cpu = true,
+    ] {
+        let sims = sims(2, GIB);
+        let options = with(&sims, set);
+        let model = Arc::new(Model::load(&options, &mut |_| {}).unwrap());
+        let plan = model.plan().clone();
+        for (d, sim) in sims.iter().enumerate() {
+            let placed = plan.placements.iter().filter(|p| p.device == At::Gpu(d));
+            let bytes: u64 = placed.map(|p| p.bytes).sum();
+            assert_eq!(plan.devices[d].weights, bytes);
+            assert_eq!(sim.used(), bytes);
+        }
+        let small = ContextOptions {
+            context: 256,
+            ubatch: 32,
+            ..ContextOptions::default()
+        };
+        let _context = Context::new(model, &small).unwrap();
+        for (d, sim) in sims.iter().enumerate() {
+            let planned = plan.devices[d].needed();
+            assert!(sim.used() <= planned, "{} of {planned}", sim.used());
+        }
+    }
+}
+
+#[test]
+fn a_hybrid_hops_once_each_way_per_layer() {
+    let sims = sims(1, GIB);
+    let mut context = context(&with(&sims, |f| f.cpu_moe = usize::MAX)).unwrap();
+    let layers = context.model().config().layers;
+    context.decode(&Batch::prompt(0, &[1, 2, 3])).unwrap();
+    let before = sims[0].copies();
+    context.decode(&Batch::prompt(0, &[4])).unwrap();
+    let after = sims[0].copies();
+    // Experts' input and the router's logits; at the end logits and hidden state.
+    assert_eq!(after.reads - before.reads, 2 * layers + 2);
+    // The experts' sum; at the beginning x and four arrays of places.
+    assert_eq!(after.writes - before.writes, layers + 5);
+}
+
+#[test]
+fn amx_changes_nothing_on_devices_and_nothing_of_it_is_left_by_full_offload() {
+    let amx = Amx::emulate().expect("any x86-64 Linux");
+    let plan = |set: fn(&mut OffloadFlags), amx| {
+        let options = LoadOptions {
+            amx,
+            ..with(&sims(1, GIB), set)
+        };
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        tegula_engine::plan(&config, &gguf, &options.plan_flags())
+    };
+    for set in [
+        (|_: &mut OffloadFlags| {}) as fn(&mut OffloadFlags),
+        |f| f.cpu_moe = usize::MAX,
+        |f| f.layers = GpuLayers::Count(3),
+    ] {
+        let (without, with) = (plan(set, None), plan(set, Some(amx)));
+        let all = without.placements.iter().zip(&with.placements);
+        for (a, b) in all {
+            let place = |p: &tegula_engine::plan::Placement| (p.device, p.buffer, p.bytes);
+            assert_eq!(place(a), place(b), "{}", a.tensor);
+            if a.device != At::Cpu {
+                assert_eq!(a.kernel, b.kernel);
+                assert!(a.buffer == Buffer::Device && a.encoding != Encoding::Strip16);
+            }
+        }
+        assert_eq!(without.devices, with.devices);
+    }
+    let full = plan(|_| {}, Some(amx));
+    assert_eq!(full.bytes_in(Buffer::Packed), 0);
+    assert!(full.placements.iter().all(|p| !p.kernel.contains("amx")));
+    if Tier::detect_max() > Tier::Scalar {
+        let hybrid = plan(|f| f.cpu_moe = usize::MAX, Some(amx));
+        let experts = hybrid
+            .placements
+            .iter()
+            .filter(|p| p.tensor.contains("_exps"));
+        assert!(experts.into_iter().all(|p| p.kernel.contains("amx")));
+    }
+}
+
+#[test]
+fn fit_takes_what_there_is_room_for_experts_leave_first() {
+    let mut last = (usize::MAX, usize::MAX);
+    let mut kinds = Vec::new();
+    for mib in [64, 14, 11, 8, 5, 3, 1, 0] {
+        let options = with(&sims(1, mib << 20), |_| {});
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        let plan = tegula_engine::plan(&config, &gguf, &options.plan_flags());
+        assert!(plan.offload.check_memory().is_ok(), "{mib} MiB");
+        let count = |part: &str| {
+            let there = |p: &&tegula_engine::plan::Placement| p.device != At::Cpu;
+            let all = plan.placements.iter().filter(there);
+            all.filter(|p| p.tensor.contains(part)).count()
+        };
+        let now = (count("attn_q.weight"), count("up_exps"));
+        assert!(
+            now.0 <= last.0 && now.1 <= last.1,
+            "less room, no more there"
+        );
+        last = now;
+        kinds.push(now);
+        let context = context(&options).unwrap();
+        drop(context);
+    }
+    let layers = kinds[0].0;
+    assert_eq!(kinds[0], (layers, layers), "all fits in 64 MiB");
+    assert!(
+        kinds.iter().any(|&(a, e)| a == layers && e < layers),
+        "{kinds:?}"
+    );
+    assert_eq!(kinds.last(), Some(&(0, 0)));
+}
+
+#[test]
+fn too_little_memory_is_an_error_that_says_how_much() {
+    let error = context(&with(&sims(1, 2 << 20), |f| {
+        f.layers = GpuLayers::Count(99)
+    }));
+    let error = error.err().expect("nothing fits in 2 MiB");
+    assert!(
+        matches!(&error, Error::DeviceMemory { device, needed, .. } if device == "SIM0" && *needed > 8 << 20)
+    );
+    assert!(error.to_string().contains("-ngl"), "{error}");
+    // The plan was for a smaller context than the one that is then made.
+    let sims = sims(1, 16 << 20);
+    let model = Model::load(&with(&sims, |_| {}), &mut |_| {}).unwrap();
+    let large = ContextOptions {
+        context: 1 << 16,
+        ..ContextOptions::default()
+    };
+    let weights = sims[0].used();
+    let error = Context::new(Arc::new(model), &large).err().unwrap();
+    assert!(
+        matches!(error, Error::Device(DeviceError::OutOfMemory { .. })),
+        "{error}"
+    );
+    assert!(weights > 0 && sims[0].used() == 0);
+}
+
+#[test]
+fn a_device_that_is_lost_leaves_the_context_as_it_was() {
+    let sims = sims(2, GIB);
+    let options = with(&sims, |f| f.layers = GpuLayers::Count(99));
+    let mut context = context(&options).unwrap();
+    let ids: Vec<u32> = (1..=40).collect();
+    context.decode(&Batch::prompt(0, &ids)).unwrap();
+    for operations in [0, 3, 17, 40] {
+        sims[1].fail_after(operations);
+        let error = context.decode(&Batch::prompt(0, &[7])).err();
+        sims[1].repair();
+        match error {
+            Some(error) => assert!(matches!(error, Error::Device(DeviceError::Failed { .. }))),
+            None => context.truncate(0, 40).unwrap(),
+        }
+        assert_eq!(context.tokens(0).unwrap().len(), 40);
+    }
+    let after = context.decode(&Batch::prompt(0, &[7])).unwrap();
+    let mut fresh = self::context(&options).unwrap();
+    fresh.decode(&Batch::prompt(0, &ids)).unwrap();
+    assert!(fresh.decode(&Batch::prompt(0, &[7])).unwrap() == after);
+}
+
+#[test]
+fn states_move_between_placements() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let mut on_cpu = context(&options()).unwrap();
+    let mut there = context(&with(&sims(2, GIB), |f| f.layers = GpuLayers::Count(4))).unwrap();
+    let ids: Vec<u32> = (1..=70).collect();
+    there.decode(&Batch::prompt(0, &ids)).unwrap();
+    there.save_state(0, &path).unwrap();
+    on_cpu.load_state(1, &path).unwrap();
+    let want = on_cpu.decode(&Batch::prompt(1, &[8])).unwrap();
+    assert!(there.decode(&Batch::prompt(0, &[8])).unwrap() == want);
+    on_cpu.save_state(1, &path).unwrap();
+    there.load_state(1, &path).unwrap();
+    let want = on_cpu.decode(&Batch::prompt(1, &[9])).unwrap();
+    assert!(there.decode(&Batch::prompt(1, &[9])).unwrap() == want);
+}
+
+#[test]
+fn dense_models_and_other_caches() {
+    let path = std::env::var("TEGULA_SHARED").map_or_else(
+        |_| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        Into::into,
+    );
+    let path = path.join("models/ferrous-7m-Q4_K_M.gguf");
+    if !path.is_file() {
+        eprintln!("skipped: {} is absent", path.display());
+        return;
+    }
+    let load = |options: LoadOptions| LoadOptions {
+        source: Source::Path(path.clone()),
+        ..options
+    };
+    for (k_type, v_type) in [(KvType::BF16, KvType::Q8_0), (KvType::Q8_0, KvType::F16)] {
+        let run = |options: LoadOptions| {
+            let model = Model::load(&load(options), &mut |_| {}).unwrap();
+            let small = ContextOptions {
+                context: 256,
+                ubatch: 32,
+                sequences: 2,
+                k_type,
+                v_type,
+                ..ContextOptions::default()
+            };
+            work(&mut Context::new(Arc::new(model), &small).unwrap()).unwrap()
+        };
+        let want = run(options());
+        assert!(run(with(&sims(1, GIB), |_| {})) == want);
+        assert!(run(with(&sims(2, GIB), |f| f.layers = GpuLayers::Count(4))) == want);
+    }
+}

@@ -1,0 +1,498 @@
+//! Devices with memory of their own: what the engine asks of a GPU.
+//!
+//! A [`Device`] is an address space, copies in and out of it, and the operations that a layer
+//! needs. Buffers are opaque: nothing outside a device can read one but through
+//! [`Device::read`]. Weights reach a device as [`RawMatrix`], the file's own bytes; packed
+//! weights ([`crate::Weights`]) have no way there.
+//!
+//! Operations may run behind the caller's back, in order; [`Device::read`] and
+//! [`Device::sync`] wait for them. [`sim::SimDevice`] is a device made of the scalar kernels,
+//! to run placement, copies and faults without hardware.
+
+pub mod sim;
+
+use crate::{
+    kv::{KvShape, PageTable},
+    ops::{RopeStyle, RopeTable, Token, moe::RouteOptions},
+    strip,
+    weights::WeightsError,
+};
+use std::{fmt, sync::Arc};
+use tegula_gguf::{Bytes, GgmlType};
+
+/// Alignment of what is allocated on a device; plans round to it.
+pub const ALIGN: u64 = 256;
+
+/// Why a device could not do something. Messages are lower-case fragments.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The driver is there and can't be used.
+    #[error("{0}")]
+    Unusable(String),
+    /// Not enough memory.
+    #[error("{device}: out of memory: {needed} bytes are needed and {free} of {total} are free")]
+    OutOfMemory {
+        device: String,
+        needed: u64,
+        free: u64,
+        total: u64,
+    },
+    /// A matrix that the device has no kernel for, or of the wrong size.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// An operation failed; the device may be lost.
+    #[error("{device}: {operation} failed: {cause}")]
+    Failed {
+        device: String,
+        operation: &'static str,
+        cause: String,
+    },
+}
+
+/// `Result` with [`DeviceError`].
+pub type Result<T, E = DeviceError> = std::result::Result<T, E>;
+
+/// What a device is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceInfo {
+    /// As flags name it: `CUDA0`.
+    pub name: String,
+    /// As its maker names it.
+    pub description: String,
+    /// Bytes of memory.
+    pub total: u64,
+    /// Bytes that can be allocated now.
+    pub free: u64,
+}
+
+/// Who gets a buffer's memory back.
+pub trait Memory: Send + Sync {
+    /// Frees what was allocated at `address`.
+    fn free(&self, address: u64, bytes: usize);
+}
+
+/// Memory on a device, freed when dropped.
+pub struct Buffer {
+    address: u64,
+    bytes: usize,
+    memory: Arc<dyn Memory>,
+}
+
+impl Buffer {
+    /// For devices: a buffer of memory that they allocated.
+    pub fn new(address: u64, bytes: usize, memory: Arc<dyn Memory>) -> Buffer {
+        Buffer {
+            address,
+            bytes,
+            memory,
+        }
+    }
+
+    /// The device's own name for the place; not a pointer here.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes that may be used.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.memory.free(self.address, self.bytes);
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes)
+    }
+}
+
+/// A matrix, or a stack of them, as a file has it: the only weights that a device takes.
+#[derive(Clone, Debug)]
+pub struct RawMatrix {
+    ty: GgmlType,
+    n: usize,
+    k: usize,
+    experts: usize,
+    bytes: Bytes,
+}
+
+impl RawMatrix {
+    /// `experts * n` rows of `k` weights.
+    ///
+    /// # Errors
+    /// When no product takes the type, rows are no whole blocks, or the size is wrong.
+    pub fn new(
+        ty: GgmlType,
+        n: usize,
+        k: usize,
+        experts: usize,
+        bytes: Bytes,
+    ) -> Result<RawMatrix, WeightsError> {
+        // The checks are those of weights for the CPU.
+        crate::Weights::raw(ty, n, k, experts, bytes.clone())?;
+        Ok(RawMatrix {
+            ty,
+            n,
+            k,
+            experts,
+            bytes,
+        })
+    }
+
+    /// The type.
+    pub fn ty(&self) -> GgmlType {
+        self.ty
+    }
+
+    /// Rows (outputs) of one matrix.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Weights per row.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Matrices in the stack.
+    pub fn experts(&self) -> usize {
+        self.experts
+    }
+
+    /// The file's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// A matrix, or a stack of them, on a device.
+#[derive(Debug)]
+pub struct Matrix {
+    pub ty: GgmlType,
+    /// Rows (outputs) of one matrix.
+    pub n: usize,
+    /// Weights per row (inputs).
+    pub k: usize,
+    pub experts: usize,
+    /// In the order of [`planes`].
+    pub buffer: Buffer,
+}
+
+/// One field of a block: `len` bytes at `at`. On a device equal fields of all blocks stand
+/// together, so that neighbouring threads read neighbouring bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Plane {
+    pub at: usize,
+    pub len: usize,
+}
+
+/// The planes of a type in the order in which they lie on a device: codes first.
+///
+/// # Panics
+/// For types that no product takes.
+pub fn planes(ty: GgmlType) -> &'static [Plane] {
+    use GgmlType as T;
+    macro_rules! planes {
+        ($(($at:expr, $len:expr)),*) => { &[$(Plane { at: $at, len: $len }),*] };
+    }
+    match ty {
+        T::F32 => planes![(0, 4)],
+        T::F16 | T::BF16 => planes![(0, 2)],
+        T::Q4_0 | T::IQ4_NL => planes![(2, 16), (0, 2)],
+        T::Q4_1 => planes![(4, 16), (0, 4)],
+        T::Q5_0 => planes![(6, 16), (2, 4), (0, 2)],
+        T::Q5_1 => planes![(8, 16), (4, 4), (0, 4)],
+        T::Q8_0 => planes![(2, 32), (0, 2)],
+        T::MXFP4 => planes![(1, 16), (0, 1)],
+        T::Q2_K => planes![(16, 64), (0, 16), (80, 4)],
+        T::Q3_K => planes![(32, 64), (0, 32), (96, 12), (108, 2)],
+        T::Q4_K => planes![(16, 128), (0, 16)],
+        T::Q5_K => planes![(48, 128), (16, 32), (0, 16)],
+        T::Q6_K => planes![(0, 128), (128, 64), (192, 16), (208, 2)],
+        T::IQ4_XS => planes![(8, 128), (0, 8)],
+        T::IQ2_XXS => planes![(2, 64), (0, 2)],
+        T::IQ2_XS => planes![(2, 64), (66, 8), (0, 2)],
+        T::IQ2_S => planes![(2, 32), (34, 32), (66, 8), (74, 8), (0, 2)],
+        T::IQ3_XXS => planes![(2, 64), (66, 32), (0, 2)],
+        T::IQ3_S => planes![(2, 64), (66, 8), (74, 32), (106, 4), (0, 2)],
+        T::IQ1_S => planes![(2, 32), (34, 16), (0, 2)],
+        T::IQ1_M => planes![(0, 32), (32, 16), (48, 8)],
+        T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => panic!("no product takes {ty}"),
+    }
+}
+
+/// Bytes of a stack of matrices on a device, or `None` if no product takes it.
+pub fn matrix_bytes(ty: GgmlType, n: u64, k: u64, experts: u64) -> Option<u64> {
+    strip::layout(ty)?;
+    ty.bytes_for(k)?;
+    let blocks = (k / ty.block_len() as u64)
+        .checked_mul(n)?
+        .checked_mul(experts)?;
+    planes(ty).iter().try_fold(0u64, |sum, plane| {
+        let bytes = blocks.checked_mul(plane.len as u64)?;
+        sum.checked_add(bytes.checked_next_multiple_of(ALIGN)?)
+    })
+}
+
+/// One product `out = x · wᵀ (+ bias)`, or `out += …`.
+pub struct Product<'a> {
+    pub w: &'a Matrix,
+    /// `[m][n]` f32
+    pub out: &'a Buffer,
+    /// `[n]` f32
+    pub bias: Option<&'a Buffer>,
+    pub add: bool,
+}
+
+/// Where a batch's tokens stand, on a device.
+pub struct Places {
+    /// `[m]` of `(first page in pages, position)`, u32 each.
+    pub tokens: Buffer,
+    /// Page numbers of all sequences, one after another.
+    pub pages: Buffer,
+    /// `[m][pairs]` f32
+    pub cos: Buffer,
+    pub sin: Buffer,
+    /// Tokens.
+    pub m: usize,
+    pub pairs: usize,
+    /// Positions that the longest of them sees.
+    pub longest: usize,
+}
+
+/// The contents of [`Places`] in this address space.
+#[derive(Default, Debug)]
+pub struct PlacesData {
+    pub tokens: Vec<u32>,
+    pub pages: Vec<u32>,
+    pub longest: usize,
+}
+
+impl PlacesData {
+    /// Of a batch.
+    pub fn new(tables: &[&PageTable], tokens: &[Token]) -> PlacesData {
+        let mut data = PlacesData::default();
+        let mut starts = Vec::with_capacity(tables.len());
+        for table in tables {
+            starts.push(data.pages.len() as u32);
+            data.pages.extend_from_slice(table.pages());
+        }
+        for t in tokens {
+            data.tokens.extend([starts[t.sequence], t.position as u32]);
+            data.longest = data.longest.max(t.position + 1);
+        }
+        data
+    }
+}
+
+/// Rotation of heads.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct HeadOptions {
+    pub heads: usize,
+    pub dim: usize,
+    pub style: RopeStyle,
+    pub eps: f32,
+}
+
+/// Experts of tokens, on a device.
+pub struct DeviceRouting {
+    /// `[m][used]` u32
+    pub ids: Buffer,
+    /// `[m][used]` f32
+    pub weights: Buffer,
+    pub used: usize,
+}
+
+/// A feed-forward network's matrices on a device: one each, or stacks.
+pub struct Network<'a> {
+    /// `[ff][k]`
+    pub gate: &'a Matrix,
+    /// `[ff][k]`
+    pub up: &'a Matrix,
+    /// `[k][ff]`
+    pub down: &'a Matrix,
+}
+
+/// What [`Device::begin`] found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Recording {
+    /// Issue the operations, then call [`Device::end`].
+    Issue,
+    /// They have just been issued again from a recording: don't.
+    Replayed,
+}
+
+/// A device. All activations are f32; `m` counts tokens.
+///
+/// Shapes and types were checked by the caller; a device may panic when they disagree.
+pub trait Device: Send + Sync {
+    /// What it is, and how much memory is free now.
+    fn info(&self) -> Result<DeviceInfo>;
+
+    /// Memory with unspecified contents.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    fn alloc(&self, bytes: usize) -> Result<Buffer>;
+
+    /// Fills a buffer with zeros.
+    fn zero(&self, dst: &Buffer) -> Result<()>;
+
+    /// Copies to a buffer.
+    fn write(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()>;
+
+    /// Waits for what was issued and copies from a buffer.
+    fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()>;
+
+    /// Waits for what was issued.
+    fn sync(&self) -> Result<()>;
+
+    /// Brings a matrix to the device.
+    fn load(&self, matrix: &RawMatrix) -> Result<Matrix>;
+
+    /// `out = x / rms(x) * w` for `m` rows of `k`.
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        eps: f32,
+        m: usize,
+        k: usize,
+        out: &Buffer,
+    ) -> Result<()>;
+
+    /// Products with the same `x`, `[m][k]`.
+    fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()>;
+
+    /// Normalises each head of `x` by `norm`, if there is one, and rotates it, in place.
+    fn heads(
+        &self,
+        x: &Buffer,
+        norm: Option<&Buffer>,
+        options: &HeadOptions,
+        places: &Places,
+    ) -> Result<()>;
+
+    /// Writes `k` and `v`, `[m][kv heads][dim]`, to one layer's cache, which lies as
+    /// [`crate::kv`] says and was filled with zeros before its first use.
+    fn kv_store(
+        &self,
+        cache: &Buffer,
+        shape: &KvShape,
+        places: &Places,
+        k: &Buffer,
+        v: &Buffer,
+    ) -> Result<()>;
+
+    /// Copies a page of one layer's cache.
+    fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()>;
+
+    /// Causal attention; `q` and `out` are `[m][heads][dim]`.
+    fn attention(
+        &self,
+        cache: &Buffer,
+        shape: &KvShape,
+        places: &Places,
+        q: &Buffer,
+        heads: usize,
+        out: &Buffer,
+    ) -> Result<()>;
+
+    /// `x += down · (silu(gate · input) * (up · input))`.
+    fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()>;
+
+    /// Chooses experts as [`crate::Compute::route`] does.
+    fn route(
+        &self,
+        logits: &Buffer,
+        m: usize,
+        experts: usize,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<()>;
+
+    /// The same network by experts: `x += Σ weight · …`, summed in the routing's order.
+    fn experts(
+        &self,
+        network: &Network<'_>,
+        input: &Buffer,
+        routing: &DeviceRouting,
+        m: usize,
+        x: &Buffer,
+    ) -> Result<()>;
+
+    /// `dst += x`, `len` values.
+    fn add(&self, dst: &Buffer, x: &Buffer, len: usize) -> Result<()>;
+
+    /// `out[i] = x[rows[i]]`, `count` rows of `k`; `rows` is u32.
+    fn gather(&self, x: &Buffer, rows: &Buffer, count: usize, k: usize, out: &Buffer)
+    -> Result<()>;
+
+    /// Asks whether the operations that follow, which `key` names wholly (the same buffers,
+    /// the same shapes), can be issued at once from a recording.
+    fn begin(&self, key: &[u64]) -> Result<Recording> {
+        let _ = key;
+        Ok(Recording::Issue)
+    }
+
+    /// Ends what [`Device::begin`] began, if that said [`Recording::Issue`].
+    fn end(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Forgets recordings, because buffers that they name are about to go.
+    fn forget(&self) {}
+}
+
+/// Cosines and sines of a batch as a device takes them.
+pub fn rope_rows(table: &RopeTable) -> (&[f32], &[f32], usize) {
+    table.rows()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_are_the_whole_block() {
+        for &ty in GgmlType::ALL {
+            if strip::layout(ty).is_none() {
+                continue;
+            }
+            let mut fields = planes(ty).to_vec();
+            fields.sort_by_key(|p| p.at);
+            let mut at = 0;
+            for f in fields {
+                assert_eq!(f.at, at, "{ty}");
+                at += f.len;
+            }
+            assert_eq!(at, ty.block_bytes(), "{ty}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_file_and_filling() {
+        for &ty in GgmlType::ALL {
+            let Some(bytes) = matrix_bytes(ty, 100, 512, 3) else {
+                continue;
+            };
+            let raw = ty.bytes_for(512).unwrap() * 300;
+            assert!(
+                bytes >= raw && bytes < raw + 5 * ALIGN,
+                "{ty}: {bytes} for {raw}"
+            );
+        }
+        assert_eq!(matrix_bytes(GgmlType::I32, 1, 1, 1), None);
+        assert_eq!(matrix_bytes(GgmlType::Q4_0, 1, 33, 1), None);
+        assert_eq!(
+            matrix_bytes(GgmlType::Q4_0, 1 << 40, 1 << 40, 1 << 40),
+            None
+        );
+    }
+}

@@ -1,0 +1,532 @@
+//! A device without hardware: its own address space, poisoned memory and a byte budget. It
+//! executes operations with the CPU's kernels, so that placement, splits, copies and
+//! out-of-memory run in ordinary tests.
+
+use super::{
+    ALIGN, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, HeadOptions, Matrix, Memory,
+    Network, Places, Product, RawMatrix, Result, matrix_bytes,
+};
+use crate::{
+    Acts, Compute, PoolConfig, Tier, Weights,
+    kv::{KV_PAGE, KvCache, KvShape, PageTable},
+    ops::{
+        RopeTable, Token,
+        moe::{MoeScratch, RouteOptions, Routing},
+    },
+};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tegula_gguf::Bytes;
+
+/// What fresh memory holds: NaNs, as f32, and indices that are out of any range.
+const POISON: u8 = 0xff;
+
+/// Copies that a device has seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Copies {
+    /// Copies to the device, weights apart, and their bytes.
+    pub writes: usize,
+    pub written: u64,
+    /// Copies from the device and their bytes.
+    pub reads: usize,
+    pub read: u64,
+    /// Bytes of weights brought to it.
+    pub weights: u64,
+}
+
+#[derive(Default)]
+struct Heap {
+    next: u64,
+    used: u64,
+    blocks: HashMap<u64, Vec<u8>>,
+    weights: HashMap<u64, Arc<Weights>>,
+    copies: Copies,
+    /// Operations until one fails.
+    fuse: Option<usize>,
+}
+
+struct Shared {
+    name: String,
+    budget: u64,
+    heap: Mutex<Heap>,
+}
+
+impl Shared {
+    fn heap(&self) -> MutexGuard<'_, Heap> {
+        self.heap.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Memory for Shared {
+    fn free(&self, address: u64, bytes: usize) {
+        let mut heap = self.heap();
+        heap.used -= rounded(bytes);
+        heap.blocks.remove(&address);
+        heap.weights.remove(&address);
+    }
+}
+
+fn rounded(bytes: usize) -> u64 {
+    (bytes as u64).next_multiple_of(ALIGN)
+}
+
+/// The simulated device.
+pub struct SimDevice {
+    shared: Arc<Shared>,
+    compute: Compute,
+}
+
+impl SimDevice {
+    /// A device of `budget` bytes that computes with the kernels of `tier`. Equal names get
+    /// disjoint addresses all the same.
+    pub fn new(name: &str, budget: u64, tier: Tier) -> SimDevice {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        static SPACES: AtomicU64 = AtomicU64::new(1);
+        // No address here is ever one of the host's: user space ends far below.
+        let next = SPACES.fetch_add(1, Ordering::Relaxed) << 48 | 1 << 63;
+        SimDevice {
+            shared: Arc::new(Shared {
+                name: name.to_owned(),
+                budget,
+                heap: Mutex::new(Heap {
+                    next,
+                    ..Heap::default()
+                }),
+            }),
+            compute: Compute::new(tier, PoolConfig::new(1)),
+        }
+    }
+
+    /// Copies so far.
+    pub fn copies(&self) -> Copies {
+        self.shared.heap().copies
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.shared.heap().used
+    }
+
+    /// Makes the operation behind the next `operations` fail, and all that follow, as when a
+    /// device is lost.
+    pub fn fail_after(&self, operations: usize) {
+        self.shared.heap().fuse = Some(operations);
+    }
+
+    /// Undoes [`SimDevice::fail_after`].
+    pub fn repair(&self) {
+        self.shared.heap().fuse = None;
+    }
+
+    /// Counts an operation.
+    fn step(&self, operation: &'static str) -> Result<()> {
+        match &mut self.shared.heap().fuse {
+            None => Ok(()),
+            Some(0) => Err(DeviceError::Failed {
+                device: self.shared.name.clone(),
+                operation,
+                cause: "the simulated device is lost".to_owned(),
+            }),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn bytes(&self, buffer: &Buffer) -> Vec<u8> {
+        let heap = self.shared.heap();
+        let block = heap.blocks.get(&buffer.address());
+        block.expect("a buffer of this device").clone()
+    }
+
+    fn floats(&self, buffer: &Buffer, len: usize) -> Vec<f32> {
+        let bytes = self.bytes(buffer);
+        let value = |b: &[u8; 4]| f32::from_le_bytes(*b);
+        bytes[..4 * len].as_chunks().0.iter().map(value).collect()
+    }
+
+    fn words(&self, buffer: &Buffer, len: usize) -> Vec<u32> {
+        let bytes = self.bytes(buffer);
+        let value = |b: &[u8; 4]| u32::from_le_bytes(*b);
+        bytes[..4 * len].as_chunks().0.iter().map(value).collect()
+    }
+
+    fn put(&self, buffer: &Buffer, values: &[f32]) {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.put_bytes(buffer, 0, &bytes);
+    }
+
+    fn put_bytes(&self, buffer: &Buffer, at: usize, bytes: &[u8]) {
+        let mut heap = self.shared.heap();
+        let block = heap.blocks.get_mut(&buffer.address());
+        let block = block.expect("a buffer of this device");
+        block[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn weights(&self, matrix: &Matrix) -> Arc<Weights> {
+        let heap = self.shared.heap();
+        let weights = heap.weights.get(&matrix.buffer.address());
+        Arc::clone(weights.expect("a matrix of this device"))
+    }
+
+    fn rows(&self, w: &Weights, x: &[f32], m: usize) -> Vec<f32> {
+        let mut acts = Acts::new();
+        let forms = self.compute.forms(m, [w]);
+        self.compute.prepare(&mut acts, x, m, w.k(), forms);
+        let mut out = vec![0.0; m * w.n()];
+        self.compute.matmul(w, &acts, &mut out);
+        out
+    }
+
+    /// The cache of one layer and the sequences, as the CPU's operations take them.
+    fn cache(
+        &self,
+        cache: &Buffer,
+        shape: &KvShape,
+        places: &Places,
+    ) -> (KvCache, Vec<PageTable>, Vec<Token>) {
+        let one = KvShape {
+            layers: 1,
+            ..*shape
+        };
+        let kv = KvCache::of_layer(one, &self.bytes(cache));
+        let tokens = self.words(&places.tokens, 2 * places.m);
+        let pages = self.words(&places.pages, places.pages.bytes() / 4);
+        // Each token as a sequence of its own, up to its own position.
+        let one = |(i, t): (usize, &[u32; 2])| {
+            let (start, position) = (t[0] as usize, t[1] as usize);
+            let count = position / KV_PAGE + 1;
+            let token = Token {
+                sequence: i,
+                position,
+            };
+            let table = PageTable::of_pages(pages[start..start + count].to_vec(), position + 1);
+            (table, token)
+        };
+        let (tables, tokens) = tokens.as_chunks().0.iter().enumerate().map(one).unzip();
+        (kv, tables, tokens)
+    }
+}
+
+impl Device for SimDevice {
+    fn info(&self) -> Result<DeviceInfo> {
+        let used = self.used();
+        Ok(DeviceInfo {
+            name: self.shared.name.clone(),
+            description: format!("simulated, {}", self.compute.table.tier),
+            total: self.shared.budget,
+            free: self.shared.budget - used,
+        })
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let mut heap = self.shared.heap();
+        let (needed, total) = (rounded(bytes), self.shared.budget);
+        if heap.used + needed > total {
+            return Err(DeviceError::OutOfMemory {
+                device: self.shared.name.clone(),
+                needed,
+                free: total - heap.used,
+                total,
+            });
+        }
+        let address = heap.next;
+        heap.next += needed.max(ALIGN);
+        heap.used += needed;
+        heap.blocks.insert(address, vec![POISON; bytes]);
+        let memory: Arc<dyn Memory> = Arc::clone(&self.shared) as _;
+        Ok(Buffer::new(address, bytes, memory))
+    }
+
+    fn zero(&self, dst: &Buffer) -> Result<()> {
+        self.step("clearing")?;
+        self.put_bytes(dst, 0, &vec![0; dst.bytes()]);
+        Ok(())
+    }
+
+    fn write(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
+        self.step("copying to it")?;
+        self.put_bytes(dst, at, src);
+        let copies = &mut self.shared.heap().copies;
+        copies.writes += 1;
+        copies.written += src.len() as u64;
+        Ok(())
+    }
+
+    fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
+        self.step("copying from it")?;
+        dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
+        let copies = &mut self.shared.heap().copies;
+        copies.reads += 1;
+        copies.read += dst.len() as u64;
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.step("waiting")
+    }
+
+    fn load(&self, matrix: &RawMatrix) -> Result<Matrix> {
+        self.step("loading weights")?;
+        let RawMatrix {
+            ty, n, k, experts, ..
+        } = *matrix;
+        let bytes = matrix_bytes(ty, n as u64, k as u64, experts as u64);
+        let buffer = self.alloc(bytes.expect("a matrix that was checked") as usize)?;
+        let copy = Bytes::from_vec(matrix.bytes().to_vec());
+        let weights = Weights::raw(ty, n, k, experts, copy)?;
+        let mut heap = self.shared.heap();
+        heap.copies.weights += matrix.bytes().len() as u64;
+        heap.weights.insert(buffer.address(), Arc::new(weights));
+        Ok(Matrix {
+            ty,
+            n,
+            k,
+            experts,
+            buffer,
+        })
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        w: &Buffer,
+        eps: f32,
+        m: usize,
+        k: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.step("rms_norm")?;
+        let (x, w) = (self.floats(x, m * k), self.floats(w, k));
+        let mut y = vec![0.0; m * k];
+        self.compute.rms_norm(&x, &w, eps, &mut y);
+        self.put(out, &y);
+        Ok(())
+    }
+
+    fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()> {
+        self.step("matmul")?;
+        for p in products {
+            let mut y = self.rows(&self.weights(p.w), &self.floats(x, m * p.w.k), m);
+            if let Some(bias) = p.bias {
+                self.compute.add_bias(&mut y, &self.floats(bias, p.w.n));
+            }
+            if p.add {
+                let mut sum = self.floats(p.out, y.len());
+                self.compute.add_assign(&mut sum, &y);
+                y = sum;
+            }
+            self.put(p.out, &y);
+        }
+        Ok(())
+    }
+
+    fn heads(
+        &self,
+        x: &Buffer,
+        norm: Option<&Buffer>,
+        o: &HeadOptions,
+        places: &Places,
+    ) -> Result<()> {
+        self.step("heads")?;
+        let mut y = self.floats(x, places.m * o.heads * o.dim);
+        if let Some(norm) = norm {
+            let w = self.floats(norm, o.dim);
+            self.compute.rms_norm_heads(&mut y, o.heads, &w, o.eps);
+        }
+        let len = places.m * places.pairs;
+        let (cos, sin) = (self.floats(&places.cos, len), self.floats(&places.sin, len));
+        let table = RopeTable::from_rows(cos, sin, places.pairs);
+        self.compute.rope(&mut y, o.heads, o.dim, o.style, &table);
+        self.put(x, &y);
+        Ok(())
+    }
+
+    fn kv_store(
+        &self,
+        cache: &Buffer,
+        shape: &KvShape,
+        places: &Places,
+        k: &Buffer,
+        v: &Buffer,
+    ) -> Result<()> {
+        self.step("kv_store")?;
+        let (mut kv, tables, tokens) = self.cache(cache, shape, places);
+        let len = places.m * shape.heads * shape.dim;
+        let (k, v) = (self.floats(k, len), self.floats(v, len));
+        let tables: Vec<_> = tables.iter().collect();
+        self.compute.kv_store(&mut kv, 0, &tables, &tokens, &k, &v);
+        self.put_bytes(cache, 0, kv.layer_bytes(0));
+        Ok(())
+    }
+
+    fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()> {
+        self.step("kv_copy")?;
+        let page = KvShape {
+            layers: 1,
+            ..*shape
+        }
+        .bytes(1);
+        let bytes = self.bytes(cache);
+        let page_bytes = &bytes[from as usize * page..][..page];
+        self.put_bytes(cache, to as usize * page, page_bytes);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        cache: &Buffer,
+        shape: &KvShape,
+        places: &Places,
+        q: &Buffer,
+        heads: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.step("attention")?;
+        let (kv, tables, tokens) = self.cache(cache, shape, places);
+        let q = self.floats(q, places.m * heads * shape.dim);
+        let tables: Vec<_> = tables.iter().collect();
+        let scale = 1.0 / (shape.dim as f32).sqrt();
+        let mut y = vec![0.0; q.len()];
+        self.compute
+            .attention(&kv, 0, &tables, &tokens, &q, heads, scale, &mut y);
+        self.put(out, &y);
+        Ok(())
+    }
+
+    fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
+        self.step("ffn")?;
+        let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
+        let (mut acts, mut hidden) = (Acts::new(), Acts::new());
+        let forms = self.compute.forms(m, [&*gate, &*up]);
+        let input = self.floats(input, m * gate.k());
+        self.compute.prepare(&mut acts, &input, m, gate.k(), forms);
+        self.compute.gate_up(&acts, &gate, &up, &down, &mut hidden);
+        let mut y = self.floats(x, m * down.n());
+        self.compute.matmul_add(&down, &hidden, &mut y);
+        self.put(x, &y);
+        Ok(())
+    }
+
+    fn route(
+        &self,
+        logits: &Buffer,
+        m: usize,
+        experts: usize,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<()> {
+        self.step("route")?;
+        let logits = self.floats(logits, m * experts);
+        let chosen = self.compute.route(&logits, experts, options);
+        let ids: Vec<u8> = chosen.ids.iter().flat_map(|i| i.to_le_bytes()).collect();
+        self.put_bytes(&routing.ids, 0, &ids);
+        self.put(&routing.weights, &chosen.weights);
+        Ok(())
+    }
+
+    fn experts(
+        &self,
+        network: &Network<'_>,
+        input: &Buffer,
+        routing: &DeviceRouting,
+        m: usize,
+        x: &Buffer,
+    ) -> Result<()> {
+        self.step("experts")?;
+        let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
+        let routing = Routing {
+            used: routing.used,
+            ids: self.words(&routing.ids, m * routing.used),
+            weights: self.floats(&routing.weights, m * routing.used),
+        };
+        let input = self.floats(input, m * gate.k());
+        let mut y = self.floats(x, m * down.n());
+        let scratch = &mut MoeScratch::default();
+        self.compute
+            .moe_ffn(&input, &routing, &gate, &up, &down, scratch, &mut y);
+        self.put(x, &y);
+        Ok(())
+    }
+
+    fn add(&self, dst: &Buffer, x: &Buffer, len: usize) -> Result<()> {
+        self.step("add")?;
+        let mut sum = self.floats(dst, len);
+        self.compute.add_assign(&mut sum, &self.floats(x, len));
+        self.put(dst, &sum);
+        Ok(())
+    }
+
+    fn gather(
+        &self,
+        x: &Buffer,
+        rows: &Buffer,
+        count: usize,
+        k: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.step("gather")?;
+        let rows = self.words(rows, count);
+        let x = self.floats(x, x.bytes() / 4);
+        let row = |&r: &u32| &x[r as usize * k..(r as usize + 1) * k];
+        let y: Vec<f32> = rows.iter().flat_map(row).copied().collect();
+        self.put(out, &y);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_poisoned_budgeted_and_its_own() {
+        let device = SimDevice::new("SIM0", 1024, Tier::Scalar);
+        let other = SimDevice::new("SIM1", 1024, Tier::Scalar);
+        let a = device.alloc(600).unwrap();
+        let b = other.alloc(600).unwrap();
+        assert_ne!(a.address(), b.address());
+        assert!(device.floats(&a, 150).iter().all(|v| v.is_nan()));
+        let error = device.alloc(300).unwrap_err();
+        assert!(matches!(
+            error,
+            DeviceError::OutOfMemory {
+                needed: 512,
+                free: 256,
+                total: 1024,
+                ..
+            }
+        ));
+        drop(a);
+        assert_eq!(device.used(), 0);
+        assert!(device.alloc(1024).is_ok());
+    }
+
+    #[test]
+    fn copies_are_counted_and_a_lost_device_says_so() {
+        let device = SimDevice::new("SIM0", 1024, Tier::Scalar);
+        let a = device.alloc(8).unwrap();
+        device.write(&a, 0, &[1; 8]).unwrap();
+        let mut back = [0; 4];
+        device.read(&a, 4, &mut back).unwrap();
+        assert_eq!(back, [1; 4]);
+        let Copies {
+            writes,
+            written,
+            reads,
+            read,
+            ..
+        } = device.copies();
+        assert_eq!((writes, written, reads, read), (1, 8, 1, 4));
+        device.fail_after(1);
+        assert!(device.sync().is_ok());
+        let error = device.sync().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "SIM0: waiting failed: the simulated device is lost"
+        );
+    }
+}
