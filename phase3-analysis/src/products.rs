@@ -43,11 +43,14 @@ impl Plan {
     }
 }
 
+/// Computes a product into its output.
+type RunInto = Box<dyn FnMut(&mut [f32])>;
+
 /// A way with its copies of the matrix.
 struct Entry {
     name: String,
     tier: String,
-    run: Box<dyn FnMut(&mut [f32])>,
+    run: RunInto,
 }
 
 /// Milliseconds of every product, all ways in turns; names are [`Product`]s.

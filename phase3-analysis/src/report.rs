@@ -36,9 +36,12 @@ pub fn records(root: &Path) -> Result<Vec<Record>, String> {
     paths.iter().map(read).collect()
 }
 
+/// A product and a figure by two names.
+type Cell = BTreeMap<(String, String), (Product, f64)>;
+
 /// The timed products of a record: medians in milliseconds by everything but the way and
 /// tier, and by these.
-pub struct Times(BTreeMap<(String, String, usize), BTreeMap<(String, String), (Product, f64)>>);
+pub struct Times(BTreeMap<(String, String, usize), Cell>);
 
 /// How many times as fast one thing is as another over several cells.
 #[derive(Clone, Debug, PartialEq)]

@@ -53,7 +53,7 @@ fn raw(rng: &mut Rng, ty: GgmlType, n: usize, k: usize, experts: usize) -> RawMa
             if ty == GgmlType::IQ1_M {
                 for i in 0..4 {
                     let high = &mut block[48 + 2 * i + 1];
-                    *high = *high & 15 | ((d >> (4 * i)) & 15) as u8 * 16;
+                    *high = (*high & 15) | ((((d >> (4 * i)) & 15) as u8) * 16);
                 }
             } else {
                 block[..2].copy_from_slice(&d.to_le_bytes());
@@ -444,6 +444,9 @@ fn memory(gpu: &CudaDevice) -> Result<(), Failed> {
     }
 }
 
+/// A test that wants a device.
+type OnGpu = Box<dyn Fn(&CudaDevice) -> Result<(), Failed> + Send>;
+
 fn main() {
     let arguments = Arguments::from_args();
     let (gpu, why) = match tegula_cuda::detect(1) {
@@ -462,7 +465,7 @@ fn main() {
         }
         Ok(())
     })];
-    let mut add = |name: String, f: Box<dyn Fn(&CudaDevice) -> Result<(), Failed> + Send>| {
+    let mut add = |name: String, f: OnGpu| {
         let gpu = gpu.clone();
         let absent = gpu.is_none();
         let run = move || gpu.as_ref().map_or(Ok(()), |gpu: &Arc<CudaDevice>| f(gpu));
