@@ -122,7 +122,10 @@ fn main() -> ExitCode {
     for size in ["4k", "200k", "800k"] {
         let quantize = move || quantize(disk(size), full);
         let synth = move || synth(disk(size), full);
-        trials.push(Trial::test(format!("quantize_to_a_disk_of_{size}"), quantize));
+        trials.push(Trial::test(
+            format!("quantize_to_a_disk_of_{size}"),
+            quantize,
+        ));
         trials.push(Trial::test(format!("synth_to_a_disk_of_{size}"), synth));
     }
     trials.push(Trial::test("a_large_enough_disk", large_enough));

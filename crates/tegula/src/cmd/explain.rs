@@ -35,7 +35,7 @@ struct Report<'a> {
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let gguf = args.model.open()?;
     let config = ModelConfig::from_gguf(&gguf)?;
-    let flags = args.cpu.options(args.model.source())?.plan_flags();
+    let flags = args.cpu.options(args.model.source()?)?.plan_flags();
     let plan = plan(&config, &gguf, &flags);
     let mut buffers = BTreeMap::new();
     for p in &plan.placements {

@@ -131,7 +131,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         ignore_eog: args.ignore_eos,
         show_special: false,
     };
-    let load = args.cpu.options(args.model.source())?;
+    let load = args.cpu.options(args.model.source()?)?;
     let mut out = Stdout::new(!args.json);
     let run = if args.reference {
         reference(
