@@ -166,7 +166,7 @@ pub fn apply(command: &Command, mut arguments: Vec<OsString>) -> Result<Given, R
                     let of_a = sub.get_arg_conflicts_with(a);
                     of_a.iter().any(|c| c.get_id() == b.get_id())
                 };
-                against(arg, other) || against(other, arg)
+                against(arg, other) || against(other, arg) || exclude(sub, arg, other)
             };
             !explicit(arg) && !sub.get_arguments().filter(conflicts).any(explicit)
         })
@@ -179,6 +179,15 @@ pub fn apply(command: &Command, mut arguments: Vec<OsString>) -> Result<Given, R
         arguments,
         settings,
     })
+}
+
+/// Whether both are in a group of which only one may be given.
+fn exclude(command: &Command, a: &Arg, b: &Arg) -> bool {
+    a.get_id() != b.get_id()
+        && command.get_groups().any(|group| {
+            let has = |arg: &Arg| group.get_args().any(|id| id == arg.get_id());
+            has(a) && has(b) && !group.clone().is_multiple()
+        })
 }
 
 /// What environment and file set for a command, in the order of its flags.
