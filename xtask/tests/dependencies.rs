@@ -34,6 +34,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "xtask",
         &[
             "tegula-lab",
+            // For the definition of its commands.
+            "tegula",
             // For its feature `amx` alone.
             "tegula-engine",
             "phase1-isolation",

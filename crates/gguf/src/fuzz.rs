@@ -103,7 +103,8 @@ pub fn fuzz_template(data: &[u8]) {
         .collect();
     let value = |json: &str| serde_json::from_str::<Value>(json).expect("JSON of this file");
     if flags.contains('c') {
-        let calls = r#"[{"type":"function","function":{"name":"f","arguments":{"x":[1,2.5,null]}}}]"#;
+        let calls =
+            r#"[{"type":"function","function":{"name":"f","arguments":{"x":[1,2.5,null]}}}]"#;
         let assistants = messages.iter_mut().filter(|m| m.role == "assistant");
         for message in assistants {
             message.extra.insert("tool_calls".into(), value(calls));

@@ -273,7 +273,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     for source in if only_probe {
         Vec::new()
     } else {
-        sources(args)
+        sources(args)?
     } {
         for &threads in &threads {
             let together = match interleave {

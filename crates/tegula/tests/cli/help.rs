@@ -12,6 +12,9 @@ fn each_command() {
     for command in [
         "run",
         "chat",
+        "pull",
+        "list",
+        "rm",
         "bench",
         "perplexity",
         "logits",
@@ -21,6 +24,8 @@ fn each_command() {
         "doctor",
         "quantize",
         "synth",
+        "config",
+        "completions",
     ] {
         insta::assert_snapshot!(command, stdout(&[command, "--help"]));
     }
