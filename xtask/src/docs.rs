@@ -112,7 +112,7 @@ fn described() -> Result<BTreeMap<String, String>> {
             // zsh looks for its `#compdef` there.
             None => text,
         };
-        (name, text)
+        (format!("docs/{name}"), text)
     });
     Ok(with_notice.collect())
 }
