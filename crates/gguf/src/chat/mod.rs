@@ -417,7 +417,8 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
         out.push_str(before);
-        let Some(len) = tag.find("%}").map(|at| at + 2) else {
+        // Behind the opening: in `{%}` its sign isn't the closing's.
+        let Some(len) = tag[2..].find("%}").map(|at| at + 4) else {
             rest = tag;
             break;
         };
@@ -497,6 +498,7 @@ mod tests {
                 "{% set generation = 1 %}{{ generation }}{% broken",
             ),
             ("no tags", "no tags"),
+            ("{%} {%}{% x %}", "{%} {%}{% x %}"),
         ] {
             assert_eq!(without_generation_tags(from), to);
         }
