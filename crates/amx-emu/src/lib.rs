@@ -25,7 +25,7 @@ pub use decode::{Address, AddressSize, Decoded, Instruction, Segment, decode};
 pub use tile::{Fault, MAX_COLUMN_BYTES, MAX_ROWS, TILES, TileConfig, TileState};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub use trap::{InstallError, counters, install, is_installed, total};
+pub use trap::{InstallError, configures_natively, counters, install, is_installed, total};
 
 /// The instructions that are emulated; the index into [`Counters`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -3,23 +3,39 @@
 //! Everything it touches is async-signal-safe: plain thread-local state without lazy
 //! initialisation or destructor, atomics, the interrupted context, and at most two system
 //! calls. It runs on the alternate stack where the thread has one (Rust's threads do).
+//!
+//! A processor with AMX traps only what touches tile data. It executes `ldtilecfg`,
+//! `sttilecfg` and `tilerelease` itself, and the configuration then arrives in the signal's
+//! frame. There the handler marks it as seen, in the byte for the start row, so that it can
+//! tell the same configuration loaded anew (all tiles are zero) from one that is still in
+//! force. So on such a processor `ldtilecfg` counts when its first tile is touched, the
+//! other two don't count, and `sttilecfg` may show the mark.
 
 use crate::{
     AddressSize, Counters, Fault, Instruction, Op, Segment, TileConfig, TileState,
     decode::{Address, Decoded, decode},
 };
 use std::{
+    arch::x86_64::{__cpuid, __cpuid_count},
     cell::UnsafeCell,
     mem::MaybeUninit,
     ptr,
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
 static COUNTERS: [AtomicU64; Op::ALL.len()] = [const { AtomicU64::new(0) }; Op::ALL.len()];
 static INSTALLED: AtomicBool = AtomicBool::new(false);
+
+/// Where in an XSAVE area the processor keeps its tile configuration; 0 on one without AMX.
+static NATIVE: AtomicUsize = AtomicUsize::new(0);
+/// The tile configuration's number among the components of the extended state.
+const TILE_CONFIG: u32 = 17;
+/// The start row of a configuration that the handler has seen: past every row, so that no
+/// program has it.
+const SEEN: u8 = 0xff;
 
 /// The disposition that stood before ours; written once, before `INSTALLED` is set.
 struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
@@ -53,6 +69,7 @@ pub fn install() -> Result<(), InstallError> {
     if INSTALLED.load(Relaxed) {
         return Ok(());
     }
+    NATIVE.store(native_offset(), Relaxed);
     // SAFETY: both structures are plain data for which all-zero is a valid value; the
     // handler has the signature that SA_SIGINFO asks for and is async-signal-safe (module
     // comment). PREVIOUS is not read before the second sigaction call makes `handle`
@@ -72,6 +89,86 @@ pub fn install() -> Result<(), InstallError> {
         }
     }
     INSTALLED.store(true, Relaxed);
+    Ok(())
+}
+
+/// True on a processor that has AMX switched on: it loads, stores and releases
+/// configurations itself, so that only loads that a tile follows are counted.
+pub fn configures_natively() -> bool {
+    native_offset() != 0
+}
+
+/// See [`NATIVE`].
+fn native_offset() -> usize {
+    const AMX_TILE: u32 = 1 << 24;
+    const OSXSAVE: u32 = 1 << 27;
+    // SAFETY: every x86-64 processor has `cpuid`; leaves past the last one are not asked
+    // for, and `xgetbv` exists where the operating system has switched XSAVE on.
+    #[allow(
+        unused_unsafe,
+        reason = "whether cpuid is unsafe depends on the compiler"
+    )]
+    unsafe {
+        let has = __cpuid(0).eax >= 0xd
+            && __cpuid(1).ecx & OSXSAVE != 0
+            && __cpuid_count(7, 0).edx & AMX_TILE != 0;
+        if !has {
+            return 0;
+        }
+        let xcr0: u32;
+        std::arch::asm!("xgetbv", in("ecx") 0, out("eax") xcr0, out("edx") _, options(nomem, nostack));
+        match xcr0 & (1 << TILE_CONFIG) {
+            0 => 0,
+            _ => __cpuid_count(0xd, TILE_CONFIG).ebx as usize,
+        }
+    }
+}
+
+/// The interrupted thread's tile configuration in a signal's frame, and whether it is in
+/// use; nothing where the processor keeps none.
+///
+/// # Safety
+/// `context` is what the kernel passed to the handler.
+unsafe fn native_config<'a>(context: *mut libc::c_void) -> Option<(&'a mut [u8; 64], bool)> {
+    /// Of `struct _fpx_sw_bytes`, which lies in the legacy area's spare bytes.
+    const MAGIC: usize = 464;
+    const MAGIC_VALUE: u32 = 0x4650_5853;
+    const FEATURES: usize = MAGIC + 8;
+    const SIZE: usize = MAGIC + 16;
+    /// `xstate_bv`, the header's first word.
+    const IN_USE: usize = 512;
+    let offset = NATIVE.load(Relaxed);
+    // SAFETY: the caller's; fields behind the legacy area are read after its magic number
+    // has said that they are there, the configuration after its size has.
+    unsafe {
+        let area = (*context.cast::<libc::ucontext_t>())
+            .uc_mcontext
+            .fpregs
+            .cast::<u8>();
+        if offset == 0 || area.is_null() {
+            return None;
+        }
+        let word = |at: usize| ptr::read_unaligned(area.add(at).cast::<u32>());
+        let bit = 1 << TILE_CONFIG;
+        if word(MAGIC) != MAGIC_VALUE
+            || word(FEATURES) & bit == 0
+            || (word(SIZE) as usize) < offset + 64
+        {
+            return None;
+        }
+        Some((&mut *area.add(offset).cast(), word(IN_USE) & bit != 0))
+    }
+}
+
+/// Takes over what the processor did to the configuration since the last trap.
+fn follow((config, in_use): (&mut [u8; 64], bool), tiles: &mut TileState) -> Result<(), Fault> {
+    if !in_use {
+        tiles.release();
+    } else if config[1] != SEEN {
+        tiles.configure(TileConfig(*config))?;
+        config[1] = SEEN;
+        COUNTERS[Op::LdTileCfg as usize].fetch_add(1, Relaxed);
+    }
     Ok(())
 }
 
@@ -115,6 +212,8 @@ const GREGS: [libc::c_int; 16] = [
 ];
 
 extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: as below.
+    let native = unsafe { native_config(context) };
     // SAFETY: the kernel passes a valid ucontext to an SA_SIGINFO handler.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = registers[libc::REG_RIP as usize] as usize;
@@ -132,7 +231,13 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
     let machine = Machine { registers, next };
     // SAFETY: TILES belongs to this thread, and the handler can't interrupt itself: it
     // executes no AMX instruction.
-    let outcome = TILES.with(|tiles| unsafe { machine.execute(&mut *tiles.get(), instruction) });
+    let outcome = TILES.with(|tiles| {
+        // SAFETY: as above.
+        let tiles = unsafe { &mut *tiles.get() };
+        native.map_or(Ok(()), |native| follow(native, tiles))?;
+        // SAFETY: the operands are the interrupted program's.
+        unsafe { machine.execute(tiles, instruction) }
+    });
     match outcome {
         Ok(()) => {
             COUNTERS[instruction.op() as usize].fetch_add(1, Relaxed);

@@ -31,5 +31,7 @@ fn other_illegal_instructions_reach_the_earlier_handler() {
     // SAFETY: both handlers return behind their instruction.
     unsafe { asm!("ud2", "tilerelease", "ud2") };
     assert_eq!(SEEN.load(Relaxed), 2);
-    assert_eq!(amx_emu::total() - before, 1);
+    // A processor with AMX releases its tiles itself.
+    let ours = u64::from(!amx_emu::configures_natively());
+    assert_eq!(amx_emu::total() - before, ours);
 }

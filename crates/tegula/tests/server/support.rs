@@ -90,13 +90,21 @@ impl Server {
 
     /// A number of `/metrics`.
     pub fn metric(&self, name: &str) -> f64 {
+        self.metrics(&[name])
+    }
+
+    /// The sum of some numbers of one answer of `/metrics`, so of one moment.
+    pub fn metrics(&self, names: &[&str]) -> f64 {
         let text = self.get("/metrics").text();
-        let line = text
-            .lines()
-            .find_map(|l| l.strip_prefix(&format!("tegula_{name} ")));
-        line.unwrap_or_else(|| panic!("no {name} in\n{text}"))
-            .parse()
-            .unwrap()
+        let number = |name: &&str| -> f64 {
+            let line = text
+                .lines()
+                .find_map(|l| l.strip_prefix(&format!("tegula_{name} ")));
+            line.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+                .parse()
+                .unwrap()
+        };
+        names.iter().map(number).sum()
     }
 
     /// It answers, and correctly.
