@@ -8,10 +8,13 @@ use std::{hint::black_box, time::Instant};
 use tegula_gguf::{Bytes, GgmlType};
 use tegula_kernels::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
-    lab::{Chunks, Inputs, Matrix, TYPES, Way, multiply},
+    lab::{ByteInputs, ByteMatrix, Chunks, Inputs, Matrix, TYPES, Way, multiply, multiply_bytes},
     probe::Caches,
 };
 use tegula_lab::Series;
+
+/// As records name products on 8-bit tiles whose sums are scaled block by block.
+pub const BYTE_TILES: &str = "8-bit tiles";
 
 /// How much to measure.
 #[derive(Clone, Debug)]
@@ -144,6 +147,17 @@ fn one(plan: &Plan, ty: GgmlType, shape: &Shape, m: usize) -> Result<Vec<Series>
                 for w in &*weights {
                     compute.matmul(w, &acts, y);
                 }
+            }),
+        });
+    }
+    if let Some(amx) = plan.amx.filter(|_| m > 8 && ByteMatrix::takes(ty)) {
+        let pool = tegula_kernels::Pool::new(PoolConfig::new(plan.threads));
+        let (matrix, inputs) = (ByteMatrix::new((ty, n, k), &raw), ByteInputs::new(&x, m, k));
+        entries.push(Entry {
+            name: BYTE_TILES.to_owned(),
+            tier: "amx".to_owned(),
+            run: Box::new(move |y| {
+                multiply_bytes(amx, &pool, &matrix, &inputs, y);
             }),
         });
     }

@@ -4,6 +4,7 @@ use crate::{
     ablations::{IDEAS, KIND},
     code::Kind,
     lab::{CODE, LIMIT, TRAFFIC},
+    products::BYTE_TILES,
     series::{Product, parts},
 };
 use std::{collections::BTreeMap, fmt::Write as _, path::Path};
@@ -260,6 +261,19 @@ fn answers(record: &Record, out: &mut String) {
         for ty in times.types() {
             let row = gains(&times, ("tegula", "amx"), ("tegula", "avx512"), Some(&ty));
             let _ = writeln!(out, "| {ty} |{row}");
+        }
+    }
+
+    let tiles = |ty| times.gain(("tegula", "amx"), (BYTE_TILES, "amx"), 512, Some(ty));
+    if times.types().iter().any(|ty| tiles(ty).is_some()) {
+        *out += "\n**bf16 or 8-bit tiles.** Tegula's bf16 tiles, which hold codes times scales, \
+                 against 8-bit tiles, whose integer sums are scaled for every 32 inputs.\n";
+        *out += &head(&times, "bf16 over 8 bits");
+        for ty in times.types() {
+            let row = gains(&times, ("tegula", "amx"), (BYTE_TILES, "amx"), Some(&ty));
+            if tiles(&ty).is_some() {
+                let _ = writeln!(out, "| {ty} |{row}");
+            }
         }
     }
 

@@ -37,6 +37,10 @@ generic::tier_kernels!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
 );
 
+/// Pairs of inputs that a batch is taken through at a time: two strips of them (16 KiB) and
+/// eight tokens' cache lines (8 KiB, which the next eight tokens share) stay in L1.
+const BATCH_PAIRS: usize = 128;
+
 /// # Safety
 /// As [`MatmulKernels::mul_strips`]; the CPU has bf16 dot products.
 unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
@@ -46,22 +50,33 @@ unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
     }
     let acts = &args.acts;
     let pairs = args.k.div_ceil(2);
-    for (s, &strip) in args.strips.iter().enumerate() {
-        let tile = args.tile_of(s);
-        // SAFETY: the caller's; pairs and tokens are inside the strip and the view.
+    // Few tokens wait for memory, which likes one stream; many for L1 and L2.
+    let (together, panel) = match acts.m {
+        0..8 => (1, PANEL_K / 2),
+        _ => (2, BATCH_PAIRS),
+    };
+    for (c, strips) in args.strips.chunks(together).enumerate() {
+        let tiles = [0, strips.len() - 1].map(|s| args.tile_of(c * together + s));
+        // SAFETY: the caller's; pairs and tokens are inside the strips and the view.
         unsafe {
-            tile.write_bytes(0, acts.m * ROWS);
-            for i in (0..pairs).step_by(PANEL_K / 2) {
-                let len = (PANEL_K / 2).min(pairs - i);
-                let w = strip.add(i * 64);
+            tiles
+                .iter()
+                .for_each(|tile| tile.write_bytes(0, acts.m * ROWS));
+            for i in (0..pairs).step_by(panel) {
+                let len = panel.min(pairs - i);
+                let w = [strips[0], strips[strips.len() - 1]].map(|strip| strip.add(i * 64));
                 generic::token_runs(acts.m, 8, |base, stride, at, run| {
                     let x = acts.pairs.add(base * pairs + i * stride + at);
-                    let tile = tile.add((base + at) * ROWS);
-                    match run {
-                        8 => bf16_pairs::<8>(w, len, x, stride, tile),
-                        4 => bf16_pairs::<4>(w, len, x, stride, tile),
-                        2 => bf16_pairs::<2>(w, len, x, stride, tile),
-                        _ => bf16_pairs::<1>(w, len, x, stride, tile),
+                    let [a, b] = tiles.map(|tile| tile.add((base + at) * ROWS));
+                    match (strips.len(), run) {
+                        (2, 8) => bf16_pairs::<2, 8>(w, len, x, stride, [a, b]),
+                        (2, 4) => bf16_pairs::<2, 4>(w, len, x, stride, [a, b]),
+                        (2, 2) => bf16_pairs::<2, 2>(w, len, x, stride, [a, b]),
+                        (2, _) => bf16_pairs::<2, 1>(w, len, x, stride, [a, b]),
+                        (_, 8) => bf16_pairs::<1, 8>([w[0]], len, x, stride, [a]),
+                        (_, 4) => bf16_pairs::<1, 4>([w[0]], len, x, stride, [a]),
+                        (_, 2) => bf16_pairs::<1, 2>([w[0]], len, x, stride, [a]),
+                        _ => bf16_pairs::<1, 1>([w[0]], len, x, stride, [a]),
                     }
                 });
             }
@@ -69,35 +84,44 @@ unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
     }
 }
 
-/// Adds the products of `len` pairs of inputs with `T` tokens to their sums `[T][16]`.
+/// Adds the products of `len` pairs of inputs of `S` strips with `T` tokens to their sums
+/// `[T][16]`.
 ///
 /// # Safety
-/// `w` is `len` times 64 bytes, `x` is `[len][stride]` of which `T` tokens are read.
+/// `w` are `len` times 64 bytes, `x` is `[len][stride]` of which `T` tokens are read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn bf16_pairs<const T: usize>(
-    w: *const u8,
+unsafe fn bf16_pairs<const S: usize, const T: usize>(
+    w: [*const u8; S],
     len: usize,
     x: *const u32,
     stride: usize,
-    tile: *mut f32,
+    tiles: [*mut f32; S],
 ) {
     // SAFETY: the caller's; both bf16 vectors are 512 plain bits.
     unsafe {
-        let mut acc = [_mm512_setzero_ps(); T];
-        for (t, acc) in acc.iter_mut().enumerate() {
-            *acc = _mm512_loadu_ps(tile.add(t * ROWS));
-        }
-        for i in 0..len {
-            generic::ask_ahead(w.add(64 * i), 64);
-            let w: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()));
-            let x = x.add(i * stride);
+        let mut acc = [[_mm512_setzero_ps(); T]; S];
+        for (acc, tile) in acc.iter_mut().zip(tiles) {
             for (t, acc) in acc.iter_mut().enumerate() {
-                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*x.add(t) as i32));
-                *acc = _mm512_dpbf16_ps(*acc, w, x);
+                *acc = _mm512_loadu_ps(tile.add(t * ROWS));
             }
         }
-        for (t, acc) in acc.iter().enumerate() {
-            _mm512_storeu_ps(tile.add(t * ROWS), *acc);
+        for i in 0..len {
+            let w: [__m512bh; S] = w.map(|w| {
+                generic::ask_ahead(w.add(64 * i), 64);
+                std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()))
+            });
+            let x = x.add(i * stride);
+            for t in 0..T {
+                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*x.add(t) as i32));
+                for s in 0..S {
+                    acc[s][t] = _mm512_dpbf16_ps(acc[s][t], w[s], x);
+                }
+            }
+        }
+        for (acc, tile) in acc.iter().zip(tiles) {
+            for (t, acc) in acc.iter().enumerate() {
+                _mm512_storeu_ps(tile.add(t * ROWS), *acc);
+            }
         }
     }
 }

@@ -17,6 +17,11 @@
 
 mod interleaved;
 mod rowwise;
+#[cfg(feature = "amx")]
+mod tiles;
+
+#[cfg(feature = "amx")]
+pub use tiles::{ByteInputs, ByteMatrix, multiply_bytes};
 
 use crate::{
     acts::{Acts, ActsView, Forms},
@@ -286,10 +291,10 @@ mod tests {
     use tegula_gguf::Bytes;
 
     /// Small numbers that are the same everywhere.
-    struct Numbers(u64);
+    pub struct Numbers(pub u64);
 
     impl Numbers {
-        fn bits(&mut self) -> u32 {
+        pub fn bits(&mut self) -> u32 {
             self.0 = self
                 .0
                 .wrapping_mul(6_364_136_223_846_793_005)
@@ -297,12 +302,12 @@ mod tests {
             (self.0 >> 33) as u32
         }
 
-        fn float(&mut self) -> f32 {
+        pub fn float(&mut self) -> f32 {
             self.bits() as f32 / (1u32 << 30) as f32 - 1.0
         }
     }
 
-    fn rows(ty: GgmlType, n: usize, k: usize, numbers: &mut Numbers) -> Vec<u8> {
+    pub fn rows(ty: GgmlType, n: usize, k: usize, numbers: &mut Numbers) -> Vec<u8> {
         let weights: Vec<f32> = (0..n * k).map(|_| numbers.float()).collect();
         let mut raw = vec![0; n * k / ty.block_len() * ty.block_bytes()];
         tegula_gguf::blocks::quantize(ty, &weights, None, &mut raw).unwrap();
