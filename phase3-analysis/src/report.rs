@@ -264,16 +264,16 @@ fn answers(record: &Record, out: &mut String) {
         }
     }
 
-    let tiles = |ty| times.gain(("tegula", "amx"), (BYTE_TILES, "amx"), 512, Some(ty));
-    if times.types().iter().any(|ty| tiles(ty).is_some()) {
+    let sides = (("tegula", "amx"), (BYTE_TILES, "amx"));
+    let mut types = times.types();
+    types.retain(|ty| times.gain(sides.0, sides.1, 512, Some(ty)).is_some());
+    if !types.is_empty() {
         *out += "\n**bf16 or 8-bit tiles.** Tegula's bf16 tiles, which hold codes times scales, \
                  against 8-bit tiles, whose integer sums are scaled for every 32 inputs.\n";
         *out += &head(&times, "bf16 over 8 bits");
-        for ty in times.types() {
-            let row = gains(&times, ("tegula", "amx"), (BYTE_TILES, "amx"), Some(&ty));
-            if tiles(&ty).is_some() {
-                let _ = writeln!(out, "| {ty} |{row}");
-            }
+        for ty in types {
+            let row = gains(&times, sides.0, sides.1, Some(&ty));
+            let _ = writeln!(out, "| {ty} |{row}");
         }
     }
 
