@@ -4,6 +4,7 @@
 mod ci;
 mod docs;
 mod phase;
+mod ptx;
 
 use std::{
     path::{Path, PathBuf},
@@ -38,6 +39,12 @@ enum Task {
     /// Generates the pages under docs/ from the lists of checks and the records.
     Codegen {
         /// Changes nothing; fails, with the differences, if a page is stale.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Compiles the GPU kernels to the PTX that is shipped; needs NVRTC, CUDA's run-time compiler.
+    Ptx {
+        /// Changes nothing and needs no CUDA; fails if the PTX was made from other sources.
         #[arg(long)]
         check: bool,
     },
@@ -83,6 +90,8 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Codegen { check: true } => docs::check(&root),
         Task::Codegen { check: false } => docs::write(&root).map(|()| ExitCode::SUCCESS),
+        Task::Ptx { check: true } => Ok(ptx::check()),
+        Task::Ptx { check: false } => ptx::write(&root).map(|()| ExitCode::SUCCESS),
         Task::Ci => ci::run(&root),
     }
 }

@@ -48,6 +48,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "xtask",
         &[
             "tegula-lab",
+            // For the sources of its kernels.
+            "tegula-cuda",
             // For its feature `amx` alone.
             "tegula-engine",
             "phase1-isolation",

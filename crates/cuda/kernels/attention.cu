@@ -71,12 +71,29 @@ kv_store(Kv c, Where w, const float *k, const float *v) {
 // Up to 8 query heads that share a KV head.
 #define HEADS 8
 
+__device__ __forceinline__ void add_scaled(float (&to)[HEADS], const float4 *f, float x) {
+    float4 a = f[0], b = f[1];
+    to[0] = fmaf(a.x, x, to[0]);
+    to[1] = fmaf(a.y, x, to[1]);
+    to[2] = fmaf(a.z, x, to[2]);
+    to[3] = fmaf(a.w, x, to[3]);
+    to[4] = fmaf(b.x, x, to[4]);
+    to[5] = fmaf(b.y, x, to[5]);
+    to[6] = fmaf(b.z, x, to[6]);
+    to[7] = fmaf(b.w, x, to[7]);
+}
+
+__device__ __forceinline__ float half_of(u32 two, int which) {
+    return f16_to_f32((u16)(which ? two >> 16 : two));
+}
+
 // One token, one KV head, up to 8 of its query heads, one run of pages; 128 threads. With one
 // run the result goes to out, `[m][heads][dim]`; with more its parts: sums `[m][heads][runs]
 // [dim]` and (maximum, sum) `[m][heads][runs]`.
 //
-// Flash attention over pages: scores of 64 positions (two threads share a position), their
-// softmax (a warp takes two heads), then every thread adds values in its dimensions.
+// Flash attention over pages: scores of 64 positions, of which each warp adds a quarter of the
+// dimensions; their softmax (a warp takes two heads); then threads add values in their
+// dimensions, pairs of them, and groups of threads share the positions.
 extern "C" __global__ void __launch_bounds__(128)
 attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
           float *out, float *sums, float2 *stats) {
@@ -87,8 +104,8 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
     int dim = c.dim, tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
     float4 *sq = shared;                  // [dim][8]
     float *ss = (float *)(sq + 2 * dim);  // [64][8]
-    float *part = ss + 64 * HEADS;        // [64][8]: the second halves of scores
-    float *top = part + 64 * HEADS;       // [8] maxima, [8] sums, [8] factors
+    float *part = ss + 64 * HEADS;        // [4][64][8]: quarters of scores, then of sums
+    float *top = part + 4 * 64 * HEADS;   // [8] maxima, [8] sums, [8] factors
     int seen = (int)w.tokens[2 * t + 1] + 1;
     const u32 *pages = w.pages + w.tokens[2 * t];
     int q0 = head * group + first;
@@ -98,52 +115,69 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
         ((float *)sq)[d * HEADS + h] = v;
     }
     if (tid < HEADS) top[tid] = -INF, top[HEADS + tid] = 0.0f;
+    // Two neighbouring dimensions, and which share of the positions.
+    int pairs = dim / 2, shares = 128 / pairs, share = tid / pairs, pair = tid % pairs;
     float acc[2][HEADS];
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int h = 0; h < HEADS; h++) acc[i][h] = 0.0f;
+    bool fast = c.k_type == KV_F16 && dim % 32 == 0;
     int end = min((run + 1) * run_pages, (seen + 63) / 64);
     for (int page = run * run_pages; page < end; page++) {
         const u8 *k = c.cache + (u64)pages[page] * c.page_bytes + (u64)head * c.head_bytes;
         const u8 *v = k + c.k_bytes;
         int visible = min(64, seen - page * 64);
         __syncthreads();
-        {
-            int slot = tid & 63, half = tid >> 6;
-            float s[HEADS];
+        float a[HEADS], b[HEADS];
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) s[h] = 0.0f;
-            int middle = dim / 2, last = half ? dim : middle;
-            for (int d = half ? middle : 0; d < last; d++) {
-                float x = k_at(c, k, slot, d);
-                float4 a = sq[2 * d], b = sq[2 * d + 1];
-                s[0] = fmaf(a.x, x, s[0]);
-                s[1] = fmaf(a.y, x, s[1]);
-                s[2] = fmaf(a.z, x, s[2]);
-                s[3] = fmaf(a.w, x, s[3]);
-                s[4] = fmaf(b.x, x, s[4]);
-                s[5] = fmaf(b.y, x, s[5]);
-                s[6] = fmaf(b.z, x, s[6]);
-                s[7] = fmaf(b.w, x, s[7]);
+        for (int h = 0; h < HEADS; h++) a[h] = b[h] = 0.0f;
+        // Positions 2 * lane and the one behind it.
+        int d0 = warp * dim / 4, d1 = (warp + 1) * dim / 4;
+        if (fast) {
+            for (int d = d0; d < d1; d += 8) {
+                u32 x[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) x[i] = ((const u32 *)k)[(d + i) * 32 + lane];
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    add_scaled(a, sq + 2 * (d + i), half_of(x[i], 0));
+                    add_scaled(b, sq + 2 * (d + i), half_of(x[i], 1));
+                }
             }
-            float *to = half ? part : ss;
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) to[slot * HEADS + h] = s[h];
+        } else {
+            for (int d = d0; d < d1; d++) {
+                add_scaled(a, sq + 2 * d, k_at(c, k, 2 * lane, d));
+                add_scaled(b, sq + 2 * d, k_at(c, k, 2 * lane + 1, d));
+            }
         }
+        float4 *to = (float4 *)(part + (warp * 64 + 2 * lane) * HEADS);
+        to[0] = make_float4(a[0], a[1], a[2], a[3]);
+        to[1] = make_float4(a[4], a[5], a[6], a[7]);
+        to[2] = make_float4(b[0], b[1], b[2], b[3]);
+        to[3] = make_float4(b[4], b[5], b[6], b[7]);
         __syncthreads();
         for (int h = warp; h < HEADS; h += 4) {
-            float a = lane < visible ? ss[lane * HEADS + h] + part[lane * HEADS + h] : -INF;
-            int two = lane + 32;
-            float b = two < visible ? ss[two * HEADS + h] + part[two * HEADS + h] : -INF;
+            float s[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int slot = lane + 32 * i;
+                float sum = 0.0f;
+#pragma unroll
+                for (int u = 0; u < 4; u++) sum += part[(u * 64 + slot) * HEADS + h];
+                s[i] = slot < visible ? sum : -INF;
+            }
             float old = top[h];
-            float now = fmaxf(old, warp_max(fmaxf(a, b)));
-            a = expf(a - now);
-            b = expf(b - now);
-            ss[lane * HEADS + h] = lane < visible ? a : 0.0f;
-            ss[two * HEADS + h] = two < visible ? b : 0.0f;
-            float sum = warp_sum((lane < visible ? a : 0.0f) + (two < visible ? b : 0.0f));
-            __syncwarp();
+            float now = fmaxf(old, warp_max(fmaxf(s[0], s[1])));
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int slot = lane + 32 * i;
+                float e = slot < visible ? expf(s[i] - now) : 0.0f;
+                ss[slot * HEADS + h] = e;
+                sum += e;
+            }
+            sum = warp_sum(sum);
             if (lane == 0) {
                 float factor = old == -INF ? 0.0f : expf(old - now);
                 top[h] = now;
@@ -152,49 +186,63 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
             }
         }
         __syncthreads();
+        if (share < shares) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int d = tid + 128 * i;
-            if (d < dim) {
+            for (int i = 0; i < 2; i++)
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) acc[i][h] *= top[2 * HEADS + h];
-                for (int slot = 0; slot < visible; slot++) {
-                    float x = v_at(c, v, slot, d);
-                    float4 a = ((float4 *)ss)[2 * slot], b = ((float4 *)ss)[2 * slot + 1];
-                    acc[i][0] = fmaf(a.x, x, acc[i][0]);
-                    acc[i][1] = fmaf(a.y, x, acc[i][1]);
-                    acc[i][2] = fmaf(a.z, x, acc[i][2]);
-                    acc[i][3] = fmaf(a.w, x, acc[i][3]);
-                    acc[i][4] = fmaf(b.x, x, acc[i][4]);
-                    acc[i][5] = fmaf(b.y, x, acc[i][5]);
-                    acc[i][6] = fmaf(b.z, x, acc[i][6]);
-                    acc[i][7] = fmaf(b.w, x, acc[i][7]);
+            if (c.v_type == KV_F16) {
+                for (int slot = share; slot < visible; slot += 8 * shares) {
+                    u32 x[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        int at = slot + i * shares;
+                        x[i] = at < visible ? ((const u32 *)v)[at * pairs + pair] : 0;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        // Behind the last position there is a weight of some position and 0.
+                        const float4 *p = (const float4 *)ss + 2 * min(slot + i * shares, 63);
+                        add_scaled(acc[0], p, half_of(x[i], 0));
+                        add_scaled(acc[1], p, half_of(x[i], 1));
+                    }
+                }
+            } else {
+                for (int slot = share; slot < visible; slot += shares) {
+                    const float4 *p = (const float4 *)ss + 2 * slot;
+                    add_scaled(acc[0], p, v_at(c, v, slot, 2 * pair));
+                    add_scaled(acc[1], p, v_at(c, v, slot, 2 * pair + 1));
                 }
             }
         }
     }
     __syncthreads();
+    // The shares' sums, [shares][dim][8].
+    if (share < shares)
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int d = tid + 128 * i;
-        if (d < dim) {
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                u64 row = (u64)t * heads + q0 + h;
-                if (h < live) {
-                    if (runs == 1) out[row * dim + d] = acc[i][h] * (1.0f / top[HEADS + h]);
-                    else sums[(row * runs + run) * dim + d] = acc[i][h];
-                }
-            }
+            for (int h = 0; h < HEADS; h++)
+                part[(share * dim + 2 * pair + i) * HEADS + h] = acc[i][h];
+    __syncthreads();
+    for (int d = tid; d < dim; d += 128)
+        for (int h = 0; h < live; h++) {
+            float sum = 0.0f;
+            for (int u = 0; u < shares; u++) sum += part[(u * dim + d) * HEADS + h];
+            u64 row = (u64)t * heads + q0 + h;
+            if (runs == 1) out[row * dim + d] = sum * (1.0f / top[HEADS + h]);
+            else sums[(row * runs + run) * dim + d] = sum;
         }
-    }
     if (runs > 1 && tid < live)
         stats[((u64)t * heads + q0 + tid) * runs + run] = make_float2(top[tid], top[HEADS + tid]);
 }
 
-// Merges the runs of each head, in order. Runs that saw nothing have a sum of zero.
+// Merges the runs of each head, in order, and gives the result in the forms that the next
+// product takes as well, where there is a place for them: then heads are whole groups. Runs
+// that saw nothing have a sum of zero.
 extern "C" __global__ void __launch_bounds__(128)
-merge(const float *sums, const float2 *stats, int runs, int dim, float *out) {
+merge(const float *sums, const float2 *stats, int heads, int runs, int dim, float *out, Q8 q8,
+      u16 *bf16) {
     u64 row = blockIdx.x;
     stats += row * runs;
     sums += row * runs * dim;
@@ -203,10 +251,211 @@ merge(const float *sums, const float2 *stats, int runs, int dim, float *out) {
     float total = 0.0f;
     for (int r = 0; r < runs; r++)
         if (stats[r].y > 0.0f) total += stats[r].y * expf(stats[r].x - largest);
+    u64 token = row / heads;
+    int at = (int)(row - token * heads) * dim;
     for (int d = threadIdx.x; d < dim; d += 128) {
         float v = 0.0f;
         for (int r = 0; r < runs; r++)
             if (stats[r].y > 0.0f) v += sums[(u64)r * dim + d] * expf(stats[r].x - largest);
-        out[row * dim + d] = v / total;
+        v /= total;
+        out[row * dim + d] = v;
+        if (q8.q) put_q8(q8, token, heads * dim, (at + d) / 32, v);
+        if (bf16) bf16[row * dim + d] = f32_to_bf16(v);
     }
 }
+
+// Values beyond what f16 holds become its largest.
+__device__ __forceinline__ u16 saturated(float v) {
+    return f32_to_f16(fminf(fmaxf(v, -65504.0f), 65504.0f));
+}
+
+// Many tokens: 64 rows, each a token's query head, of neighbouring tokens and the heads that
+// share a KV head; a warp takes 16 of them. Pages are brought to shared memory as f16 and
+// multiplied on tensor cores. Tokens of another sequence than the first one's come in a pass
+// of their own.
+template <int DIM>
+__device__ __forceinline__ void attention_tiles(const Kv &c, const Where &w, const float *q,
+                                                int heads, float scale, int m, float *out,
+                                                u32 *bf16) {
+    constexpr int STAGES = DIM > 128 ? 1 : 2, KP = 72, VP = DIM + 8;
+    extern __shared__ uint4 tiles[];
+    u16 *sq = (u16 *)tiles;            // [64][VP]
+    u16 *sk = sq + 64 * VP;            // [STAGES][DIM][KP]
+    u16 *sv = sk + STAGES * DIM * KP;  // [STAGES][64][VP]
+    int tid = threadIdx.x, lane = tid & 31, warp = tid / 32, gid = lane >> 2, tig = lane & 3;
+    int head = blockIdx.x, group = heads / c.heads, per = 64 / group;
+    // The last tokens see most: first.
+    int t0 = (int)(gridDim.y - 1 - blockIdx.y) * per, count = min(per, m - t0);
+    int live = count * group;
+    for (int i = tid; i < 64 * DIM / 2; i += 128) {
+        int r = i / (DIM / 2), d = i % (DIM / 2) * 2;
+        u32 two = 0;
+        if (r < live) {
+            u64 row = (u64)(t0 + r / group) * heads + head * group + r % group;
+            float2 x = *(const float2 *)(q + row * DIM + d);
+            two = f16_pair(x.x * scale, x.y * scale);
+        }
+        *(u32 *)&sq[r * VP + d] = two;
+    }
+    // This thread's rows.
+    int mine[2], position[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int r = warp * 16 + gid + 8 * i;
+        mine[i] = r < live ? r / group : -1;
+        position[i] = r < live ? (int)w.tokens[2 * (t0 + mine[i]) + 1] : -1;
+    }
+    float acc[DIM / 8][4], top[2] = {-INF, -INF}, total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < DIM / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[j][i] = 0.0f;
+    auto load = [&](const u32 *pages, int page, int last, int stage) {
+        const u8 *k = c.cache + (u64)pages[page] * c.page_bytes + (u64)head * c.head_bytes;
+        const u8 *v = k + c.k_bytes;
+        u16 *to_k = sk + stage * DIM * KP, *to_v = sv + stage * 64 * VP;
+        if (c.k_type == KV_F16) {
+            for (int i = tid; i < DIM * 8; i += 128)
+                cp_async16(to_k + i / 8 * KP + i % 8 * 8, k + i * 16, true);
+        } else {
+            for (int i = tid; i < DIM * 64; i += 128)
+                to_k[i / 64 * KP + i % 64] = saturated(k_at(c, k, i % 64, i / 64));
+        }
+        // What lies behind the last position is not multiplied, not even by zero.
+        if (c.v_type == KV_F16) {
+            for (int i = tid; i < DIM * 8; i += 128) {
+                int slot = i / (DIM / 8);
+                cp_async16(to_v + slot * VP + i % (DIM / 8) * 8, v + i * 16,
+                           page * 64 + slot <= last);
+            }
+        } else {
+            for (int i = tid; i < DIM * 64; i += 128) {
+                int slot = i / DIM, d = i % DIM;
+                bool there = page * 64 + slot <= last;
+                to_v[slot * VP + d] = there ? saturated(v_at(c, v, slot, d)) : 0;
+            }
+        }
+        cp_async_commit();
+    };
+    int arow = (warp * 16 + (lane & 15)) * VP + (lane >> 4) * 8;
+    // Rows of transposed matrices: inputs, then columns.
+    int trow = (lane & 7) + ((lane >> 3) & 1) * 8, tcol = (lane >> 4) * 8;
+    for (int seg = 0, next = 0; seg < count; seg = next) {
+        u32 start = w.tokens[2 * (t0 + seg)];
+        int last = -1;
+        for (next = seg; next < count && w.tokens[2 * (t0 + next)] == start; next++)
+            last = max(last, (int)w.tokens[2 * (t0 + next) + 1]);
+        const u32 *pages = w.pages + start;
+        int limit[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            limit[i] = mine[i] >= seg && mine[i] < next ? position[i] : -1;
+        int end = last / 64 + 1;
+        __syncthreads();
+        load(pages, 0, last, 0);
+        for (int page = 0; page < end; page++) {
+            int stage = STAGES == 2 ? page & 1 : 0;
+            if (STAGES == 2 && page + 1 < end) {
+                load(pages, page + 1, last, stage ^ 1);
+                cp_async_wait<1>();
+            } else {
+                cp_async_wait<0>();
+            }
+            __syncthreads();
+            const u16 *kt = sk + stage * DIM * KP, *vt = sv + stage * 64 * VP;
+            float s[8][4];
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) s[j][i] = 0.0f;
+#pragma unroll
+            for (int d = 0; d < DIM; d += 16) {
+                u32 a[4];
+                ldmatrix(a, sq + arow + d);
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) {
+                    u32 b[4];
+                    ldmatrix_trans(b, kt + (d + trow) * KP + j * 8 + tcol);
+                    const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+                    mma_f16(s[j], a, low);
+                    mma_f16(s[j + 1], a, high);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float now = top[i];
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        int at = page * 64 + j * 8 + tig * 2 + e;
+                        float &v = s[j][2 * i + e];
+                        v = at <= limit[i] ? v : -INF;
+                        now = fmaxf(now, v);
+                    }
+                now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
+                now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
+                // A row that has seen nothing yet.
+                float base = now == -INF ? 0.0f : now;
+                float factor = exp2f(top[i] - base), sum = 0.0f;
+                top[i] = now;
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &v = s[j][2 * i + e];
+                        v = exp2f(v - base);
+                        sum += v;
+                    }
+                total[i] = total[i] * factor + sum;
+#pragma unroll
+                for (int j = 0; j < DIM / 8; j++) acc[j][2 * i] *= factor, acc[j][2 * i + 1] *= factor;
+            }
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                const u32 a[4] = {f16_pair(s[2 * p][0], s[2 * p][1]),
+                                  f16_pair(s[2 * p][2], s[2 * p][3]),
+                                  f16_pair(s[2 * p + 1][0], s[2 * p + 1][1]),
+                                  f16_pair(s[2 * p + 1][2], s[2 * p + 1][3])};
+#pragma unroll
+                for (int j = 0; j < DIM / 8; j += 2) {
+                    u32 b[4];
+                    ldmatrix_trans(b, vt + (p * 16 + trow) * VP + j * 8 + tcol);
+                    const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+                    mma_f16(acc[j], a, low);
+                    mma_f16(acc[j + 1], a, high);
+                }
+            }
+            __syncthreads();
+            if (STAGES == 1 && page + 1 < end) load(pages, page + 1, last, 0);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = total[i] + __shfl_xor_sync(0xffffffffu, total[i], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (mine[i] < 0) continue;
+        int r = warp * 16 + gid + 8 * i;
+        u64 row = (u64)(t0 + mine[i]) * heads + head * group + r % group;
+        float inverse = 1.0f / sum;
+#pragma unroll
+        for (int j = 0; j < DIM / 8; j++) {
+            float x = acc[j][2 * i] * inverse, y = acc[j][2 * i + 1] * inverse;
+            u64 at = row * DIM + j * 8 + tig * 2;
+            *(float2 *)(out + at) = make_float2(x, y);
+            if (bf16) bf16[at / 2] = bf16_pair(x, y);
+        }
+    }
+}
+
+#define ATTENTION_TILES(DIM)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128) attention_tiles_##DIM(                     \
+        Kv c, Where w, const float *q, int heads, float scale, int m, float *out, u32 *bf16) {   \
+        attention_tiles<DIM>(c, w, q, heads, scale, m, out, bf16);                               \
+    }
+
+ATTENTION_TILES(32)
+ATTENTION_TILES(64)
+ATTENTION_TILES(96)
+ATTENTION_TILES(128)
+ATTENTION_TILES(256)

@@ -30,6 +30,69 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
     return r;
 }
 
+// Two f16, likewise.
+__device__ __forceinline__ u32 f16_pair(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// c += a * b on tensor cores: 16 rows by 8 columns, 16 inputs, sums in f32. Registers are those
+// of mma.m16n8k16.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// An address in shared memory as the instructions below take it.
+__device__ __forceinline__ u32 shared_at(const void *p) {
+    u64 a;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(a) : "l"(p));
+    return (u32)a;
+}
+
+// Four matrices of 8 rows of 16 bytes; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void ldmatrix(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_at(row)));
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_trans(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_at(row)));
+}
+
+// 16 bytes to shared memory behind the thread's back; zeros unless `live`.
+__device__ __forceinline__ void cp_async16(void *to, const void *from, bool live) {
+    int bytes = live ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_at(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of the thread's groups are under way.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 __device__ __forceinline__ u16 f32_to_bf16(float f) { return (u16)bf16_pair(f, 0.0f); }
 
 // The sum over a warp, the same in every lane.
@@ -46,3 +109,36 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 __device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
+
+// Activations in the q8 form: groups of 32 values, code * d. Per row of k codes the first
+// halves of all groups, then the second ones, so that a warp's loads are whole lines; `d` and
+// the sums of codes of both halves times d, `s`, are [row][k / 32].
+struct Q8 {
+    i8 *q;
+    float *d;
+    float2 *s;
+};
+
+// The q8 form of 32 values, one a lane: as the CPU computes it, bit for bit. `row` counts rows
+// of k values, `group` the row's groups.
+__device__ __forceinline__ void put_q8(const Q8 &to, u64 row, int k, int group, float v) {
+    int lane = threadIdx.x & 31;
+    u32 bits = __float_as_int(v) & 0x7fffffffu;
+    bits = __reduce_max_sync(0xffffffffu, bits);
+    float largest = __int_as_float(bits);
+    float d, inverse;
+    if (bits >= 0x7f800000u) d = NAN_, inverse = 0.0f;
+    else if (largest < 1e-30f) d = 0.0f, inverse = 0.0f;
+    else d = __fdiv_rn(largest, 127.0f), inverse = __fdiv_rn(127.0f, largest);
+    int code = inverse == 0.0f ? 0 : __float2int_rn(__fmul_rn(v, inverse));
+    to.q[row * k + (u64)(lane >> 4) * (k / 2) + group * 16 + (lane & 15)] = (i8)code;
+    int half = code;
+#pragma unroll
+    for (int i = 8; i > 0; i >>= 1) half += __shfl_xor_sync(0xffffffffu, half, i);
+    int high = __shfl_sync(0xffffffffu, half, 16);
+    if (lane == 0) {
+        u64 at = row * (k / 32) + group;
+        to.d[at] = d;
+        to.s[at] = make_float2((float)half * d, (float)high * d);
+    }
+}

@@ -339,6 +339,23 @@ __device__ __forceinline__ float weight(const Mat &w, u64 i) {
 #endif
 }
 
+// Four weights from number `i`, a multiple of four, of a type of plain floats.
+__device__ __forceinline__ float4 weights4(const Mat &w, u64 i) {
+#if TYPE == F32
+    return ((const float4 *)w.p[0])[i / 4];
+#elif TYPE == F16
+    uint2 v = ((const uint2 *)w.p[0])[i / 4];
+    return make_float4(f16_to_f32((u16)v.x), f16_to_f32((u16)(v.x >> 16)), f16_to_f32((u16)v.y),
+                       f16_to_f32((u16)(v.y >> 16)));
+#elif TYPE == BF16
+    uint2 v = ((const uint2 *)w.p[0])[i / 4];
+    return make_float4(bf16_to_f32((u16)v.x), bf16_to_f32((u16)(v.x >> 16)),
+                       bf16_to_f32((u16)v.y), bf16_to_f32((u16)(v.y >> 16)));
+#else
+    return make_float4(NAN_, NAN_, NAN_, NAN_);
+#endif
+}
+
 // Byte t of a word of signed bytes as a float, without an integer conversion: its bits
 // behind those of 2^23.
 __device__ __forceinline__ float byte_float(u32 biased, int t) {

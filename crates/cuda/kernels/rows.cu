@@ -1,31 +1,49 @@
 // Operations on rows: norms, rotation, other forms of activations, routing.
 
-// out = x / rms(x) * w, one block per row.
-extern "C" __global__ void __launch_bounds__(256)
-rms_norm(const float *x, const float *w, float eps, int k, float *out) {
-    __shared__ float part[8];
-    x += (u64)blockIdx.x * k;
-    out += (u64)blockIdx.x * k;
+// out = x / rms(x) * w, one block per row, and the same in the forms that the next product
+// takes: q8 and pairs of bf16, where there is a place for them; then k is whole groups.
+extern "C" __global__ void __launch_bounds__(1024)
+rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u16 *bf16) {
+    __shared__ float part[32];
+    u64 row = blockIdx.x;
+    x += row * k;
+    out += row * k;
+    int threads = blockDim.x;
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < k; i += 256) sum = fmaf(x[i], x[i], sum);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < k; i += threads) sum = fmaf(x[i], x[i], sum);
     sum = warp_sum(sum);
     if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum += part[i];
+    for (int i = 0; i < threads / 32; i++) sum += part[i];
     float scale = 1.0f / sqrtf(sum / (float)k + eps);
-    for (int i = threadIdx.x; i < k; i += 256) out[i] = x[i] * scale * w[i];
+#pragma unroll 4
+    for (int i = threadIdx.x; i < k; i += threads) {
+        float v = x[i] * scale * w[i];
+        out[i] = v;
+        if (q8.q) put_q8(q8, row, k, i / 32, v);
+        if (bf16) bf16[row * k + i] = f32_to_bf16(v);
+    }
 }
 
-// Each head of x, `[m][heads][dim]`: normalised by w, if there is one, then rotated. A warp
-// per head, up to 1024 dimensions.
+// The heads of one projection, `[m][heads][dim]`: normalised by w, if there is one, then
+// rotated, in place.
+struct Heads {
+    float *x;
+    const float *w;
+    int heads;
+};
+
+// All heads of two projections. A warp per head, up to 1024 dimensions.
 extern "C" __global__ void __launch_bounds__(32)
-heads(float *x, const float *w, float eps, int heads, int dim, int neox, const float *cos,
-      const float *sin, int pairs) {
+heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const float *sin,
+      int pairs) {
     extern __shared__ float row[];
-    int t = blockIdx.y, lane = threadIdx.x;
-    x += ((u64)t * heads + blockIdx.x) * dim;
+    int t = blockIdx.y, lane = threadIdx.x, head = blockIdx.x;
+    if (head >= q.heads) head -= q.heads, q = k;
+    const float *w = q.w;
+    float *x = q.x + ((u64)t * q.heads + head) * dim;
     float sum = 0.0f;
     for (int i = lane; i < dim; i += 32) {
         row[i] = x[i];
@@ -48,31 +66,13 @@ heads(float *x, const float *w, float eps, int heads, int dim, int neox, const f
         for (int i = 2 * pairs + lane; i < dim; i += 32) x[i] = row[i];
 }
 
-// The q8 form: 32 values a lane group, as the CPU computes it, bit for bit. A warp takes 32
-// values; `xs` gets the scaled sums of its halves.
+// Rows of k values in the q8 form, a warp per group.
 extern "C" __global__ void __launch_bounds__(256)
-quantize(const float *x, u64 groups, i8 *xq, float *xd, float2 *xs) {
+quantize(const float *x, u64 groups, int k, Q8 q8) {
     u64 g = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (g >= groups) return;
-    int lane = threadIdx.x & 31;
-    float v = x[g * 32 + lane];
-    u32 bits = __float_as_int(v) & 0x7fffffffu;
-    bits = __reduce_max_sync(0xffffffffu, bits);
-    float largest = __int_as_float(bits);
-    float d, inverse;
-    if (bits >= 0x7f800000u) d = NAN_, inverse = 0.0f;
-    else if (largest < 1e-30f) d = 0.0f, inverse = 0.0f;
-    else d = __fdiv_rn(largest, 127.0f), inverse = __fdiv_rn(127.0f, largest);
-    int code = inverse == 0.0f ? 0 : __float2int_rn(__fmul_rn(v, inverse));
-    xq[g * 32 + lane] = (i8)code;
-    int half = code;
-#pragma unroll
-    for (int i = 8; i > 0; i >>= 1) half += __shfl_xor_sync(0xffffffffu, half, i);
-    int high = __shfl_sync(0xffffffffu, half, 16);
-    if (lane == 0) {
-        xd[g] = d;
-        xs[g] = make_float2((float)half * d, (float)high * d);
-    }
+    u64 row = g / (k / 32);
+    put_q8(q8, row, k, (int)(g - row * (k / 32)), x[g * 32 + (threadIdx.x & 31)]);
 }
 
 // Pairs of bf16.
@@ -95,13 +95,13 @@ swiglu(float *gate, const float *up, u64 len) {
     if (i < len) gate[i] = silu(gate[i]) * up[i];
 }
 
-// x[t][row] += bias[row], or x = y + bias.
+// The same as pairs of bf16.
 extern "C" __global__ void __launch_bounds__(256)
-add_rows(float *x, const float *y, const float *bias, int n, u64 len, int accumulate) {
+swiglu_bf16(const float2 *gate, const float2 *up, u64 pairs, u32 *out) {
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= len) return;
-    float v = y[i] + (bias ? bias[i % n] : 0.0f);
-    x[i] = accumulate ? x[i] + v : v;
+    if (i >= pairs) return;
+    float2 g = gate[i], u = up[i];
+    out[i] = bf16_pair(silu(g.x) * u.x, silu(g.y) * u.y);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -180,42 +180,75 @@ route(const float *logits, int experts, int used, int normalize, float scale, u3
         weights[c] = (normalize ? weights[c] / sum : weights[c]) * scale;
 }
 
-// Pairs of token and expert grouped by expert, in one block: `order` lists the pairs, by
-// expert and then by number; `tiles` (expert, first, count), each at most `tile` pairs, and
-// (0, 0, 0) up to `most`.
+// Pairs of token and expert grouped by expert, in one block of up to 32 warps: `order` lists the
+// pairs, by expert and then by number; `tiles` (expert, first, count), each at most `tile`
+// pairs, and (0, 0, 0) up to `most`. Each warp counts a run of pairs, then places them behind
+// what the warps before it counted.
 extern "C" __global__ void __launch_bounds__(1024)
 group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *order,
               int *tiles) {
-    extern __shared__ int counts[];
-    int *starts = counts + experts, *firsts = starts + experts;
-    for (int e = threadIdx.x; e < experts; e += 1024) {
+    extern __shared__ int counts[];  // [warps][experts], then three per expert
+    int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32;
+    int lane = threadIdx.x & 31;
+    int *totals = counts + warps * experts, *starts = totals + experts;
+    int *firsts = starts + experts, *own = counts + warp * experts;
+    int run = (pairs + warps - 1) / warps, from = warp * run, to = min(from + run, pairs);
+    for (int i = threadIdx.x; i < warps * experts; i += threads) counts[i] = 0;
+    __syncthreads();
+    for (int i = from + lane; i - lane < to; i += 32) {
+        u32 e = i < to ? ids[i] : 0xffffffffu;
+        u32 same = __match_any_sync(0xffffffffu, e);
+        // The first lane of an expert counts for all of them.
+        if (i < to && (same & ((1u << lane) - 1)) == 0) own[e] += __popc(same);
+        __syncwarp();
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += threads) {
         int n = 0;
-        for (int i = 0; i < pairs; i++) n += ids[i] == (u32)e;
-        counts[e] = n;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int at = 0, tiled = 0;
-        for (int e = 0; e < experts; e++) {
-            starts[e] = at;
-            firsts[e] = tiled;
-            at += counts[e];
-            tiled += (counts[e] + tile - 1) / tile;
+        for (int i = 0; i < warps; i++) {
+            int here = counts[i * experts + e];
+            counts[i * experts + e] = n;
+            n += here;
         }
-        firsts[experts] = tiled;
+        totals[e] = n;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < experts; e += 1024) {
-        int at = starts[e];
-        for (int i = 0; i < pairs; i++)
-            if (ids[i] == (u32)e) order[at++] = i;
-        for (int done = 0, i = firsts[e]; done < counts[e]; done += tile, i++) {
+    if (warp == 0) {
+        int at = 0, tiled = 0;
+        for (int first = 0; first < experts; first += 32) {
+            int e = first + lane;
+            int n = e < experts ? totals[e] : 0, t = (n + tile - 1) / tile;
+            int upto = n, upto_t = t;
+            for (int i = 1; i < 32; i <<= 1) {
+                int a = __shfl_sync(0xffffffffu, upto, lane >= i ? lane - i : lane);
+                int b = __shfl_sync(0xffffffffu, upto_t, lane >= i ? lane - i : lane);
+                if (lane >= i) upto += a, upto_t += b;
+            }
+            if (e < experts) starts[e] = at + upto - n, firsts[e] = tiled + upto_t - t;
+            at += __shfl_sync(0xffffffffu, upto, 31);
+            tiled += __shfl_sync(0xffffffffu, upto_t, 31);
+        }
+        if (lane == 0) firsts[experts] = tiled;
+    }
+    __syncthreads();
+    for (int i = from + lane; i - lane < to; i += 32) {
+        u32 e = i < to ? ids[i] : 0xffffffffu;
+        u32 same = __match_any_sync(0xffffffffu, e);
+        int before = __popc(same & ((1u << lane) - 1));
+        if (i < to) order[starts[e] + own[e] + before] = i;
+        __syncwarp();
+        if (i < to && before == 0) own[e] += __popc(same);
+        __syncwarp();
+    }
+    for (int e = threadIdx.x; e < experts; e += threads) {
+        int n = totals[e];
+        for (int done = 0, i = firsts[e]; done < n; done += tile, i++) {
             tiles[3 * i] = e;
             tiles[3 * i + 1] = starts[e] + done;
-            tiles[3 * i + 2] = min(tile, counts[e] - done);
+            tiles[3 * i + 2] = min(tile, n - done);
         }
     }
-    for (int i = firsts[experts] + threadIdx.x; i < most; i += 1024)
+    for (int i = firsts[experts] + threadIdx.x; i < most; i += threads)
         tiles[3 * i] = tiles[3 * i + 1] = tiles[3 * i + 2] = 0;
 }
 

@@ -4,6 +4,8 @@ use cudarc::driver::sys::{self, CUresult};
 use std::{
     ffi::{CStr, c_void},
     ptr,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread::{self, ThreadId},
 };
 use tegula_kernels::device::{DeviceError, Result};
 
@@ -68,11 +70,25 @@ pub(crate) fn count() -> Result<usize> {
     Ok(count.max(0) as usize)
 }
 
+/// Whether the stream's operations are recorded instead of issued.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Capture {
+    No,
+    /// By this thread.
+    Open(ThreadId),
+    /// Something came between that can't be recorded; the stream issues again, and what was
+    /// recorded is lost.
+    Broken,
+}
+
 /// One GPU's context with a stream of its own.
 pub(crate) struct Gpu {
     pub name: String,
     pub description: String,
     pub arch: (i32, i32),
+    /// Bytes of shared memory that a block may ask for.
+    pub shared: usize,
+    capture: Mutex<Capture>,
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -91,7 +107,7 @@ impl Gpu {
         let mut text = [0 as std::ffi::c_char; 256];
         let mut context = ptr::null_mut();
         let mut stream = ptr::null_mut();
-        let (mut major, mut minor) = (0, 0);
+        let (mut major, mut minor, mut shared) = (0, 0, 0);
         use sys::CUdevice_attribute_enum as A;
         // SAFETY: every call writes to a place of its own of the right size; the name is
         // terminated by the driver.
@@ -112,6 +128,10 @@ impl Gpu {
                 (
                     &raw mut minor,
                     A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                ),
+                (
+                    &raw mut shared,
+                    A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
                 ),
             ] {
                 ck(
@@ -136,6 +156,8 @@ impl Gpu {
             name: name.to_owned(),
             description: description.to_string_lossy().into_owned(),
             arch: (major, minor),
+            shared: usize::try_from(shared).unwrap_or(0),
+            capture: Mutex::new(Capture::No),
             ordinal: device,
             context,
             stream,
@@ -144,6 +166,40 @@ impl Gpu {
 
     fn check(&self, operation: &'static str, result: CUresult) -> Result<()> {
         check(&self.name, operation, result)
+    }
+
+    fn capture(&self) -> MutexGuard<'_, Capture> {
+        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends a capture without a graph: the stream issues again.
+    fn abandon(&self, capture: &mut Capture) {
+        let mut graph = ptr::null_mut();
+        // SAFETY: the stream is being captured, or the driver says that it is not; a graph
+        // that comes back is destroyed once.
+        unsafe {
+            let result = sys::cuStreamEndCapture(self.stream, &raw mut graph);
+            if result == CUresult::CUDA_SUCCESS && !graph.is_null() {
+                sys::cuGraphDestroy(graph);
+            }
+        }
+        *capture = Capture::Broken;
+    }
+
+    /// Before what can't be recorded: waiting, and copies that this side fills or reads.
+    fn not_recorded(&self) {
+        let mut capture = self.capture();
+        if matches!(*capture, Capture::Open(_)) {
+            self.abandon(&mut capture);
+        }
+    }
+
+    /// Before what can be recorded, but by the thread alone that began.
+    fn recordable(&self) {
+        let mut capture = self.capture();
+        if matches!(*capture, Capture::Open(owner) if owner != thread::current().id()) {
+            self.abandon(&mut capture);
+        }
     }
 
     /// Makes the context current on this thread.
@@ -184,6 +240,7 @@ impl Gpu {
 
     /// Waits for the stream, then frees; a lost device's memory is gone anyway.
     pub fn free(&self, address: u64) {
+        self.not_recorded();
         if self.current().is_ok() {
             // SAFETY: the address came from `alloc`, and nothing that was issued uses it.
             unsafe {
@@ -214,6 +271,7 @@ impl Gpu {
 
     pub fn sync(&self) -> Result<()> {
         self.current()?;
+        self.not_recorded();
         // SAFETY: the stream lives as long as this.
         self.check("waiting for it", unsafe {
             sys::cuStreamSynchronize(self.stream)
@@ -224,6 +282,7 @@ impl Gpu {
     /// `src` is valid until the stream has been waited for; `dst` has room.
     pub unsafe fn copy_in(&self, dst: u64, src: *const u8, bytes: usize) -> Result<()> {
         self.current()?;
+        self.not_recorded();
         // SAFETY: the caller's promise.
         let result = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast(), bytes, self.stream) };
         self.check("copying to it", result)
@@ -233,6 +292,7 @@ impl Gpu {
     /// `dst` is valid until the stream has been waited for; `src` is as long.
     pub unsafe fn copy_out(&self, dst: *mut u8, src: u64, bytes: usize) -> Result<()> {
         self.current()?;
+        self.not_recorded();
         // SAFETY: the caller's promise.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(dst.cast(), src, bytes, self.stream) };
         self.check("copying from it", result)
@@ -242,6 +302,7 @@ impl Gpu {
     /// Both are valid for `bytes` and don't overlap.
     pub unsafe fn copy_inside(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
         self.current()?;
+        self.recordable();
         // SAFETY: the caller's promise.
         let result = unsafe { sys::cuMemcpyDtoDAsync_v2(dst, src, bytes, self.stream) };
         self.check("copying inside it", result)
@@ -251,6 +312,7 @@ impl Gpu {
     /// `dst` is valid for `bytes`.
     pub unsafe fn clear(&self, dst: u64, bytes: usize) -> Result<()> {
         self.current()?;
+        self.recordable();
         // SAFETY: the caller's promise.
         let result = unsafe { sys::cuMemsetD8Async(dst, 0, bytes, self.stream) };
         self.check("clearing", result)
@@ -283,7 +345,24 @@ impl Gpu {
         // SAFETY: the module was loaded and the name is terminated.
         let result = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
         self.check("finding a kernel", result)?;
+        // Those that ask for more shared memory than any block gets unasked.
+        if [&b"mul_mat_"[..], b"attention_tiles_"]
+            .iter()
+            .any(|p| name.to_bytes().starts_with(p))
+        {
+            let what = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was just found.
+            let result = unsafe { sys::cuFuncSetAttribute(function, what, self.shared as i32) };
+            self.check("asking for shared memory", result)?;
+        }
         Ok(function)
+    }
+
+    /// The stream, for libraries that issue to it.
+    pub fn stream(&self) -> Result<sys::CUstream> {
+        self.current()?;
+        self.recordable();
+        Ok(self.stream)
     }
 
     /// # Safety
@@ -291,7 +370,7 @@ impl Gpu {
     /// addresses among them are valid for what the kernel does with this grid.
     pub unsafe fn launch(
         &self,
-        what: &'static str,
+        name: &'static CStr,
         function: sys::CUfunction,
         grid: [usize; 3],
         block: usize,
@@ -299,6 +378,7 @@ impl Gpu {
         arguments: &mut [*mut c_void],
     ) -> Result<()> {
         self.current()?;
+        self.recordable();
         let [x, y, z] = grid.map(|n| n as u32);
         // SAFETY: the caller's promise.
         let result = unsafe {
@@ -316,33 +396,69 @@ impl Gpu {
                 ptr::null_mut(),
             )
         };
-        self.check(what, result)
+        let launched = self.check(name.to_str().unwrap_or("a kernel"), result);
+        if launched.is_err() {
+            self.not_recorded();
+        }
+        launched
     }
 
+    /// Records what this thread issues from now on. A recording that is still open, because
+    /// whoever began it never came to its end, is dropped.
     pub fn begin_capture(&self) -> Result<()> {
         self.current()?;
+        let mut capture = self.capture();
+        if matches!(*capture, Capture::Open(_)) {
+            self.abandon(&mut capture);
+        }
+        *capture = Capture::No;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives as long as this.
         let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) };
-        self.check("recording", result)
+        self.check("recording", result)?;
+        *capture = Capture::Open(thread::current().id());
+        Ok(())
     }
 
-    pub fn end_capture(&self) -> Result<Recorded> {
-        self.current()?;
+    /// Drops a recording that is open, if there is one.
+    pub fn drop_capture(&self) {
+        let mut capture = self.capture();
+        if matches!(*capture, Capture::Open(_)) {
+            self.abandon(&mut capture);
+        }
+        *capture = Capture::No;
+    }
+
+    /// Ends a recording; the stream issues again, whatever comes of it.
+    ///
+    /// # Errors
+    /// Why there is none, in words; then nothing that was recorded has run.
+    pub fn end_capture(&self) -> Result<Recorded, String> {
+        self.current().map_err(|e| e.to_string())?;
+        let mut capture = self.capture();
+        let was = std::mem::replace(&mut *capture, Capture::No);
+        if !matches!(was, Capture::Open(_)) {
+            return Err("something that can't be recorded came between".to_owned());
+        }
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the stream is being captured; the graph is destroyed once instantiated.
         unsafe {
             let result = sys::cuStreamEndCapture(self.stream, &raw mut graph);
-            self.check("recording", result)?;
+            if result != CUresult::CUDA_SUCCESS || graph.is_null() {
+                return Err(word(result));
+            }
             let result = sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0);
             sys::cuGraphDestroy(graph);
-            self.check("preparing a recording", result)?;
+            if result != CUresult::CUDA_SUCCESS {
+                return Err(word(result));
+            }
         }
         Ok(Recorded(exec))
     }
 
     pub fn replay(&self, recorded: &Recorded) -> Result<()> {
         self.current()?;
+        self.not_recorded();
         // SAFETY: both live; the buffers that the recording names live while it is kept.
         let result = unsafe { sys::cuGraphLaunch(recorded.0, self.stream) };
         self.check("replaying a recording", result)
@@ -351,6 +467,7 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        self.drop_capture();
         if self.current().is_ok() {
             // SAFETY: nothing uses the stream any more; the context was retained once.
             unsafe {

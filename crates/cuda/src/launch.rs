@@ -50,30 +50,45 @@ pub(crate) struct PlaneTable {
     pub block: i32,
 }
 
+/// Activations in the q8 form: addresses, 0 where there is no place for them.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Q8 {
+    pub codes: u64,
+    pub scales: u64,
+    pub sums: u64,
+}
+
+/// The heads of one projection.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct HeadsOf {
+    pub x: u64,
+    pub norm: u64,
+    pub heads: i32,
+}
+
 /// Launches a kernel: `launch!(self, unit, name, grid, block, shared, arguments…)`.
 macro_rules! launch {
-    ($self:ident, $unit:expr, $name:literal, $grid:expr, $block:expr, $shared:expr, $($arg:expr),+) => {{
-        const NAME: &std::ffi::CStr = match std::ffi::CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
-            Ok(name) => name,
-            Err(_) => panic!("a name of a kernel"),
-        };
-        let function = $self.modules.function(&$self.pool.gpu, $unit, NAME)?;
-        launch!(@ $self, $name, function, $grid, $block, $shared, [] $($arg),+)
+    ($self:ident, $unit:expr, $name:expr, $grid:expr, $block:expr, $shared:expr, $($arg:expr),+ $(,)?) => {{
+        let name: &'static std::ffi::CStr = $name;
+        let function = $self.modules.function(&$self.pool.gpu, $unit, name)?;
+        launch!(@ $self, name, function, $grid, $block, $shared, [] $($arg),+)
     }};
-    (@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+    (@ $self:ident, $name:ident, $f:ident, $grid:expr, $block:expr, $shared:expr,
      [$($done:ident)*] $arg:expr $(, $rest:expr)*) => {{
         let mut value = $arg;
         launch!(@@ $self, $name, $f, $grid, $block, $shared, [$($done)*] value, $($rest),*)
     }};
-    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+    (@@ $self:ident, $name:ident, $f:ident, $grid:expr, $block:expr, $shared:expr,
      [$($done:ident)*] $value:ident, ) => {{
         launch!(@run $self, $name, $f, $grid, $block, $shared, [$($done)* $value])
     }};
-    (@@ $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr,
+    (@@ $self:ident, $name:ident, $f:ident, $grid:expr, $block:expr, $shared:expr,
      [$($done:ident)*] $value:ident, $($rest:expr),+) => {{
         launch!(@ $self, $name, $f, $grid, $block, $shared, [$($done)* $value] $($rest),+)
     }};
-    (@run $self:ident, $name:literal, $f:ident, $grid:expr, $block:expr, $shared:expr, [$($v:ident)*]) => {{
+    (@run $self:ident, $name:ident, $f:ident, $grid:expr, $block:expr, $shared:expr, [$($v:ident)*]) => {{
         let mut arguments = [$((&raw mut $v).cast::<std::ffi::c_void>()),*];
         // SAFETY: the arguments are those of the kernel in its source; the buffers are as
         // large as the shapes say, which the caller of the trait vouches for.

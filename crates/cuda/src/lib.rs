@@ -4,10 +4,12 @@
 //! kernels are shipped as PTX for compute capability 8.0 and later, which the driver
 //! translates. [`detect`] is the way in.
 
+mod blas;
 mod device;
 mod driver;
 mod launch;
 mod modules;
+mod operations;
 mod products;
 
 pub use device::CudaDevice;

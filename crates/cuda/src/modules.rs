@@ -17,6 +17,9 @@ const MUL: &str = include_str!("../kernels/mul.cu");
 const ROWS: &str = include_str!("../kernels/rows.cu");
 const ATTENTION: &str = include_str!("../kernels/attention.cu");
 
+/// No unit's PTX is longer.
+const PTX_LIMIT: usize = 16 << 20;
+
 /// A compilation unit.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Unit {
@@ -31,12 +34,12 @@ macro_rules! units {
         /// All of them.
         pub const UNITS: &[Unit] = &[Unit::Rows, Unit::Attention, $(Unit::Mul(GgmlType::$ty)),*];
 
-        fn shipped(unit: Unit) -> Option<&'static str> {
+        fn shipped(unit: Unit) -> Option<&'static [u8]> {
             Some(match unit {
-                Unit::Rows => include_str!("../ptx/rows.ptx"),
-                Unit::Attention => include_str!("../ptx/attention.ptx"),
+                Unit::Rows => include_bytes!("../ptx/rows.ptx.z"),
+                Unit::Attention => include_bytes!("../ptx/attention.ptx.z"),
                 $(Unit::Mul(GgmlType::$ty) =>
-                    include_str!(concat!("../ptx/mul_", stringify!($ty), ".ptx")),)*
+                    include_bytes!(concat!("../ptx/mul_", stringify!($ty), ".ptx.z")),)*
                 Unit::Mul(_) => return None,
             })
         }
@@ -78,9 +81,21 @@ impl Unit {
         )
     }
 
-    /// The PTX made ahead.
-    pub fn shipped(self) -> Option<&'static str> {
-        shipped(self)
+    /// The PTX made ahead: `cargo xtask ptx` makes it.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged.
+    pub fn shipped(self) -> Result<String, &'static str> {
+        let packed = shipped(self).ok_or("none is shipped")?;
+        let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(packed, PTX_LIMIT);
+        let bytes = bytes.map_err(|_| "the shipped one is damaged")?;
+        String::from_utf8(bytes).map_err(|_| "the shipped one is damaged")
+    }
+
+    /// PTX as it is shipped: stamped and deflated.
+    pub fn packed(self, ptx: &str) -> Vec<u8> {
+        let text = [&self.stamp(), ptx].concat();
+        miniz_oxide::deflate::compress_to_vec(text.as_bytes(), 10)
     }
 
     /// Compiles the sources for an architecture such as `compute_80`.
@@ -146,8 +161,8 @@ impl Modules {
 fn load(gpu: &Gpu, unit: Unit) -> Result<sys::CUmodule> {
     let terminated = |text: &str| CString::new(text).unwrap_or_default().into_bytes_with_nul();
     let refused = match unit.shipped() {
-        None => "none is shipped".to_owned(),
-        Some(ptx) => match gpu.module(&terminated(ptx)) {
+        Err(why) => why.to_owned(),
+        Ok(ptx) => match gpu.module(&terminated(&ptx)) {
             Ok(module) => return Ok(module),
             Err(result) => format!("{result:?}"),
         },

@@ -1,18 +1,77 @@
 //! Products with weights, between addresses on the device.
 
 use crate::{
-    device::{CudaDevice, FEW, is_float, on_tensor_cores, rounded},
-    launch::{Mat, Products, launch},
+    blas::Shape,
+    device::{CudaDevice, FEW, failed, is_float, on_tensor_cores},
+    launch::{Mat, Products, Q8, launch},
     modules::Unit,
 };
-use tegula_kernels::device::{Buffer, Matrix, Product, Result, planes};
+use tegula_gguf::GgmlType;
+use tegula_kernels::device::{Buffer, Matrix, Product, Result, planes, rounded};
 
-/// Activations in the q8 form.
+/// Tokens from which a dense matrix is decoded to bf16 as a whole and cuBLAS multiplies it;
+/// fewer are faster with the kernels that decode on the way. Reasoned, not yet measured: the
+/// decoded matrix costs 4 bytes a weight of memory traffic, which is what 200 to 250 tokens
+/// gain on an H100.
+const BLAS_FROM: usize = 256;
+/// The largest part of a matrix that is decoded at once, in bytes of bf16.
+const DECODED: usize = 256 << 20;
+/// Multiprocessors of the GPUs that this was written for.
+const PROCESSORS: usize = 132;
+/// Rows of weights in a tile.
+const TILE_ROWS: usize = 128;
+/// Shared memory of [`CudaDevice::group`]'s kernel, in words.
+const GROUP_WORDS: usize = 12 << 10;
+
+/// Names of the buffers that hold a network's hidden values.
+const HIDDEN: [&str; 3] = ["hidden codes", "hidden scales", "hidden sums"];
+
+/// A matrix and where its product goes: addresses.
 #[derive(Clone, Copy)]
-pub(crate) struct Q8 {
-    pub codes: u64,
-    pub scales: u64,
-    pub sums: u64,
+pub(crate) struct Into<'a> {
+    pub w: &'a Matrix,
+    pub out: u64,
+    /// 0 where there is none.
+    pub bias: u64,
+}
+
+impl<'a> Into<'a> {
+    pub fn plain(w: &'a Matrix, out: u64) -> Into<'a> {
+        Into { w, out, bias: 0 }
+    }
+}
+
+impl<'a> From<&Product<'a>> for Into<'a> {
+    fn from(p: &Product<'a>) -> Into<'a> {
+        Into {
+            w: p.w,
+            out: p.out.address(),
+            bias: p.bias.map_or(0, Buffer::address),
+        }
+    }
+}
+
+/// Pairs of tokens and experts, grouped by expert in tiles.
+pub(crate) struct Grouped {
+    tiles: u64,
+    order: u64,
+    /// Tiles, at most.
+    most: usize,
+    tile: usize,
+    /// Pairs that share a row of x.
+    share: usize,
+}
+
+impl Grouped {
+    /// The same with a row of x for each pair.
+    pub fn by_pairs(&self) -> Grouped {
+        Grouped { share: 1, ..*self }
+    }
+}
+
+/// Bytes of shared memory that a tile of so many tokens takes.
+fn tile_bytes(tokens: usize) -> usize {
+    2 * (TILE_ROWS + tokens) * 36 * 4
 }
 
 impl CudaDevice {
@@ -32,194 +91,189 @@ impl CudaDevice {
         }
     }
 
-    pub(crate) fn quantize(&self, x: u64, m: usize, k: usize) -> Result<Q8> {
-        let groups = m * k / 32;
-        let q8 = Q8 {
-            codes: self.scratch("codes", m * k)?,
-            scales: self.scratch("scales", 4 * groups)?,
-            sums: self.scratch("sums", 8 * groups)?,
-        };
-        let grid = [groups.div_ceil(8), 1, 1];
-        let count = groups as u64;
-        launch!(
-            self,
-            Unit::Rows,
-            "quantize",
-            grid,
-            256,
-            0,
-            x,
-            count,
-            q8.codes,
-            q8.scales,
-            q8.sums
-        )?;
-        Ok(q8)
-    }
-
-    pub(crate) fn round(&self, x: u64, len: usize) -> Result<u64> {
-        let out = self.scratch("rounded", 2 * len)?;
-        let pairs = (len / 2) as u64;
-        let grid = [(len / 2).div_ceil(256), 1, 1];
-        launch!(self, Unit::Rows, "round_bf16", grid, 256, 0, x, pairs, out)?;
-        Ok(out)
-    }
-
-    /// One to three matrices of one type and k, by rows, with up to [`FEW`] tokens or floats.
-    pub(crate) fn by_rows(
-        &self,
-        group: &[Product<'_>],
-        x: u64,
-        q8: Option<Q8>,
-        m: usize,
-    ) -> Result<()> {
+    /// One to three matrices of one type with the same x, `[m][k]` f32.
+    pub(crate) fn product(&self, group: &[Into<'_>], add: bool, x: u64, m: usize) -> Result<()> {
         let (ty, k) = (group[0].w.ty, group[0].w.k);
+        if m > FEW && on_tensor_cores(ty, k) {
+            let x = self.rounded(x, m * k)?;
+            return group
+                .iter()
+                .try_for_each(|into| self.by_tensor_cores(into, add, x, m));
+        }
+        if is_float(ty) {
+            return self.by_floats(group, add, x, m);
+        }
+        let q8 = self.quantized(x, m, k)?;
+        self.by_rows(group, add, q8, m)
+    }
+
+    /// As kernels by rows take them; a warp takes `rows` of them.
+    fn products(&self, group: &[Into<'_>], add: bool, rows: usize) -> (Products, usize) {
         let mut p = Products {
             w: [self.mat(group[0].w); 3],
             out: [0; 3],
             bias: [0; 3],
             end: [0; 3],
-            add: i32::from(group[0].add),
+            add: i32::from(add),
         };
-        let mut rows = 0;
+        let mut units = 0;
         for i in 0..3 {
-            if let Some(product) = group.get(i) {
-                p.w[i] = self.mat(product.w);
-                p.out[i] = product.out.address();
-                p.bias[i] = product.bias.map_or(0, Buffer::address);
-                rows += product.w.n;
+            if let Some(into) = group.get(i) {
+                p.w[i] = self.mat(into.w);
+                p.out[i] = into.out;
+                p.bias[i] = into.bias;
+                units += into.w.n.div_ceil(rows);
             }
-            p.end[i] = rows as i32;
+            p.end[i] = units as i32;
         }
-        let grid = rows.div_ceil(4);
-        let (unit, tokens) = (Unit::Mul(ty), m as i32);
-        if is_float(ty) {
-            let grid = [grid, m.div_ceil(8), 1];
-            return launch!(self, unit, "mul_float", grid, 128, 0, p, x, tokens);
-        }
-        let q8 = match q8 {
-            Some(q8) => q8,
-            None => self.quantize(x, m, k)?,
+        (p, units)
+    }
+
+    /// Quantised matrices with up to [`FEW`] tokens.
+    pub(crate) fn by_rows(&self, group: &[Into<'_>], add: bool, x: Q8, m: usize) -> Result<()> {
+        let (p, units) = self.products(group, add, 2);
+        let name = if m == 1 { c"mul_vec_1" } else { c"mul_vec_8" };
+        let (unit, grid) = (Unit::Mul(group[0].w.ty), [units.div_ceil(4), 1, 1]);
+        launch!(self, unit, name, grid, 128, 0, p, x, m as i32)
+    }
+
+    /// Matrices of plain floats with f32 activations.
+    pub(crate) fn by_floats(&self, group: &[Into<'_>], add: bool, x: u64, m: usize) -> Result<()> {
+        let (p, units) = self.products(group, add, 1);
+        let (name, tokens) = match m {
+            1 => (c"mul_float_1", 1),
+            _ => (c"mul_float_8", 8),
         };
-        let grid = [grid, 1, 1];
-        if m == 1 {
-            launch!(
-                self,
-                unit,
-                "mul_vec_1",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        } else {
-            launch!(
-                self,
-                unit,
-                "mul_vec_8",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
+        let grid = [units.div_ceil(4), m.div_ceil(tokens), 1];
+        launch!(
+            self,
+            Unit::Mul(group[0].w.ty),
+            name,
+            grid,
+            128,
+            0,
+            p,
+            x,
+            m as i32
+        )
+    }
+
+    /// One matrix with many tokens, bf16.
+    pub(crate) fn by_tensor_cores(
+        &self,
+        into: &Into<'_>,
+        add: bool,
+        x: u64,
+        m: usize,
+    ) -> Result<()> {
+        if m >= BLAS_FROM && into.bias == 0 && self.by_library(into, add, x, m)? {
+            return Ok(());
         }
+        let rows = into.w.n.div_ceil(TILE_ROWS);
+        let tile = match m {
+            ..=32 => 32,
+            ..=64 => 64,
+            m if rows * m.div_ceil(128) < PROCESSORS => 64,
+            _ => 128,
+        };
+        let (none, share) = (0u64, 1i32);
+        let (mat, out, bias, add) = (self.mat(into.w), into.out, into.bias, i32::from(add));
+        let grid = [rows, m.div_ceil(tile), 1];
+        self.tiles(
+            into.w.ty, tile, grid, mat, x, m, out, bias, add, none, none, share,
+        )
     }
 
     #[allow(clippy::too_many_arguments)]
-    pub(crate) fn by_tiles(
+    fn tiles(
         &self,
-        w: &Matrix,
+        ty: GgmlType,
+        tile: usize,
+        grid: [usize; 3],
+        mat: Mat,
         x: u64,
         m: usize,
         out: u64,
         bias: u64,
-        add: bool,
-        grouped: Option<(u64, u64, usize, usize)>,
+        add: i32,
+        tiles: u64,
+        order: u64,
+        share: i32,
     ) -> Result<()> {
-        let (mat, tokens, add) = (self.mat(w), m as i32, i32::from(add));
-        let unit = Unit::Mul(w.ty);
-        let rows = w.n.div_ceil(128);
-        match grouped {
-            Some((tiles, order, most, share)) => {
-                let (grid, share) = ([rows, most, 1], share as i32);
-                launch!(
-                    self,
-                    unit,
-                    "mul_mat_64",
-                    grid,
-                    256,
-                    0,
-                    mat,
-                    x,
-                    tokens,
-                    out,
-                    bias,
-                    add,
-                    tiles,
-                    order,
-                    share
-                )
-            }
-            None => {
-                let (none, share) = (0u64, 1i32);
-                if m <= 64 || rows * m.div_ceil(128) < 132 {
-                    let grid = [rows, m.div_ceil(64), 1];
-                    launch!(
-                        self,
-                        unit,
-                        "mul_mat_64",
-                        grid,
-                        256,
-                        0,
-                        mat,
-                        x,
-                        tokens,
-                        out,
-                        bias,
-                        add,
-                        none,
-                        none,
-                        share
-                    )
-                } else {
-                    let grid = [rows, m.div_ceil(128), 1];
-                    launch!(
-                        self,
-                        unit,
-                        "mul_mat_128",
-                        grid,
-                        256,
-                        0,
-                        mat,
-                        x,
-                        tokens,
-                        out,
-                        bias,
-                        add,
-                        none,
-                        none,
-                        share
-                    )
+        let name = match tile {
+            32 => c"mul_mat_32",
+            64 => c"mul_mat_64",
+            _ => c"mul_mat_128",
+        };
+        let (unit, shared, m) = (Unit::Mul(ty), tile_bytes(tile), m as i32);
+        launch!(
+            self, unit, name, grid, 256, shared, mat, x, m, out, bias, add, tiles, order, share
+        )
+    }
+
+    /// The same by cuBLAS, of the matrix decoded to bf16; `false` if it is not there.
+    fn by_library(&self, into: &Into<'_>, add: bool, x: u64, m: usize) -> Result<bool> {
+        let Some(blas) = self.blas() else {
+            return Ok(false);
+        };
+        let Into { w, out, .. } = *into;
+        let (mat, k) = (self.mat(w), w.k);
+        let part = (DECODED / (2 * k)).clamp(1, w.n);
+        let decoded = match w.ty {
+            GgmlType::BF16 => 0,
+            _ => self.scratch("decoded", 2 * k * part)?,
+        };
+        // Whoever else uses the stream must know that this thread does.
+        self.pool.gpu.stream()?;
+        for first in (0..w.n).step_by(part) {
+            let n = part.min(w.n - first);
+            let from = match w.ty {
+                GgmlType::BF16 => mat.planes[0] + (2 * first * k) as u64,
+                ty => {
+                    let groups = (n * k / 32) as u64;
+                    let (unit, name) = (Unit::Mul(ty), c"to_bf16");
+                    let grid = [(n * k / 32).div_ceil(256), 1, 1];
+                    let start = (first * k / 32) as u64;
+                    launch!(self, unit, name, grid, 256, 0, mat, start, groups, decoded)?;
+                    decoded
                 }
-            }
+            };
+            let shape = Shape {
+                n,
+                m,
+                k,
+                stride: w.n,
+            };
+            let product = blas.product(shape, from, x, out + (4 * first) as u64, add);
+            product.map_err(|why| failed(&self.pool.gpu, "a product by cuBLAS", why))?;
         }
+        Ok(true)
     }
 
     /// `gate = silu(gate) * up`
     pub(crate) fn swiglu(&self, gate: u64, up: u64, len: usize) -> Result<()> {
         let (grid, len) = ([len.div_ceil(256), 1, 1], len as u64);
-        launch!(self, Unit::Rows, "swiglu", grid, 256, 0, gate, up, len)
+        launch!(self, Unit::Rows, c"swiglu", grid, 256, 0, gate, up, len)
     }
 
-    /// `out[pair] = w of the pair's expert · x[pair / share]`, by rows.
+    /// The same to bf16 elsewhere.
+    pub(crate) fn swiglu_rounded(&self, gate: u64, up: u64, len: usize) -> Result<u64> {
+        let out = self.scratch("hidden rounded", 2 * len)?;
+        let (grid, pairs) = ([(len / 2).div_ceil(256), 1, 1], (len / 2) as u64);
+        let (unit, name) = (Unit::Rows, c"swiglu_bf16");
+        launch!(self, unit, name, grid, 256, 0, gate, up, pairs, out)?;
+        Ok(out)
+    }
+
+    /// Places for `m` rows of hidden values as `down` takes them: f32, or the q8 form.
+    pub(crate) fn hidden(&self, down: &Matrix, m: usize) -> Result<(u64, Q8)> {
+        if is_float(down.ty) || !down.k.is_multiple_of(32) {
+            return Ok((self.scratch("hidden", 4 * m * down.k)?, Q8::default()));
+        }
+        Ok((0, self.q8_scratch(HIDDEN, m, down.k)?))
+    }
+
+    /// `out[pair] = w of the pair's expert · x[pair / share]`, by rows; `rows` of x.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn pairs_by_rows(
         &self,
@@ -231,92 +285,94 @@ impl CudaDevice {
         rows: usize,
         out: u64,
     ) -> Result<()> {
-        let (mat, share) = (self.mat(w), share as i32);
-        let grid = [w.n.div_ceil(4), pairs, 1];
-        let unit = Unit::Mul(w.ty);
-        if is_float(w.ty) {
-            return launch!(
-                self,
-                unit,
-                "experts_float",
-                grid,
-                128,
-                0,
-                mat,
-                ids,
-                share,
-                x,
-                out
-            );
+        if !is_float(w.ty) {
+            let q8 = self.quantized(x, rows, w.k)?;
+            return self.pairs_by_codes(w, ids, pairs, share, q8, out);
         }
-        let q8 = self.quantize(x, rows, w.k)?;
+        let (unit, name, grid) = (
+            Unit::Mul(w.ty),
+            c"experts_float",
+            [w.n.div_ceil(4), pairs, 1],
+        );
+        let (mat, share) = (self.mat(w), share as i32);
+        launch!(self, unit, name, grid, 128, 0, mat, ids, share, x, out)
+    }
+
+    /// The same with quantised weights and x in the q8 form.
+    pub(crate) fn pairs_by_codes(
+        &self,
+        w: &Matrix,
+        ids: u64,
+        pairs: usize,
+        share: usize,
+        x: Q8,
+        out: u64,
+    ) -> Result<()> {
+        let (unit, name, grid) = (Unit::Mul(w.ty), c"experts_mul", [w.n.div_ceil(4), pairs, 1]);
+        let (mat, share) = (self.mat(w), share as i32);
+        launch!(self, unit, name, grid, 128, 0, mat, ids, share, x, out)
+    }
+
+    /// Groups pairs by expert, in tiles that suit how many an expert gets.
+    pub(crate) fn group(
+        &self,
+        gate: &Matrix,
+        ids: u64,
+        pairs: usize,
+        used: usize,
+    ) -> Result<Grouped> {
+        let experts = gate.experts;
+        let tile = match pairs / experts {
+            ..=16 => 32,
+            ..=96 => 64,
+            _ => 128,
+        };
+        let most = pairs / tile + experts.min(pairs);
+        let left = GROUP_WORDS.saturating_sub(3 * experts + 1);
+        let warps = (left / experts).min(32);
+        if warps == 0 {
+            let why = format!("{experts} experts; up to 3071 are supported");
+            return Err(failed(&self.pool.gpu, "grouping by expert", why));
+        }
+        let order = self.scratch("order", 4 * pairs)?;
+        let tiles = self.scratch("tiles", 12 * most)?;
+        let shared = 4 * (warps * experts + 3 * experts + 1);
+        let (count, size, last, n) = (pairs as i32, tile as i32, most as i32, experts as i32);
+        let (unit, name, grid) = (Unit::Rows, c"group_experts", [1, 1, 1]);
+        let block = 32 * warps;
         launch!(
-            self,
-            unit,
-            "experts_mul",
-            grid,
-            128,
-            0,
-            mat,
-            ids,
-            share,
-            q8.codes,
-            q8.scales,
-            q8.sums,
-            out
+            self, unit, name, grid, block, shared, ids, count, n, size, last, order, tiles
+        )?;
+        Ok(Grouped {
+            tiles,
+            order,
+            most,
+            tile,
+            share: used,
+        })
+    }
+
+    /// Products of grouped pairs: row `pair / share` of x, bf16, to row `pair` of out.
+    pub(crate) fn by_groups(&self, w: &Matrix, x: u64, out: u64, g: &Grouped) -> Result<()> {
+        let (mat, share) = (self.mat(w), g.share as i32);
+        let grid = [w.n.div_ceil(TILE_ROWS), g.most, 1];
+        self.tiles(
+            w.ty, g.tile, grid, mat, x, 0, out, 0, 0, g.tiles, g.order, share,
         )
     }
 
-    /// One product between addresses.
-    pub(crate) fn single(&self, w: &Matrix, x: u64, m: usize, out: u64, add: bool) -> Result<()> {
-        if m > FEW && on_tensor_cores(w.ty, w.k) {
-            let x = self.round(x, m * w.k)?;
-            return self.by_tiles(w, x, m, out, 0, add, None);
-        }
-        let mut p = Products {
-            w: [self.mat(w); 3],
-            out: [out; 3],
-            bias: [0; 3],
-            end: [w.n as i32; 3],
-            add: i32::from(add),
-        };
-        p.out[0] = out;
-        let (unit, tokens) = (Unit::Mul(w.ty), m as i32);
-        let grid = w.n.div_ceil(4);
-        if is_float(w.ty) {
-            let grid = [grid, m.div_ceil(8), 1];
-            return launch!(self, unit, "mul_float", grid, 128, 0, p, x, tokens);
-        }
-        let q8 = self.quantize(x, m, w.k)?;
-        let grid = [grid, 1, 1];
-        if m == 1 {
-            launch!(
-                self,
-                unit,
-                "mul_vec_1",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        } else {
-            launch!(
-                self,
-                unit,
-                "mul_vec_8",
-                grid,
-                128,
-                0,
-                p,
-                q8.codes,
-                q8.scales,
-                q8.sums,
-                tokens
-            )
-        }
+    /// `x[t] += Σ weights · y[pair]`, `n` values a row.
+    pub(crate) fn combine(
+        &self,
+        x: u64,
+        y: u64,
+        weights: u64,
+        m: usize,
+        used: usize,
+        n: usize,
+    ) -> Result<()> {
+        let (grid, used, n) = ([n.div_ceil(256), m, 1], used as i32, n as i32);
+        let (unit, name) = (Unit::Rows, c"combine");
+        launch!(self, unit, name, grid, 256, 0, x, y, weights, used, n)
     }
 }

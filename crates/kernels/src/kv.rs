@@ -73,7 +73,7 @@ impl KvShape {
     }
 
     /// Bytes of one page in one layer.
-    fn layer_page_bytes(&self) -> usize {
+    pub fn layer_page_bytes(&self) -> usize {
         self.head_bytes() * self.heads
     }
 

@@ -8,7 +8,7 @@ use super::{Attention, Lane, Layer, Matrices, Network, Output, Placed, Step};
 use crate::{Error, Result};
 use tegula_kernels::{
     Weights,
-    device::{Matrix, PlacesData, Recording},
+    device::{Ended, Matrix, PlacesData, Recording},
     ops::moe::Routing,
 };
 
@@ -252,7 +252,7 @@ impl<'a> Graph<'a> {
     /// `[outputs][embd]` and `logits` `[outputs][vocab]`.
     pub fn finish(
         mut self,
-        layers: impl FnOnce(&mut Graph<'a>),
+        layers: impl Fn(&mut Graph<'a>),
         hidden: &mut Vec<f32>,
         logits: &mut Vec<f32>,
     ) -> Result<()> {
@@ -277,29 +277,36 @@ impl<'a> Graph<'a> {
     }
 
     /// The whole step on one device, from a recording if there is one.
-    fn recorded(&mut self, d: usize, layers: impl FnOnce(&mut Graph<'a>)) -> Result<()> {
+    fn recorded(&mut self, d: usize, layers: impl Fn(&mut Graph<'a>)) -> Result<()> {
         let (m, outputs) = (self.step.m, self.step.outputs.len());
         self.lanes[d].place(&self.places, &self.step.buffers.rope)?;
         self.lanes[d].write_rows(self.step.outputs)?;
         self.move_to(Some(d))?;
         let device = std::sync::Arc::clone(&self.lanes[d].device);
         let key = self.lanes[d].key(m, outputs, self.logits);
-        match device.begin(&key)? {
-            Recording::Replayed => self.step.m = outputs,
-            Recording::Issue => {
-                layers(self);
-                if self.error.is_none() {
-                    self.error = self.output().err();
+        loop {
+            if device.begin(&key)? == Recording::Replayed {
+                self.step.m = outputs;
+                return Ok(());
+            }
+            layers(self);
+            if self.error.is_none() {
+                self.error = self.output().err();
+            }
+            // Whatever happened, a recording must not stay open.
+            let ended = device.end();
+            let error = self.error.take();
+            match ended? {
+                Ended::Done => return error.map_or(Ok(()), Err),
+                // As before the layers.
+                Ended::Again => {
+                    if let Some(d) = self.swapped.take() {
+                        self.lanes[d].restore_rows();
+                    }
+                    self.step.m = m;
                 }
-                // Whatever happened, a recording must not stay open.
-                let ended = device.end();
-                if let Some(error) = self.error.take() {
-                    return Err(error);
-                }
-                ended?;
             }
         }
-        Ok(())
     }
 
     /// Final norm and output matrix on a device.

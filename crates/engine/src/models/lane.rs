@@ -3,11 +3,12 @@
 
 use super::{DeviceAttention, DeviceFfn, FfnKind, Network};
 use crate::{ModelConfig, Result, offload::LOGIT_ROWS};
+use bytemuck::{cast_slice, cast_slice_mut};
 use std::sync::Arc;
 use tegula_kernels::{
     device::{
-        self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Matrix, Places, PlacesData,
-        Product,
+        self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Heads, Matrix, Places,
+        PlacesData, Product,
     },
     kv::KvShape,
     ops::{RopeTable, moe::Routing},
@@ -42,14 +43,6 @@ pub(crate) struct Lane {
     places: Places,
     /// The places are those of this step.
     placed: bool,
-}
-
-fn bytes_of(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
-fn words(values: &[u32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 /// Positions that a recording stands for: the next power of two.
@@ -118,6 +111,7 @@ impl Lane {
                 m: 0,
                 pairs,
                 longest: 0,
+                runs: 0,
             },
             placed: false,
             config: config.clone(),
@@ -138,20 +132,21 @@ impl Lane {
         }
         let (cos, sin, pairs) = device::rope_rows(rope);
         let p = &mut self.places;
-        self.device.write(&p.tokens, 0, &words(&data.tokens))?;
-        self.device.write(&p.pages, 0, &words(&data.pages))?;
+        self.device.write(&p.tokens, 0, cast_slice(&data.tokens))?;
+        self.device.write(&p.pages, 0, cast_slice(&data.pages))?;
         if pairs > 0 {
-            self.device.write(&p.cos, 0, &bytes_of(cos))?;
-            self.device.write(&p.sin, 0, &bytes_of(sin))?;
+            self.device.write(&p.cos, 0, cast_slice(cos))?;
+            self.device.write(&p.sin, 0, cast_slice(sin))?;
         }
         p.m = data.tokens.len() / 2;
         p.longest = rounded(data.longest);
+        p.runs = data.runs;
         self.placed = true;
         Ok(())
     }
 
     /// What names a recording of a step that runs here alone.
-    pub fn key(&self, m: usize, outputs: usize, logits: bool) -> [u64; 6] {
+    pub fn key(&self, m: usize, outputs: usize, logits: bool) -> [u64; 7] {
         let cache = self
             .cache
             .iter()
@@ -166,24 +161,19 @@ impl Lane {
             m as u64,
             outputs as u64,
             longest,
+            self.places.runs as u64,
         ]
     }
 
     pub fn write_x(&self, x: &[f32]) -> Result<()> {
-        Ok(self.device.write(&self.x, 0, &bytes_of(x))?)
+        Ok(self.device.write(&self.x, 0, cast_slice(x))?)
     }
 
     fn read(&self, buffer: &Buffer, len: usize, out: &mut Vec<f32>) -> Result<()> {
         let start = out.len();
         out.resize(start + len, 0.0);
-        let mut bytes = vec![0; 4 * len];
-        self.device.read(buffer, 0, &mut bytes)?;
-        let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
-        out[start..]
-            .iter_mut()
-            .zip(values)
-            .for_each(|(o, v)| *o = v);
-        Ok(())
+        let to = cast_slice_mut(&mut out[start..]);
+        Ok(self.device.read(buffer, 0, to)?)
     }
 
     pub fn read_x(&self, m: usize, x: &mut Vec<f32>) -> Result<()> {
@@ -217,20 +207,17 @@ impl Lane {
     /// Normalises the heads of q and k, where there is a norm, and rotates them.
     pub fn heads(&self, a: &DeviceAttention) -> Result<()> {
         let c = &self.config;
-        for (x, heads, norm) in [
-            (&self.q, c.heads, &a.q_norm),
-            (&self.k, c.kv_heads, &a.k_norm),
-        ] {
-            let options = HeadOptions {
-                heads,
-                dim: c.head_dim,
-                style: c.rope.style,
-                eps: c.rms_eps,
-            };
-            self.device
-                .heads(x, norm.as_ref(), &options, &self.places)?;
-        }
-        Ok(())
+        let options = HeadOptions {
+            dim: c.head_dim,
+            style: c.rope.style,
+            eps: c.rms_eps,
+        };
+        let of = |x, norm, heads| Heads { x, norm, heads };
+        let both = [
+            of(&self.q, a.q_norm.as_ref(), c.heads),
+            of(&self.k, a.k_norm.as_ref(), c.kv_heads),
+        ];
+        Ok(self.device.heads(both, &options, &self.places)?)
     }
 
     /// Stores k and v in the layer's cache, which must be here, and attends.
@@ -261,13 +248,13 @@ impl Lane {
     pub fn write_attention(&self, attention: &[f32]) -> Result<()> {
         Ok(self
             .device
-            .write(&self.attention, 0, &bytes_of(attention))?)
+            .write(&self.attention, 0, cast_slice(attention))?)
     }
 
     /// Brings row numbers here.
     pub fn write_rows(&self, rows: &[usize]) -> Result<()> {
         let rows: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
-        Ok(self.device.write(&self.rows, 0, &words(&rows))?)
+        Ok(self.device.write(&self.rows, 0, cast_slice(&rows))?)
     }
 
     /// Moves the rows that [`Lane::write_rows`] brought to the front of x and attention.
@@ -358,10 +345,10 @@ impl Lane {
     /// Brings a choice of experts and their input here.
     pub fn write_input(&self, routing: &Routing, input: &[f32]) -> Result<()> {
         let here = self.routing();
-        self.device.write(&here.ids, 0, &words(&routing.ids))?;
+        self.device.write(&here.ids, 0, cast_slice(&routing.ids))?;
         self.device
-            .write(&here.weights, 0, &bytes_of(&routing.weights))?;
-        Ok(self.device.write(&self.input, 0, &bytes_of(input))?)
+            .write(&here.weights, 0, cast_slice(&routing.weights))?;
+        Ok(self.device.write(&self.input, 0, cast_slice(input))?)
     }
 
     /// `x += experts(input)`, as routed here.
@@ -390,7 +377,7 @@ impl Lane {
 
     /// `x += delta`, which comes from elsewhere.
     pub fn add_delta(&self, delta: &[f32]) -> Result<()> {
-        self.device.write(&self.delta, 0, &bytes_of(delta))?;
+        self.device.write(&self.delta, 0, cast_slice(delta))?;
         Ok(self.device.add(&self.x, &self.delta, delta.len())?)
     }
 

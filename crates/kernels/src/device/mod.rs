@@ -17,7 +17,13 @@ use crate::{
     strip,
     weights::WeightsError,
 };
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 use tegula_gguf::{Bytes, GgmlType};
 
 /// Alignment of what is allocated on a device; plans round to it.
@@ -64,6 +70,70 @@ pub struct DeviceInfo {
     pub total: u64,
     /// Bytes that can be allocated now.
     pub free: u64,
+}
+
+/// Bytes as devices allocate them.
+pub fn rounded(bytes: usize) -> u64 {
+    (bytes as u64).next_multiple_of(ALIGN)
+}
+
+/// A device's bytes, counted.
+#[derive(Debug)]
+pub struct Budget {
+    device: String,
+    total: u64,
+    used: AtomicU64,
+}
+
+impl Budget {
+    /// `total` bytes of the device of that name.
+    pub fn new(device: &str, total: u64) -> Budget {
+        Budget {
+            device: device.to_owned(),
+            total,
+            used: AtomicU64::new(0),
+        }
+    }
+
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that can be taken.
+    pub fn free(&self) -> u64 {
+        self.total.saturating_sub(self.used())
+    }
+
+    /// Takes bytes, rounded.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] when fewer are left.
+    pub fn take(&self, bytes: usize) -> Result<()> {
+        let needed = rounded(bytes);
+        let fits = |used: u64| used.checked_add(needed).filter(|sum| *sum <= self.total);
+        let taken = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits);
+        match taken {
+            Ok(_) => Ok(()),
+            Err(used) => Err(DeviceError::OutOfMemory {
+                device: self.device.clone(),
+                needed,
+                free: self.total - used,
+                total: self.total,
+            }),
+        }
+    }
+
+    /// Gives back what was taken.
+    pub fn give(&self, bytes: usize) {
+        self.used.fetch_sub(rounded(bytes), Ordering::Relaxed);
+    }
 }
 
 /// Who gets a buffer's memory back.
@@ -264,6 +334,8 @@ pub struct Places {
     pub pairs: usize,
     /// Positions that the longest of them sees.
     pub longest: usize,
+    /// Runs of neighbouring tokens that are of one sequence.
+    pub runs: usize,
 }
 
 /// The contents of [`Places`] in this address space.
@@ -272,6 +344,7 @@ pub struct PlacesData {
     pub tokens: Vec<u32>,
     pub pages: Vec<u32>,
     pub longest: usize,
+    pub runs: usize,
 }
 
 impl PlacesData {
@@ -283,6 +356,7 @@ impl PlacesData {
             starts.push(data.pages.len() as u32);
             data.pages.extend_from_slice(table.pages());
         }
+        data.runs = tokens.chunk_by(|a, b| a.sequence == b.sequence).count();
         for t in tokens {
             data.tokens.extend([starts[t.sequence], t.position as u32]);
             data.longest = data.longest.max(t.position + 1);
@@ -291,10 +365,19 @@ impl PlacesData {
     }
 }
 
+/// The heads of one projection.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a> {
+    /// `[m][heads][dim]` f32
+    pub x: &'a Buffer,
+    /// `[dim]` f32: what each head is normalised by.
+    pub norm: Option<&'a Buffer>,
+    pub heads: usize,
+}
+
 /// Rotation of heads.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct HeadOptions {
-    pub heads: usize,
     pub dim: usize,
     pub style: RopeStyle,
     pub eps: f32,
@@ -326,6 +409,16 @@ pub enum Recording {
     Issue,
     /// They have just been issued again from a recording: don't.
     Replayed,
+}
+
+/// How [`Device::end`] left the operations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// They have been issued.
+    Done,
+    /// They were to be recorded, that failed, and none of them has run: begin again. The next
+    /// time nothing is recorded.
+    Again,
 }
 
 /// A device. All activations are f32; `m` counts tokens.
@@ -370,14 +463,9 @@ pub trait Device: Send + Sync {
     /// Products with the same `x`, `[m][k]`.
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()>;
 
-    /// Normalises each head of `x` by `norm`, if there is one, and rotates it, in place.
-    fn heads(
-        &self,
-        x: &Buffer,
-        norm: Option<&Buffer>,
-        options: &HeadOptions,
-        places: &Places,
-    ) -> Result<()>;
+    /// Normalises each head of both projections, where there is a norm, and rotates it, in
+    /// place.
+    fn heads(&self, both: [Heads<'_>; 2], options: &HeadOptions, places: &Places) -> Result<()>;
 
     /// Writes `k` and `v`, `[m][kv heads][dim]`, to one layer's cache, which lies as
     /// [`crate::kv`] says and was filled with zeros before its first use.
@@ -441,9 +529,16 @@ pub trait Device: Send + Sync {
         Ok(Recording::Issue)
     }
 
-    /// Ends what [`Device::begin`] began, if that said [`Recording::Issue`].
-    fn end(&self) -> Result<()> {
-        Ok(())
+    /// Ends what [`Device::begin`] began, if that said [`Recording::Issue`]. It must be called
+    /// whatever became of the operations.
+    fn end(&self) -> Result<Ended> {
+        Ok(Ended::Done)
+    }
+
+    /// What a user should know of how the device has worked, since the last call: that it
+    /// records nothing any more, say.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Forgets recordings, because buffers that they name are about to go.

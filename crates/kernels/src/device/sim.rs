@@ -3,8 +3,9 @@
 //! out-of-memory run in ordinary tests.
 
 use super::{
-    ALIGN, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, HeadOptions, Matrix, Memory,
-    Network, Places, Product, RawMatrix, Result, matrix_bytes,
+    ALIGN, Budget, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, Ended, HeadOptions,
+    Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, matrix_bytes,
+    rounded,
 };
 use crate::{
     Acts, Compute, PoolConfig, Tier, Weights,
@@ -15,7 +16,7 @@ use crate::{
     },
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tegula_gguf::Bytes;
@@ -39,17 +40,22 @@ pub struct Copies {
 #[derive(Default)]
 struct Heap {
     next: u64,
-    used: u64,
     blocks: HashMap<u64, Vec<u8>>,
     weights: HashMap<u64, Arc<Weights>>,
     copies: Copies,
     /// Operations until one fails.
     fuse: Option<usize>,
+    /// Recordings fail; after the first nothing is recorded.
+    recordings_fail: bool,
+    seen: HashSet<Vec<u64>>,
+    /// What memory held when the open recording began.
+    before: Option<HashMap<u64, Vec<u8>>>,
+    notes: Vec<String>,
 }
 
 struct Shared {
     name: String,
-    budget: u64,
+    budget: Budget,
     heap: Mutex<Heap>,
 }
 
@@ -62,14 +68,10 @@ impl Shared {
 impl Memory for Shared {
     fn free(&self, address: u64, bytes: usize) {
         let mut heap = self.heap();
-        heap.used -= rounded(bytes);
+        self.budget.give(bytes);
         heap.blocks.remove(&address);
         heap.weights.remove(&address);
     }
-}
-
-fn rounded(bytes: usize) -> u64 {
-    (bytes as u64).next_multiple_of(ALIGN)
 }
 
 /// The simulated device.
@@ -89,7 +91,7 @@ impl SimDevice {
         SimDevice {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
-                budget,
+                budget: Budget::new(name, budget),
                 heap: Mutex::new(Heap {
                     next,
                     ..Heap::default()
@@ -106,13 +108,19 @@ impl SimDevice {
 
     /// Bytes in use.
     pub fn used(&self) -> u64 {
-        self.shared.heap().used
+        self.shared.budget.used()
     }
 
     /// Makes the operation behind the next `operations` fail, and all that follow, as when a
     /// device is lost.
     pub fn fail_after(&self, operations: usize) {
         self.shared.heap().fuse = Some(operations);
+    }
+
+    /// Makes recordings fail, as when something that can't be recorded is among the
+    /// operations: those between [`Device::begin`] and [`Device::end`] leave nothing behind.
+    pub fn fail_recordings(&self) {
+        self.shared.heap().recordings_fail = true;
     }
 
     /// Undoes [`SimDevice::fail_after`].
@@ -213,29 +221,19 @@ impl SimDevice {
 
 impl Device for SimDevice {
     fn info(&self) -> Result<DeviceInfo> {
-        let used = self.used();
         Ok(DeviceInfo {
             name: self.shared.name.clone(),
             description: format!("simulated, {}", self.compute.table.tier),
-            total: self.shared.budget,
-            free: self.shared.budget - used,
+            total: self.shared.budget.total(),
+            free: self.shared.budget.free(),
         })
     }
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.shared.budget.take(bytes)?;
         let mut heap = self.shared.heap();
-        let (needed, total) = (rounded(bytes), self.shared.budget);
-        if heap.used + needed > total {
-            return Err(DeviceError::OutOfMemory {
-                device: self.shared.name.clone(),
-                needed,
-                free: total - heap.used,
-                total,
-            });
-        }
         let address = heap.next;
-        heap.next += needed.max(ALIGN);
-        heap.used += needed;
+        heap.next += rounded(bytes).max(ALIGN);
         heap.blocks.insert(address, vec![POISON; bytes]);
         let memory: Arc<dyn Memory> = Arc::clone(&self.shared) as _;
         Ok(Buffer::new(address, bytes, memory))
@@ -324,24 +322,20 @@ impl Device for SimDevice {
         Ok(())
     }
 
-    fn heads(
-        &self,
-        x: &Buffer,
-        norm: Option<&Buffer>,
-        o: &HeadOptions,
-        places: &Places,
-    ) -> Result<()> {
+    fn heads(&self, both: [Heads<'_>; 2], o: &HeadOptions, places: &Places) -> Result<()> {
         self.step("heads")?;
-        let mut y = self.floats(x, places.m * o.heads * o.dim);
-        if let Some(norm) = norm {
-            let w = self.floats(norm, o.dim);
-            self.compute.rms_norm_heads(&mut y, o.heads, &w, o.eps);
-        }
         let len = places.m * places.pairs;
         let (cos, sin) = (self.floats(&places.cos, len), self.floats(&places.sin, len));
         let table = RopeTable::from_rows(cos, sin, places.pairs);
-        self.compute.rope(&mut y, o.heads, o.dim, o.style, &table);
-        self.put(x, &y);
+        for Heads { x, norm, heads } in both {
+            let mut y = self.floats(x, places.m * heads * o.dim);
+            if let Some(norm) = norm {
+                let w = self.floats(norm, o.dim);
+                self.compute.rms_norm_heads(&mut y, heads, &w, o.eps);
+            }
+            self.compute.rope(&mut y, heads, o.dim, o.style, &table);
+            self.put(x, &y);
+        }
         Ok(())
     }
 
@@ -365,11 +359,7 @@ impl Device for SimDevice {
 
     fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()> {
         self.step("kv_copy")?;
-        let page = KvShape {
-            layers: 1,
-            ..*shape
-        }
-        .bytes(1);
+        let page = shape.layer_page_bytes();
         let bytes = self.bytes(cache);
         let page_bytes = &bytes[from as usize * page..][..page];
         self.put_bytes(cache, to as usize * page, page_bytes);
@@ -475,6 +465,33 @@ impl Device for SimDevice {
         let y: Vec<f32> = rows.iter().flat_map(row).copied().collect();
         self.put(out, &y);
         Ok(())
+    }
+
+    fn begin(&self, key: &[u64]) -> Result<Recording> {
+        let mut heap = self.shared.heap();
+        if !heap.seen.insert(key.to_vec()) && heap.recordings_fail {
+            heap.before = Some(heap.blocks.clone());
+        }
+        Ok(Recording::Issue)
+    }
+
+    fn end(&self) -> Result<Ended> {
+        let mut heap = self.shared.heap();
+        let Some(before) = heap.before.take() else {
+            return Ok(Ended::Done);
+        };
+        heap.blocks = before;
+        heap.recordings_fail = false;
+        let note = format!(
+            "{}: recordings fail; operations are issued one by one",
+            self.shared.name
+        );
+        heap.notes.push(note);
+        Ok(Ended::Again)
+    }
+
+    fn notes(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.heap().notes)
     }
 }
 
