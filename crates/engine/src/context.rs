@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Model, Result,
-    models::{self, Buffers, Graph, Lane, Step},
+    models::{self, Buffers, Graph, Lane, On, Step},
     offload::Device,
 };
 use std::sync::Arc;
@@ -165,13 +165,18 @@ impl Context {
             Vec::new()
         } else {
             let lane = |(d, device): (usize, &Arc<_>)| {
+                let tensor = offload.tensor.as_ref();
+                let part = tensor.map_or_else(|| c.clone(), |t| t.config(c, d));
                 Lane::new(
                     Arc::clone(device),
-                    c,
-                    &shape,
+                    &part,
+                    &KvShape {
+                        heads: part.kv_heads,
+                        ..shape
+                    },
                     pages,
                     options.ubatch,
-                    |layer| offload.kv[layer] == Device::Gpu(d),
+                    |layer| offload.attends(layer, d),
                     offload.output == Device::Gpu(d),
                 )
             };
@@ -356,8 +361,12 @@ impl Context {
             m: part.len(),
         };
         step.embed(&model.matrices.embedding, &ids);
-        let only = model.plan().offload.only_device();
-        Graph::new(step, &model.matrices, &mut self.lanes, only, logits).finish(
+        let offload = &model.plan().offload;
+        let on = On {
+            only: offload.only_device(),
+            shared: offload.tensor.as_ref().map_or(Vec::new(), |t| t.all()),
+        };
+        Graph::new(step, &model.matrices, &mut self.lanes, on, logits).finish(
             |graph| models::forward(config.arch, config.layers, graph),
             &mut outputs.hidden,
             &mut outputs.logits,

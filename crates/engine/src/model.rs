@@ -6,6 +6,7 @@ use crate::{
     offload::{self, OffloadFlags, Unit},
     packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
+    tensor_split::{Cut, TensorSplit},
 };
 use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Instant};
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks};
@@ -251,6 +252,11 @@ impl Model {
         &self.compute
     }
 
+    /// What a user should know of how the devices have worked, since the last call.
+    pub fn device_notes(&self) -> Vec<String> {
+        self.devices.iter().flat_map(|d| d.notes()).collect()
+    }
+
     /// How long loading took.
     pub fn load_ms(&self) -> f64 {
         self.load_ms
@@ -309,12 +315,14 @@ impl Loader<'_> {
     }
 
     /// A small tensor as f32.
-    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+    fn vector(&mut self, name: &str, len: usize, counted: bool) -> Result<Vec<f32>> {
         let tensor = self.tensor(name, &[len])?;
         let mut values = vec![0.0; len];
         blocks::dequantize(tensor.ty, self.gguf.data(tensor), &mut values)
             .map_err(|e| self.wrong(tensor, e.to_string()))?;
-        self.count(name);
+        if counted {
+            self.count(name);
+        }
         Ok(values)
     }
 
@@ -353,10 +361,10 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    /// The same on a device.
+    /// The same, or what it holds of it, on a device.
     fn device_matrix(
         &mut self,
-        device: &dyn Device,
+        to: &OnDevice,
         name: &str,
         k: usize,
         n: usize,
@@ -371,9 +379,15 @@ impl Loader<'_> {
             tensor: name.to_owned(),
             source,
         })?;
-        let matrix = device.load(&raw)?;
+        let matrix = match to.cut(name) {
+            Cut::Whole | Cut::Nothing => to.device.load(&raw)?,
+            Cut::Rows(rows) => to.device.load(&raw.rows(rows))?,
+            Cut::Columns(columns) => to.device.load(&raw.columns(columns))?,
+        };
         bytes.release();
-        self.count(name);
+        if to.counted {
+            self.count(name);
+        }
         Ok(matrix)
     }
 
@@ -387,13 +401,14 @@ impl Loader<'_> {
             offload::Device::Cpu => {
                 Placed::Host(self.output(&Host, c, own.then_some("output.weight"))?)
             }
+            offload::Device::Split => unreachable!("the output matrix is on one device"),
             offload::Device::Gpu(d) => {
                 let name = if own {
                     "output.weight"
                 } else {
                     "token_embd.weight"
                 };
-                let to = OnDevice(Arc::clone(&self.devices[d]));
+                let to = OnDevice::whole(&self.devices[d]);
                 Placed::Device(d, self.output(&to, c, Some(name))?)
             }
         };
@@ -423,13 +438,34 @@ impl Loader<'_> {
         &mut self,
         unit: Unit,
         host: impl FnOnce(&mut Self, &Host) -> Result<H>,
-        device: impl FnOnce(&mut Self, &OnDevice) -> Result<D>,
+        device: impl Fn(&mut Self, &OnDevice) -> Result<D>,
     ) -> Result<Placed<H, D>> {
         Ok(match self.plan.offload.device(unit) {
             offload::Device::Cpu => Placed::Host(host(self, &Host)?),
             offload::Device::Gpu(d) => {
-                let to = OnDevice(Arc::clone(&self.devices[d]));
+                let to = OnDevice::whole(&self.devices[d]);
                 Placed::Device(d, device(self, &to)?)
+            }
+            offload::Device::Split => {
+                let Some(split) = &self.plan.offload.tensor else {
+                    unreachable!("a split unit without a split");
+                };
+                let devices = match unit {
+                    Unit::Attention(_) => split.attending(),
+                    Unit::Ffn(_) | Unit::Experts(_) | Unit::Output => split.feeding(),
+                };
+                let first = devices.first().copied();
+                let part = |d: usize| {
+                    let to = OnDevice {
+                        device: Arc::clone(&self.devices[d]),
+                        part: Some((split.clone(), d)),
+                        counted: Some(d) == first,
+                    };
+                    (d, to)
+                };
+                let parts: Vec<_> = devices.into_iter().map(part).collect();
+                let load = |(d, to): (usize, OnDevice)| Ok((d, device(self, &to)?));
+                Placed::Split(parts.into_iter().map(load).collect::<Result<_>>()?)
             }
         })
     }
@@ -474,7 +510,7 @@ impl Loader<'_> {
         let (q_norm, k_norm) = (norm("attn_q_norm.weight")?, norm("attn_k_norm.weight")?);
         let mut bias = |part: &str, len| {
             let name = name(part);
-            let there = self.gguf.tensor(&name).is_some();
+            let there = self.gguf.tensor(&name).is_some() && to.holds(&name);
             there.then(|| to.vector(self, &name, len)).transpose()
         };
         let (q_bias, k_bias) = (bias("attn_q.bias", q)?, bias("attn_k.bias", kv)?);
@@ -535,6 +571,11 @@ trait Target {
     type Matrix;
     type Vector;
 
+    /// Whether anything of a tensor belongs there.
+    fn holds(&self, _name: &str) -> bool {
+        true
+    }
+
     fn matrix(
         &self,
         loader: &mut Loader<'_>,
@@ -566,16 +607,40 @@ impl Target for Host {
     }
 
     fn vector(&self, loader: &mut Loader<'_>, name: &str, len: usize) -> Result<Vec<f32>> {
-        loader.vector(name, len)
+        loader.vector(name, len, true)
     }
 }
 
-/// A device.
-struct OnDevice(Arc<dyn Device>);
+/// A device, or its part of layers that are split.
+struct OnDevice {
+    device: Arc<dyn Device>,
+    part: Option<(TensorSplit, usize)>,
+    /// Whether loading counts as progress: for one device of those that share a tensor.
+    counted: bool,
+}
+
+impl OnDevice {
+    fn whole(device: &Arc<dyn Device>) -> OnDevice {
+        OnDevice {
+            device: Arc::clone(device),
+            part: None,
+            counted: true,
+        }
+    }
+
+    fn cut(&self, name: &str) -> Cut {
+        let of = |(split, d): &(TensorSplit, usize)| split.cut(name, *d);
+        self.part.as_ref().map_or(Cut::Whole, of)
+    }
+}
 
 impl Target for OnDevice {
     type Matrix = device::Matrix;
     type Vector = device::Buffer;
+
+    fn holds(&self, name: &str) -> bool {
+        self.cut(name) != Cut::Nothing
+    }
 
     fn matrix(
         &self,
@@ -585,14 +650,17 @@ impl Target for OnDevice {
         n: usize,
         experts: Option<usize>,
     ) -> Result<device::Matrix> {
-        loader.device_matrix(&*self.0, name, k, n, experts)
+        loader.device_matrix(self, name, k, n, experts)
     }
 
     fn vector(&self, loader: &mut Loader<'_>, name: &str, len: usize) -> Result<device::Buffer> {
-        let values = loader.vector(name, len)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let buffer = self.0.alloc(bytes.len())?;
-        self.0.write(&buffer, 0, &bytes)?;
+        let mut values = loader.vector(name, len, self.counted)?;
+        if let Cut::Rows(rows) = self.cut(name) {
+            values = values[rows].to_vec();
+        }
+        let buffer = self.device.alloc(4 * values.len())?;
+        self.device
+            .write(&buffer, 0, bytemuck::cast_slice(&values))?;
         Ok(buffer)
     }
 }

@@ -6,7 +6,10 @@
 //! the output matrix. The first rule that says something about a unit decides: `-ot`, then
 //! `--cpu-moe`, then the layer's number (`-ngl`). What stays on the CPU may be packed for it.
 
-use crate::{Error, ModelConfig, Result};
+use crate::{
+    Error, ModelConfig, Result,
+    tensor_split::{Cut, TensorSplit},
+};
 use regex::Regex;
 use serde::{Serialize, Serializer};
 use std::fmt;
@@ -22,6 +25,8 @@ pub enum Device {
     Cpu,
     /// An index into the devices in use.
     Gpu(usize),
+    /// A part on each device in use.
+    Split,
 }
 
 impl fmt::Display for Device {
@@ -29,6 +34,7 @@ impl fmt::Display for Device {
         match self {
             Device::Cpu => f.pad("cpu"),
             Device::Gpu(i) => f.pad(&format!("gpu{i}")),
+            Device::Split => f.pad("gpus"),
         }
     }
 }
@@ -55,6 +61,8 @@ pub enum Split {
     /// Runs of layers.
     #[default]
     Layer,
+    /// Every layer over all of them; the output matrix on the main device.
+    Tensor,
     /// All on one device.
     None,
 }
@@ -75,7 +83,8 @@ pub struct OffloadFlags {
     pub split: Split,
     /// Shares of the devices, `-ts`; by free memory where none are given.
     pub shares: Option<Vec<f32>>,
-    /// The device that takes all with [`Split::None`], `-mg`.
+    /// The device that takes all with [`Split::None`], and the output matrix with
+    /// [`Split::Tensor`], `-mg`.
     pub main: usize,
     pub overrides: Vec<Override>,
     /// Layers, from the first, whose experts stay on the CPU.
@@ -156,17 +165,40 @@ impl OffloadFlags {
         if self.main >= n.max(1) {
             return wrong(format!("-mg {}: there are {n} devices in use", self.main));
         }
+        if self.tensor() {
+            if self.kv_on_cpu {
+                return wrong(
+                    "-sm tensor splits the KV cache with the heads: not with -nkvo".to_owned(),
+                );
+            }
+            if self.overrides.iter().any(|o| o.device != Device::Cpu) {
+                return wrong("with -sm tensor, -ot can name CPU alone".to_owned());
+            }
+        }
         if n == 0 && matches!(self.layers, GpuLayers::Count(1..)) {
             return wrong("-ngl: no GPU is in use".to_owned());
         }
         Ok(())
     }
 
-    /// The cache's geometry, for one layer.
-    fn kv_layer(&self, c: &ModelConfig) -> u64 {
+    /// Layers are split over several devices. One device has them whole.
+    fn tensor(&self) -> bool {
+        self.split == Split::Tensor && self.devices.len() > 1
+    }
+
+    /// Each device's share, as the flags say or by free memory.
+    fn by_share(&self) -> Vec<f64> {
+        match &self.shares {
+            Some(shares) => shares.iter().map(|s| f64::from(*s)).collect(),
+            None => self.devices.iter().map(|d| d.free as f64).collect(),
+        }
+    }
+
+    /// The cache's bytes, for one head of one layer.
+    fn kv_head(&self, c: &ModelConfig) -> u64 {
         let shape = KvShape {
             layers: 1,
-            heads: c.kv_heads,
+            heads: 1,
             dim: c.head_dim,
             k: self.k_type,
             v: self.v_type,
@@ -213,6 +245,12 @@ pub struct Offload {
     pub(crate) experts: Vec<Device>,
     pub(crate) output: Device,
     pub(crate) kv: Vec<Device>,
+    /// Each device's part of the layers that are split.
+    pub tensor: Option<TensorSplit>,
+    /// Why the layers can't be split as the flags ask.
+    pub refused: Option<String>,
+    /// Bytes per token that go between devices and here for layers that are split, both ways.
+    pub exchanged: u64,
     /// Why, where it was not the layer's number.
     overridden: Vec<(UnitKey, &'static str)>,
     /// What was chosen, in words; empty without devices.
@@ -273,6 +311,12 @@ impl Offload {
         found.map_or("its layer's number", |(_, why)| why)
     }
 
+    /// Bytes of what device `d` holds of a tensor of layers that are split.
+    pub(crate) fn cut_bytes(&self, tensor: &TensorInfo, d: usize) -> u64 {
+        let cut = self.tensor.as_ref().map(|t| t.cut(&tensor.name, d));
+        cut.map_or(0, |cut| cut_bytes(tensor, &cut))
+    }
+
     /// True without anything on a device.
     pub fn is_cpu_only(&self) -> bool {
         let mut all = self.attention.iter().chain(&self.ffn).chain(&self.experts);
@@ -288,13 +332,25 @@ impl Offload {
         (all.all(|x| *x == self.output) && self.kv.iter().all(|x| *x == self.output)).then_some(d)
     }
 
+    /// Whether device `d` keeps a cache of a layer.
+    pub(crate) fn attends(&self, layer: usize, d: usize) -> bool {
+        match self.kv[layer] {
+            Device::Cpu => false,
+            Device::Gpu(at) => at == d,
+            Device::Split => self.tensor.as_ref().is_some_and(|t| !t.heads[d].is_empty()),
+        }
+    }
+
     /// Layers whose KV cache is on the CPU.
     pub fn cpu_cache_layers(&self) -> usize {
         self.kv.iter().filter(|d| **d == Device::Cpu).count()
     }
 
-    /// Refuses what does not fit the devices.
+    /// Refuses what can't be split or does not fit the devices.
     pub fn check_memory(&self) -> Result<()> {
+        if let Some(why) = &self.refused {
+            return Err(Error::Placement(why.clone()));
+        }
         for d in &self.devices {
             if d.needed() > d.budget {
                 return Err(Error::DeviceMemory {
@@ -314,28 +370,72 @@ struct Sizes {
     ffn: Vec<u64>,
     experts: Vec<u64>,
     output: u64,
+    /// Of one head.
     kv: u64,
+    kv_heads: usize,
     activations: u64,
+    /// Each device's part of the layers, or why they can't be split.
+    tensor: Option<TensorSplit>,
+    refused: Option<String>,
+    parts: Vec<Parts>,
+}
+
+/// The same of a device's part of the layers.
+#[derive(Clone, Default)]
+struct Parts {
+    attention: Vec<u64>,
+    ffn: Vec<u64>,
+    experts: Vec<u64>,
 }
 
 /// Bytes of a tensor on a device.
 pub(crate) fn device_bytes(tensor: &TensorInfo) -> u64 {
-    let n = tensor.shape.get(1).copied().unwrap_or(1);
+    cut_bytes(tensor, &Cut::Whole)
+}
+
+/// Bytes of what a device holds of a tensor.
+pub(crate) fn cut_bytes(tensor: &TensorInfo, cut: &Cut) -> u64 {
+    let (mut k, mut n) = (tensor.row_len(), tensor.shape.get(1).copied().unwrap_or(1));
     let experts = tensor.shape.get(2).copied().unwrap_or(1);
-    let vector = (tensor.elements() * 4).next_multiple_of(device::ALIGN);
-    if tensor.shape.len() < 2 {
-        return vector;
+    let vector = tensor.shape.len() < 2;
+    match cut {
+        Cut::Nothing => return 0,
+        Cut::Whole => {}
+        Cut::Rows(rows) if vector => k = rows.len() as u64,
+        Cut::Rows(rows) => n = rows.len() as u64,
+        Cut::Columns(columns) => k = columns.len() as u64,
     }
-    device::matrix_bytes(tensor.ty, n, tensor.row_len(), experts).unwrap_or(vector)
+    let floats = (k * n * experts * 4).next_multiple_of(device::ALIGN);
+    if vector {
+        return floats;
+    }
+    device::matrix_bytes(tensor.ty, n, k, experts).unwrap_or(floats)
 }
 
 fn sizes(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Sizes {
+    let split = flags
+        .tensor()
+        .then(|| TensorSplit::new(c, gguf, &flags.by_share()));
+    let (tensor, refused) = match split {
+        None => (None, None),
+        Some(Ok(tensor)) => (Some(tensor), None),
+        Some(Err(error)) => (None, Some(error.to_string())),
+    };
+    let none = Parts {
+        attention: vec![0; c.layers],
+        ffn: vec![0; c.layers],
+        experts: vec![0; c.layers],
+    };
     let mut s = Sizes {
+        parts: vec![none; tensor.as_ref().map_or(0, |_| flags.devices.len())],
+        tensor,
+        refused,
+        kv_heads: c.kv_heads,
         attention: vec![0; c.layers],
         ffn: vec![0; c.layers],
         experts: vec![0; c.layers],
         output: 0,
-        kv: flags.kv_layer(c),
+        kv: flags.kv_head(c),
         activations: activations(c, flags.ubatch),
     };
     for tensor in gguf.tensors() {
@@ -346,6 +446,18 @@ fn sizes(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Sizes {
             Some(Unit::Experts(i)) if i < c.layers => s.experts[i] += bytes,
             Some(Unit::Output) => s.output += bytes,
             _ => {}
+        }
+        let Some(tensor_split) = &s.tensor else {
+            continue;
+        };
+        for (d, parts) in s.parts.iter_mut().enumerate() {
+            let bytes = cut_bytes(tensor, &tensor_split.cut(&tensor.name, d));
+            match unit(&tensor.name) {
+                Some(Unit::Attention(i)) if i < c.layers => parts.attention[i] += bytes,
+                Some(Unit::Ffn(i)) if i < c.layers => parts.ffn[i] += bytes,
+                Some(Unit::Experts(i)) if i < c.layers => parts.experts[i] += bytes,
+                _ => {}
+            }
         }
     }
     if let (None, Some(tied)) = (
@@ -407,13 +519,16 @@ pub(crate) fn offload(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Off
 
 fn summary(c: &ModelConfig, o: &Offload, fitted: bool) -> String {
     let gpu = |d: &[Device]| d.iter().filter(|d| **d != Device::Cpu).count();
+    if let Some(why) = &o.refused {
+        return why.clone();
+    }
     let mut text = format!("{} of {} layers", gpu(&o.attention), c.layers);
     if c.experts.is_some() {
         text += &format!(", the experts of {}", gpu(&o.experts));
     }
     text += match o.output {
         Device::Cpu => "",
-        Device::Gpu(_) => ", the output matrix",
+        Device::Gpu(_) | Device::Split => ", the output matrix",
     };
     text += " on ";
     let used: Vec<_> = o.devices.iter().filter(|d| d.weights > 0).collect();
@@ -429,6 +544,12 @@ fn summary(c: &ModelConfig, o: &Offload, fitted: bool) -> String {
             };
             text += &used.iter().map(one).collect::<Vec<_>>().join(", ");
         }
+    }
+    if o.exchanged > 0 {
+        text += &format!(
+            ", every layer split, {} bytes exchanged per token",
+            o.exchanged
+        );
     }
     if fitted {
         text += " (as much as fits)";
@@ -471,13 +592,28 @@ fn place(
     count: usize,
     cpu_moe: usize,
 ) -> Offload {
-    let by_layer = layer_devices(c.layers + 1, flags, count);
+    let mut by_layer = layer_devices(c.layers + 1, flags, count);
+    if sizes.tensor.is_some() {
+        let (output, layers) = by_layer.split_last_mut().expect("at least the output");
+        let split = |d: &mut Device| {
+            if *d != Device::Cpu {
+                *d = Device::Split;
+            }
+        };
+        layers.iter_mut().for_each(split);
+        if *output != Device::Cpu {
+            *output = Device::Gpu(flags.main);
+        }
+    }
     let mut o = Offload {
         attention: by_layer[..c.layers].to_vec(),
         ffn: by_layer[..c.layers].to_vec(),
         experts: by_layer[..c.layers].to_vec(),
         output: by_layer[c.layers],
         kv: Vec::new(),
+        tensor: sizes.tensor.clone(),
+        refused: sizes.refused.clone(),
+        exchanged: 0,
         overridden: Vec::new(),
         summary: String::new(),
         devices: Vec::new(),
@@ -511,6 +647,22 @@ fn place(
         true => vec![Device::Cpu; c.layers],
         false => o.attention.clone(),
     };
+    if let Some(tensor) = &o.tensor {
+        let split = |units: &[Device]| units.iter().filter(|d| **d == Device::Split).count() as u64;
+        let [attention, ffn] = tensor.exchanged(c);
+        o.exchanged = split(&o.attention) * attention;
+        // Experts on the CPU take one device's input and the router's logits; their sum goes
+        // to all.
+        let count = c.experts.map_or(0, |e| e.count);
+        let apart = (count + c.embd + tensor.all().len() * c.embd) as u64 * 4;
+        for (at, experts) in o.ffn.iter().zip(&o.experts) {
+            o.exchanged += match (at, experts) {
+                (Device::Split, Device::Split) => ffn,
+                (Device::Split, _) => apart,
+                _ => 0,
+            };
+        }
+    }
     o.devices = flags
         .devices
         .iter()
@@ -535,18 +687,41 @@ fn device_use(
     let mut weights = sum(&o.attention, &sizes.attention)
         + sum(&o.ffn, &sizes.ffn)
         + sum(&o.experts, &sizes.experts);
+    if let Some(parts) = sizes.parts.get(d) {
+        let split = |at: &[Device], bytes: &[u64]| -> u64 {
+            let both = at.iter().zip(bytes);
+            both.filter(|(at, _)| **at == Device::Split)
+                .map(|(_, b)| b)
+                .sum()
+        };
+        weights += split(&o.attention, &parts.attention)
+            + split(&o.ffn, &parts.ffn)
+            + split(&o.experts, &parts.experts);
+    }
     if o.output == here {
         weights += sizes.output;
     }
     let count = |at: &[Device]| at.iter().filter(|at| **at == here).count();
+    let split_heads = o.tensor.as_ref().map_or(0, |t| t.heads[d].len());
+    let heads = |at: &Device| match at {
+        Device::Split => split_heads,
+        at if *at == here => sizes.kv_heads,
+        _ => 0,
+    };
+    let kv_heads: usize = o.kv.iter().map(heads).sum();
+    let split_layers = o
+        .attention
+        .iter()
+        .filter(|at| **at == Device::Split)
+        .count();
     DeviceUse {
         name: info.name.clone(),
         description: info.description.clone(),
         weights,
-        kv: count(&o.kv) as u64 * sizes.kv,
+        kv: kv_heads as u64 * sizes.kv,
         activations: if weights > 0 { sizes.activations } else { 0 },
         budget: info.free.saturating_sub(flags.margin),
-        layers: count(&o.attention),
+        layers: count(&o.attention) + if split_heads > 0 { split_layers } else { 0 },
     }
 }
 
@@ -555,12 +730,11 @@ fn device_use(
 fn layer_devices(total: usize, flags: &OffloadFlags, count: usize) -> Vec<Device> {
     let start = total - count;
     let n = flags.devices.len();
-    let shares: Vec<f64> = match (&flags.shares, flags.split) {
-        (_, Split::None) => (0..n)
+    let shares: Vec<f64> = match flags.split {
+        Split::None => (0..n)
             .map(|i| f64::from(u8::from(i == flags.main)))
             .collect(),
-        (Some(shares), _) => shares.iter().map(|s| f64::from(*s)).collect(),
-        (None, _) => flags.devices.iter().map(|d| d.free as f64).collect(),
+        Split::Layer | Split::Tensor => flags.by_share(),
     };
     let sum: f64 = shares.iter().sum();
     let mut ends = Vec::with_capacity(n);

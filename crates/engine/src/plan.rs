@@ -85,6 +85,9 @@ pub struct Placement {
     pub kernel: String,
     /// Resident bytes in that encoding.
     pub bytes: u64,
+    /// Of each device, where several hold a part.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<u64>,
     /// Why there and not otherwise.
     pub reason: String,
     #[serde(skip)]
@@ -224,6 +227,11 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         Device::Cpu => None,
         device => {
             let matrix = tensor.shape.len() > 1;
+            let part = |d| offload.cut_bytes(tensor, d);
+            let parts: Vec<u64> = match device {
+                Device::Split => (0..offload.devices.len()).map(part).collect(),
+                _ => Vec::new(),
+            };
             Some(Placement {
                 tensor: tensor.name.clone(),
                 shape: tensor.shape.clone(),
@@ -239,7 +247,11 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                     true => format!("{} product, gpu", tensor.ty),
                     false => "f32 rows, gpu".to_owned(),
                 },
-                bytes: offload::device_bytes(tensor),
+                bytes: match device {
+                    Device::Split => parts.iter().sum(),
+                    _ => offload::device_bytes(tensor),
+                },
+                parts,
                 reason: offload.reason(unit).to_owned(),
                 role: role(config.arch, gguf, tensor),
                 tiles: None,
@@ -318,6 +330,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             encoding,
             kernel,
             bytes,
+            parts: Vec::new(),
             reason: reason.to_owned(),
             role,
             tiles,

@@ -5,7 +5,7 @@
 
 use crate::{Context, Error, Result, context::Sequence, models::Lane};
 use std::{fs, io::Write, path::Path};
-use tegula_kernels::device::{Buffer, Device};
+use tegula_kernels::device::Buffer;
 
 const MAGIC: &[u8; 8] = b"TEGULAkv";
 const VERSION: u32 = 1;
@@ -21,10 +21,13 @@ impl Context {
         data.extend_from_slice(&self.fingerprint().to_le_bytes());
         data.extend_from_slice(&(tokens.len() as u64).to_le_bytes());
         data.extend(tokens.iter().flat_map(|t| t.to_le_bytes()));
-        let bytes = self.cache.page_bytes();
-        let pages = self.cache.export(table, |layer, page, out| {
-            let (device, cache) = self.device_cache(layer);
-            device.read(cache, page as usize * bytes, out)
+        let pages = self.cache.export(table, |layer, page, mut out| {
+            device_caches(&self.lanes, layer).try_for_each(|(lane, cache)| {
+                let bytes = lane.page_bytes();
+                let (part, rest) = std::mem::take(&mut out).split_at_mut(bytes);
+                out = rest;
+                lane.device.read(cache, page as usize * bytes, part)
+            })
         })?;
         data.extend_from_slice(&pages);
         let sum = crc32fast::hash(&data);
@@ -100,22 +103,21 @@ impl Context {
             });
         }
         self.truncate(sequence, 0)?;
-        let bytes = self.cache.page_bytes();
         let lanes = &self.lanes;
         let table = self.cache.import(
             &body[header + ids.len()..],
             tokens.len(),
-            |layer, page, part| {
-                let (device, cache) = device_cache(lanes, layer);
-                Ok::<_, Error>(device.write(cache, page as usize * bytes, part)?)
+            |layer, page, mut part| {
+                device_caches(lanes, layer).try_for_each(|(lane, cache)| {
+                    let bytes = lane.page_bytes();
+                    let (here, rest) = part.split_at(bytes);
+                    part = rest;
+                    Ok::<_, Error>(lane.device.write(cache, page as usize * bytes, here)?)
+                })
             },
         )?;
         self.sequences[sequence] = Sequence { table, tokens };
         Ok(())
-    }
-
-    fn device_cache(&self, layer: usize) -> (&dyn Device, &Buffer) {
-        device_cache(&self.lanes, layer)
     }
 
     /// CRC-32 of what must agree: the tensors' names, types and shapes, and the cache.
@@ -135,14 +137,9 @@ impl Context {
     }
 }
 
-/// Where the cache of a layer lies that is not on the CPU.
-fn device_cache(lanes: &[Lane], layer: usize) -> (&dyn Device, &Buffer) {
-    let mut there = lanes.iter().filter_map(|lane| {
-        let cache = lane.cache[layer].as_ref()?;
-        Some((&*lane.device, cache))
-    });
-    let Some(found) = there.next() else {
-        unreachable!("layer {layer}'s cache is neither here nor on a device");
-    };
-    found
+/// Where the cache of a layer lies that is not on the CPU: on one device, or the heads of each
+/// in their order. A page is all heads, one after another.
+fn device_caches(lanes: &[Lane], layer: usize) -> impl Iterator<Item = (&Lane, &Buffer)> {
+    let there = move |lane| Some((lane, Lane::layer_cache(lane, layer)?));
+    lanes.iter().filter_map(there)
 }

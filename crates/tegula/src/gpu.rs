@@ -15,13 +15,14 @@ pub struct GpuArgs {
     /// as many as fit [default: auto]
     #[arg(long, value_name = "N", value_parser = layers)]
     gpu_layers: Option<GpuLayers>,
-    /// How several GPUs share the model (-sm): layer, or none: all on one [default: layer]
+    /// How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden
+    /// values; or none: all on one [default: layer]
     #[arg(long, value_name = "MODE", value_parser = split)]
     split_mode: Option<Split>,
     /// Shares of the GPUs (-ts), such as 3,1 [default: by free memory]
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     tensor_split: Option<Vec<f32>>,
-    /// The GPU that takes all with -sm none (-mg)
+    /// The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)
     #[arg(long, value_name = "I", default_value_t = 0)]
     main_gpu: usize,
     /// GPUs to use (-dev), by name, or none [default: all]
@@ -59,10 +60,9 @@ fn split(s: &str) -> Result<Split, String> {
     match s {
         "layer" => Ok(Split::Layer),
         "none" => Ok(Split::None),
-        "tensor" | "row" => Err(format!(
-            "splitting by {s} is not supported; use layer or none"
-        )),
-        _ => Err("expected layer or none".to_owned()),
+        "tensor" => Ok(Split::Tensor),
+        "row" => Err("splitting by row is not supported; use tensor, which splits more".to_owned()),
+        _ => Err("expected layer, tensor or none".to_owned()),
     }
 }
 

@@ -4,7 +4,7 @@
 //! [`Lane`]. The residual stream is in one place at a time and moves when a part elsewhere
 //! wants it. A graph without devices is its step and nothing else.
 
-use super::{Attention, Lane, Layer, Matrices, Network, Output, Placed, Step};
+use super::{DeviceAttention, Lane, Layer, Matrices, Network, Output, Placed, Step};
 use crate::{Error, Result};
 use tegula_kernels::{
     Weights,
@@ -12,20 +12,38 @@ use tegula_kernels::{
     ops::moe::Routing,
 };
 
+/// Which devices a graph runs on.
+#[derive(Clone, Default)]
+pub(crate) struct On {
+    /// The device on which the whole model lies.
+    pub only: Option<usize>,
+    /// Devices that hold parts of layers that are split.
+    pub shared: Vec<usize>,
+}
+
+/// Where x is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum At {
+    Host,
+    Device(usize),
+    /// On each device that layers are split over: the same values.
+    All,
+}
+
 /// A step and the devices beside it.
 pub(crate) struct Graph<'a> {
     pub step: Step<'a>,
     pub matrices: &'a Matrices,
     pub lanes: &'a mut [Lane],
-    /// The device on which the whole model lies.
-    pub only: Option<usize>,
+    on: On,
     /// Whether logits are wanted, not hidden states alone.
     logits: bool,
     places: PlacesData,
-    /// Where x is: on a device, or on the CPU.
-    at: Option<usize>,
-    /// The lane whose buffers [`Lane::keep_rows`] swapped.
-    swapped: Option<usize>,
+    at: At,
+    /// The lanes whose buffers [`Lane::keep_rows`] swapped.
+    swapped: Vec<usize>,
+    /// One device's share of a sum, on its way.
+    share: Vec<f32>,
     /// The first thing that went wrong; nothing runs after it.
     error: Option<Error>,
 }
@@ -35,7 +53,7 @@ impl<'a> Graph<'a> {
         step: Step<'a>,
         matrices: &'a Matrices,
         lanes: &'a mut [Lane],
-        only: Option<usize>,
+        on: On,
         logits: bool,
     ) -> Graph<'a> {
         let places = match lanes.is_empty() {
@@ -47,11 +65,12 @@ impl<'a> Graph<'a> {
             step,
             matrices,
             lanes,
-            only,
+            on,
             logits,
             places,
-            at: None,
-            swapped: None,
+            at: At::Host,
+            swapped: Vec::new(),
+            share: Vec::new(),
             error: None,
         }
     }
@@ -67,19 +86,55 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Moves x to a device, or with `None` to the CPU.
-    fn move_to(&mut self, to: Option<usize>) -> Result<()> {
+    /// Moves x.
+    fn move_to(&mut self, to: At) -> Result<()> {
         if self.at == to {
             return Ok(());
         }
-        if let Some(from) = self.at {
+        let there = |d: &usize| self.on.shared.contains(d);
+        let (from, present) = match (self.at, to) {
+            (At::All, At::Device(d)) if there(&d) => (None, true),
+            (At::Host, _) => (None, false),
+            (At::Device(d), _) => (Some(d), false),
+            (At::All, _) => (self.on.shared.first().copied(), false),
+        };
+        if let Some(from) = from {
             self.lanes[from].read_x(self.step.m, &mut self.step.buffers.x)?;
         }
-        if let Some(to) = to {
-            self.lanes[to].write_x(&self.step.buffers.x)?;
+        let x = &self.step.buffers.x;
+        match to {
+            _ if present => {}
+            At::Host => {}
+            At::Device(d) => self.lanes[d].write_x(x)?,
+            At::All => {
+                for &d in &self.on.shared {
+                    self.lanes[d].write_x(x)?;
+                }
+            }
         }
         self.at = to;
         Ok(())
+    }
+
+    /// Adds to x, on all devices, what these have made of it, in their order.
+    fn exchange(&mut self, from: impl Iterator<Item = usize>) -> Result<()> {
+        let (m, delta) = (self.step.m, &mut self.step.buffers.delta);
+        for (i, d) in from.enumerate() {
+            if i == 0 {
+                self.lanes[d].read_delta(m, delta)?;
+            } else {
+                self.lanes[d].read_delta(m, &mut self.share)?;
+                self.step.compute.add_assign(delta, &self.share);
+            }
+        }
+        self.add_to_all()
+    }
+
+    /// Adds what is here to x on all devices.
+    fn add_to_all(&mut self) -> Result<()> {
+        let delta = &self.step.buffers.delta;
+        let mut shared = self.on.shared.iter();
+        shared.try_for_each(|d| self.lanes[*d].add_delta(delta))
     }
 
     /// Norm and the three projections.
@@ -87,17 +142,25 @@ impl<'a> Graph<'a> {
         let attention = &self.layer(layer).attention;
         self.run(|g| match attention {
             Placed::Host(a) => {
-                g.move_to(None)?;
+                g.move_to(At::Host)?;
                 g.step.norm_qkv(a);
                 Ok(())
             }
             Placed::Device(d, a) => {
-                g.move_to(Some(*d))?;
-                let lane = &mut g.lanes[*d];
-                lane.place(&g.places, &g.step.buffers.rope)?;
-                lane.norm_qkv(a, g.step.m)
+                g.move_to(At::Device(*d))?;
+                g.norm_qkv_on(*d, a)
+            }
+            Placed::Split(parts) => {
+                g.move_to(At::All)?;
+                parts.iter().try_for_each(|(d, a)| g.norm_qkv_on(*d, a))
             }
         });
+    }
+
+    fn norm_qkv_on(&mut self, d: usize, a: &DeviceAttention) -> Result<()> {
+        let lane = &mut self.lanes[d];
+        lane.place(&self.places, &self.step.buffers.rope)?;
+        lane.norm_qkv(a, self.step.m)
     }
 
     /// Normalises each head of q and k. On a device this happens together with the rotation.
@@ -116,6 +179,7 @@ impl<'a> Graph<'a> {
                 Ok(())
             }
             Placed::Device(d, a) => g.lanes[*d].heads(a),
+            Placed::Split(parts) => parts.iter().try_for_each(|(d, a)| g.lanes[*d].heads(a)),
         });
     }
 
@@ -123,9 +187,17 @@ impl<'a> Graph<'a> {
     pub fn attend(&mut self, layer: usize) {
         let attention = &self.layer(layer).attention;
         self.run(|g| {
-            let Placed::Device(d, _) = attention else {
-                g.step.attend(layer);
-                return Ok(());
+            let d = match attention {
+                Placed::Host(_) => {
+                    g.step.attend(layer);
+                    return Ok(());
+                }
+                Placed::Split(parts) => {
+                    return parts
+                        .iter()
+                        .try_for_each(|(d, _)| g.lanes[*d].attend(layer));
+                }
+                Placed::Device(d, _) => d,
             };
             let lane = &g.lanes[*d];
             if lane.cache[layer].is_some() {
@@ -142,18 +214,24 @@ impl<'a> Graph<'a> {
     pub fn last_layer_keeps_outputs(&mut self, layer: usize) {
         let attention = &self.layer(layer).attention;
         self.run(|g| {
-            let Placed::Device(d, _) = attention else {
-                g.step.last_layer_keeps_outputs(layer);
-                return Ok(());
+            let devices = match attention {
+                Placed::Host(_) => {
+                    g.step.last_layer_keeps_outputs(layer);
+                    return Ok(());
+                }
+                Placed::Device(d, _) => vec![*d],
+                Placed::Split(_) => g.on.shared.clone(),
             };
             let count = g.step.outputs.len();
             if layer + 1 == g.step.config.layers && count != g.step.m {
-                if g.only.is_none() {
-                    g.lanes[*d].write_rows(g.step.outputs)?;
-                }
-                if count > 0 {
-                    g.lanes[*d].keep_rows(count)?;
-                    g.swapped = Some(*d);
+                for d in devices {
+                    if g.on.only.is_none() {
+                        g.lanes[d].write_rows(g.step.outputs)?;
+                    }
+                    if count > 0 {
+                        g.lanes[d].keep_rows(count)?;
+                        g.swapped.push(d);
+                    }
                 }
                 g.step.m = count;
             }
@@ -170,8 +248,14 @@ impl<'a> Graph<'a> {
                 g.step.add_attention_output(a);
                 Ok(())
             }
-            Placed::Device(..) if m == 0 => Ok(()),
-            Placed::Device(d, a @ Attention { .. }) => g.lanes[*d].add_attention_output(a, m),
+            Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
+            Placed::Device(d, a) => g.lanes[*d].add_attention_output(a, m),
+            Placed::Split(parts) => {
+                for (d, a) in parts {
+                    g.lanes[*d].attention_output_apart(a, m)?;
+                }
+                g.exchange(parts.iter().map(|(d, _)| *d))
+            }
         });
     }
 
@@ -181,15 +265,25 @@ impl<'a> Graph<'a> {
         let m = self.step.m;
         self.run(|g| match ffn {
             Placed::Host(f) => {
-                g.move_to(None)?;
+                g.move_to(At::Host)?;
                 match (g.step.norm_ffn(f), experts) {
                     (Some(routing), Some(experts)) => g.host_experts(experts, &routing),
                     _ => Ok(()),
                 }
             }
-            Placed::Device(..) if m == 0 => Ok(()),
+            Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
+            Placed::Split(parts) => {
+                g.move_to(At::All)?;
+                for (d, f) in parts {
+                    g.lanes[*d].norm_ffn_apart(f, m)?;
+                }
+                match experts {
+                    Some(experts) => g.shared_experts(parts, experts),
+                    None => g.exchange(parts.iter().map(|(d, _)| *d)),
+                }
+            }
             Placed::Device(d, f) => {
-                g.move_to(Some(*d))?;
+                g.move_to(At::Device(*d))?;
                 g.lanes[*d].norm_ffn(f, m)?;
                 match experts {
                     Some(experts) => g.device_experts(*d, experts),
@@ -213,9 +307,11 @@ impl<'a> Graph<'a> {
                 }
                 let b = &mut *self.step.buffers;
                 self.lanes[*e].write_input(routing, &b.input)?;
-                self.lanes[*e].experts_apart(experts, self.step.m, &mut b.delta)?;
+                self.lanes[*e].experts_apart(experts, self.step.m)?;
+                self.lanes[*e].read_delta(self.step.m, &mut b.delta)?;
                 self.step.compute.add_assign(&mut b.x, &b.delta);
             }
+            Placed::Split(_) => unreachable!("experts are split with their router"),
         }
         Ok(())
     }
@@ -242,10 +338,43 @@ impl<'a> Graph<'a> {
             Placed::Device(e, experts) => {
                 let b = &mut *self.step.buffers;
                 self.lanes[*e].write_input(&routing, &b.input)?;
-                self.lanes[*e].experts_apart(experts, m, &mut b.delta)?;
+                self.lanes[*e].experts_apart(experts, m)?;
+                self.lanes[*e].read_delta(m, &mut b.delta)?;
             }
+            Placed::Split(_) => unreachable!("experts are split with their router"),
         }
         self.lanes[d].add_delta(&self.step.buffers.delta)
+    }
+
+    /// Experts of routers on all devices that hold a part of them, which choose alike, or on
+    /// the CPU.
+    fn shared_experts<F>(
+        &mut self,
+        routers: &[(usize, F)],
+        experts: &Placed<Network<Weights>, Network<Matrix>>,
+    ) -> Result<()> {
+        let m = self.step.m;
+        let count = self.step.config.experts.map_or(0, |e| e.count);
+        match experts {
+            Placed::Split(parts) => {
+                for (d, experts) in parts {
+                    self.lanes[*d].route(count, m)?;
+                    self.lanes[*d].experts_apart(experts, m)?;
+                }
+                self.exchange(parts.iter().map(|(d, _)| *d))
+            }
+            Placed::Host(experts) => {
+                let Some((d, _)) = routers.first() else {
+                    unreachable!("a split network without parts");
+                };
+                let b = &mut *self.step.buffers;
+                self.lanes[*d].read_input(m, count, &mut b.router, &mut b.input)?;
+                let routing = self.step.route(count);
+                self.step.experts_apart(experts, &routing);
+                self.add_to_all()
+            }
+            Placed::Device(..) => unreachable!("layers are split, their experts are not"),
+        }
     }
 
     /// Runs `layers`, which calls the graph's blocks, and the output; appends `hidden`
@@ -256,23 +385,25 @@ impl<'a> Graph<'a> {
         hidden: &mut Vec<f32>,
         logits: &mut Vec<f32>,
     ) -> Result<()> {
-        match self.only {
+        match self.on.only {
             None => {
                 layers(&mut self);
                 self.run(|g| g.output());
             }
             Some(d) => self.run(|g| g.recorded(d, layers)),
         }
-        if let Some(d) = self.swapped.take() {
-            // The results are in the swapped buffers until they have been read.
-            self.run(|g| g.read_output(hidden, logits));
-            self.lanes[d].restore_rows();
-        } else {
-            self.run(|g| g.read_output(hidden, logits));
-        }
+        // The results are in the swapped buffers until they have been read.
+        self.run(|g| g.read_output(hidden, logits));
+        self.restore_rows();
         match self.error {
             None => Ok(()),
             Some(error) => Err(error),
+        }
+    }
+
+    fn restore_rows(&mut self) {
+        for d in std::mem::take(&mut self.swapped) {
+            self.lanes[d].restore_rows();
         }
     }
 
@@ -281,7 +412,7 @@ impl<'a> Graph<'a> {
         let (m, outputs) = (self.step.m, self.step.outputs.len());
         self.lanes[d].place(&self.places, &self.step.buffers.rope)?;
         self.lanes[d].write_rows(self.step.outputs)?;
-        self.move_to(Some(d))?;
+        self.move_to(At::Device(d))?;
         let device = std::sync::Arc::clone(&self.lanes[d].device);
         let key = self.lanes[d].key(m, outputs, self.logits);
         loop {
@@ -300,9 +431,7 @@ impl<'a> Graph<'a> {
                 Ended::Done => return error.map_or(Ok(()), Err),
                 // As before the layers.
                 Ended::Again => {
-                    if let Some(d) = self.swapped.take() {
-                        self.lanes[d].restore_rows();
-                    }
+                    self.restore_rows();
                     self.step.m = m;
                 }
             }
@@ -315,9 +444,9 @@ impl<'a> Graph<'a> {
             return Ok(());
         }
         let Placed::Device(d, Output { norm, matrix }) = &self.matrices.output else {
-            return self.move_to(None);
+            return self.move_to(At::Host);
         };
-        self.move_to(Some(*d))?;
+        self.move_to(At::Device(*d))?;
         let Some(matrix) = matrix else {
             unreachable!("a device has its own copy of a tied output matrix");
         };
@@ -337,6 +466,7 @@ impl<'a> Graph<'a> {
                 }
                 Ok(())
             }
+            Placed::Split(_) => unreachable!("the output matrix is on one device"),
             Placed::Device(d, Output { matrix, .. }) => {
                 let Some(matrix) = matrix else {
                     unreachable!("a device has its own copy of a tied output matrix");

@@ -277,23 +277,51 @@ impl Lane {
         std::mem::swap(&mut self.attention, &mut self.q);
     }
 
+    /// `x += out · attention`
     pub fn add_attention_output(&self, a: &DeviceAttention, m: usize) -> Result<()> {
+        self.attention_output(a, m, &self.x, true)
+    }
+
+    /// The same without x, where its sum over devices is added: `delta = out · attention`.
+    pub fn attention_output_apart(&self, a: &DeviceAttention, m: usize) -> Result<()> {
+        self.attention_output(a, m, &self.delta, false)
+    }
+
+    fn attention_output(
+        &self,
+        a: &DeviceAttention,
+        m: usize,
+        out: &Buffer,
+        add: bool,
+    ) -> Result<()> {
         let product = Product {
             w: &a.out,
-            out: &self.x,
+            out,
             bias: a.out_bias.as_ref(),
-            add: true,
+            add,
         };
         Ok(self.device.matmul(&[product], &self.attention, m)?)
     }
 
     /// Norm and dense network, or norm and the router's logits.
     pub fn norm_ffn(&self, ffn: &DeviceFfn, m: usize) -> Result<()> {
+        self.norm_ffn_to(ffn, m, &self.x)
+    }
+
+    /// The same, but the network's result is not added to x: it is `delta`.
+    pub fn norm_ffn_apart(&self, ffn: &DeviceFfn, m: usize) -> Result<()> {
+        if matches!(ffn.kind, FfnKind::Dense(_)) {
+            self.device.zero(&self.delta)?;
+        }
+        self.norm_ffn_to(ffn, m, &self.delta)
+    }
+
+    fn norm_ffn_to(&self, ffn: &DeviceFfn, m: usize, to: &Buffer) -> Result<()> {
         self.norm(&ffn.norm, m)?;
         match &ffn.kind {
             FfnKind::Dense(network) => {
                 let network = on_device(network);
-                Ok(self.device.ffn(&network, &self.input, m, &self.x)?)
+                Ok(self.device.ffn(&network, &self.input, m, to)?)
             }
             FfnKind::Router(router) => {
                 let product = Product {
@@ -359,20 +387,19 @@ impl Lane {
             .experts(&network, &self.input, routing, m, &self.x)?)
     }
 
-    /// Experts whose sum is added elsewhere: `delta` from zeros.
-    pub fn experts_apart(
-        &self,
-        experts: &Network<Matrix>,
-        m: usize,
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
-        let len = m * self.config.embd;
-        self.device.write(&self.delta, 0, &vec![0; 4 * len])?;
+    /// Experts whose sum is added elsewhere: `delta`.
+    pub fn experts_apart(&self, experts: &Network<Matrix>, m: usize) -> Result<()> {
+        self.device.zero(&self.delta)?;
         let (network, routing) = (on_device(experts), self.routing());
-        self.device
-            .experts(&network, &self.input, routing, m, &self.delta)?;
+        Ok(self
+            .device
+            .experts(&network, &self.input, routing, m, &self.delta)?)
+    }
+
+    /// Reads what is to be added elsewhere.
+    pub fn read_delta(&self, m: usize, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
-        self.read(&self.delta, len, out)
+        self.read(&self.delta, m * self.config.embd, out)
     }
 
     /// `x += delta`, which comes from elsewhere.
@@ -440,6 +467,16 @@ impl Lane {
             self.device.kv_copy(cache, &self.shape, from, to)?;
         }
         Ok(())
+    }
+
+    /// A layer's cache, if it is here.
+    pub fn layer_cache(&self, layer: usize) -> Option<&Buffer> {
+        self.cache[layer].as_ref()
+    }
+
+    /// Bytes of a page of one layer here.
+    pub fn page_bytes(&self) -> usize {
+        self.shape.layer_page_bytes()
     }
 
     /// Bytes of the cache here.

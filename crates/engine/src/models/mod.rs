@@ -11,7 +11,7 @@ mod qwen3;
 mod qwen3moe;
 
 pub(crate) use blocks::{Buffers, Step};
-pub(crate) use graph::Graph;
+pub(crate) use graph::{Graph, On};
 pub(crate) use lane::Lane;
 
 use crate::Arch;
@@ -21,6 +21,8 @@ use tegula_kernels::{Weights, device};
 pub(crate) enum Placed<H, D> {
     Host(H),
     Device(usize, D),
+    /// Parts on several devices, in their order.
+    Split(Vec<(usize, D)>),
 }
 
 /// All that is multiplied. Matrices are `[n][k]`: `n` outputs, `k` inputs.

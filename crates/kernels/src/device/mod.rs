@@ -19,6 +19,7 @@ use crate::{
 };
 use std::{
     fmt,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -213,6 +214,44 @@ impl RawMatrix {
             experts,
             bytes,
         })
+    }
+
+    /// These rows of each matrix.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn rows(&self, rows: Range<usize>) -> RawMatrix {
+        self.part(rows, 0..self.k)
+    }
+
+    /// These columns of each matrix: whole blocks.
+    ///
+    /// # Panics
+    /// When there are fewer, or blocks would be divided.
+    pub fn columns(&self, columns: Range<usize>) -> RawMatrix {
+        self.part(0..self.n, columns)
+    }
+
+    fn part(&self, rows: Range<usize>, columns: Range<usize>) -> RawMatrix {
+        assert!(rows.end <= self.n && columns.end <= self.k);
+        let (block, len) = (self.ty.block_bytes(), self.ty.block_len());
+        assert!(columns.start.is_multiple_of(len) && columns.end.is_multiple_of(len));
+        let row = self.k / len * block;
+        let part = columns.start / len * block..columns.end / len * block;
+        let mut bytes = Vec::with_capacity(self.experts * rows.len() * part.len());
+        for expert in 0..self.experts {
+            for n in rows.clone() {
+                let at = (expert * self.n + n) * row;
+                bytes.extend_from_slice(&self.bytes[at + part.start..at + part.end]);
+            }
+        }
+        RawMatrix {
+            ty: self.ty,
+            n: rows.len(),
+            k: columns.len(),
+            experts: self.experts,
+            bytes: Bytes::from_vec(bytes),
+        }
     }
 
     /// The type.
@@ -569,6 +608,23 @@ mod tests {
             }
             assert_eq!(at, ty.block_bytes(), "{ty}");
         }
+    }
+
+    #[test]
+    fn parts_are_the_rows_and_columns_of_each_matrix() {
+        // Two matrices of three rows of two blocks; a block's first byte numbers it.
+        let block = GgmlType::Q8_0.block_bytes();
+        let mut bytes = vec![0; 12 * block];
+        (0..12).for_each(|i| bytes[i * block] = i as u8);
+        let all = RawMatrix::new(GgmlType::Q8_0, 3, 64, 2, Bytes::from_vec(bytes)).unwrap();
+        let blocks =
+            |m: &RawMatrix| -> Vec<u8> { m.bytes().iter().step_by(block).copied().collect() };
+        let rows = all.rows(1..3);
+        assert_eq!((rows.n(), rows.k(), rows.experts()), (2, 64, 2));
+        assert_eq!(blocks(&rows), [2, 3, 4, 5, 8, 9, 10, 11]);
+        let columns = all.columns(32..64);
+        assert_eq!((columns.n(), columns.k(), columns.experts()), (3, 32, 2));
+        assert_eq!(blocks(&columns), [1, 3, 5, 7, 9, 11]);
     }
 
     #[test]
