@@ -7,9 +7,7 @@ use std::{
     ptr,
     sync::OnceLock,
 };
-
-/// Bytes that the library works in; what its guide recommends for Hopper.
-pub(crate) const WORKSPACE: usize = 32 << 20;
+use tegula_kernels::device::LIBRARY_WORKSPACE;
 
 /// Names under which the library is installed: of the driver's own generation first.
 const NAMES: [&str; 3] = ["libcublas.so.13", "libcublas.so.12", "libcublas.so"];
@@ -94,7 +92,7 @@ unsafe impl Send for Blas {}
 unsafe impl Sync for Blas {}
 
 impl Blas {
-    /// Opens the library for a device; it works in `workspace`, [`WORKSPACE`] bytes there.
+    /// Opens the library for a device; it works in `workspace`, [`LIBRARY_WORKSPACE`] bytes there.
     ///
     /// # Errors
     /// When it is not installed or refuses, in words.
@@ -118,7 +116,7 @@ impl Blas {
             let place = ptr::with_exposed_provenance_mut(workspace as usize);
             said(
                 "cublasSetWorkspace",
-                (f.set_workspace)(handle, place, WORKSPACE),
+                (f.set_workspace)(handle, place, LIBRARY_WORKSPACE),
             )?;
             Ok(blas)
         }

@@ -2,7 +2,7 @@
 //! [`crate::operations`].
 
 use crate::{
-    blas::{Blas, WORKSPACE},
+    blas::Blas,
     driver::{Gpu, Recorded},
     launch::{Kv, Q8, Where, launch},
     modules::{Modules, Unit},
@@ -14,7 +14,10 @@ use std::{
 };
 use tegula_gguf::{GgmlType, blocks::grids};
 use tegula_kernels::{
-    device::{Budget, Buffer, DeviceError, DeviceInfo, Ended, Memory, Places, Recording, Result},
+    device::{
+        Budget, Buffer, DeviceError, DeviceInfo, Ended, LIBRARY_WORKSPACE, Memory, Places,
+        Recording, Result,
+    },
     kv::{KvShape, KvType},
 };
 
@@ -389,7 +392,10 @@ impl CudaDevice {
             if std::env::var_os("TEGULA_CUDA_BLAS").is_some_and(|v| v == "off") {
                 return Err("switched off".to_owned());
             }
-            let workspace = self.pool.alloc(WORKSPACE).map_err(|e| e.to_string())?;
+            let workspace = self
+                .pool
+                .alloc(LIBRARY_WORKSPACE)
+                .map_err(|e| e.to_string())?;
             let blas = Blas::open(&self.pool.gpu, workspace.address())?;
             Ok(Library {
                 blas: Mutex::new(blas),

@@ -7,13 +7,8 @@ use crate::{
     modules::Unit,
 };
 use tegula_gguf::GgmlType;
-use tegula_kernels::device::{Buffer, Matrix, Product, Result, planes, rounded};
+use tegula_kernels::device::{Buffer, LIBRARY_FROM, Matrix, Product, Result, planes, rounded};
 
-/// Tokens from which a dense matrix is decoded to bf16 as a whole and cuBLAS multiplies it;
-/// fewer are faster with the kernels that decode on the way. Reasoned, not yet measured: the
-/// decoded matrix costs 4 bytes a weight of memory traffic, which is what 200 to 250 tokens
-/// gain on an H100.
-const BLAS_FROM: usize = 256;
 /// The largest part of a matrix that is decoded at once, in bytes of bf16.
 const DECODED: usize = 256 << 20;
 /// Multiprocessors of the GPUs that this was written for.
@@ -166,7 +161,7 @@ impl CudaDevice {
         x: u64,
         m: usize,
     ) -> Result<()> {
-        if m >= BLAS_FROM && into.bias == 0 && self.by_library(into, add, x, m)? {
+        if m >= LIBRARY_FROM && into.bias == 0 && self.by_library(into, add, x, m)? {
             return Ok(());
         }
         let rows = into.w.n.div_ceil(TILE_ROWS);

@@ -9,8 +9,8 @@ use tegula_gguf::{Bytes, GgmlType, blocks};
 use tegula_kernels::{
     Tier,
     device::{
-        Buffer, Device, DeviceRouting, Ended, HeadOptions, Heads, Matrix, Network, Places, Product,
-        RawMatrix, Recording, sim::SimDevice,
+        Buffer, Device, DeviceRouting, Ended, HeadOptions, Heads, LIBRARY_FROM, Matrix, Network,
+        Places, Product, RawMatrix, Recording, sim::SimDevice,
     },
     kv::{KvShape, KvType},
     ops::{RopeStyle, moe::RouteOptions},
@@ -226,6 +226,31 @@ fn products(gpu: &CudaDevice, ty: GgmlType) -> Result<(), Failed> {
             };
             d.0.experts(&network, &input, &routing, m, &x).unwrap();
             d.get(&x, m * 256)
+        })?;
+    }
+    Ok(())
+}
+
+/// So many tokens that a library multiplies dense matrices, if it is installed.
+fn many(gpu: &CudaDevice) -> Result<(), Failed> {
+    let (m, n, k) = (LIBRARY_FROM + 5, 70, 96);
+    for ty in [GgmlType::Q4_0, GgmlType::BF16, GgmlType::F16] {
+        both(gpu, &format!("{ty}, {m} tokens"), ROUNDED, |d| {
+            let rng = &mut Rng(13);
+            let w: Vec<_> = (0..2).map(|i| d.load(&raw(rng, ty, n + i, k, 1))).collect();
+            let x = d.put(&rng.floats(m * k));
+            let (out, sum) = (d.poisoned(m * (n + 1)), d.put(&rng.floats(m * n)));
+            let product = |w, out, add| Product {
+                w,
+                out,
+                bias: None,
+                add,
+            };
+            let two = [product(&w[0], &sum, true), product(&w[1], &out, false)];
+            d.0.matmul(&two, &x, m).unwrap();
+            let mut all = d.get(&sum, m * n);
+            all.extend(d.get(&out, m * (n + 1)));
+            all
         })?;
     }
     Ok(())
@@ -619,6 +644,7 @@ fn main() {
     add("rows".to_owned(), Box::new(rows));
     add("routing".to_owned(), Box::new(routing));
     add("forms".to_owned(), Box::new(forms));
+    add("many_tokens".to_owned(), Box::new(many));
     add("recordings".to_owned(), Box::new(recordings));
     for (k, v) in [
         (KvType::F16, KvType::F16),

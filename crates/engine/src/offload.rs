@@ -482,7 +482,13 @@ fn activations(c: &ModelConfig, ubatch: usize) -> u64 {
     let floats = 3 * c.embd + 2 * q + 2 * kv + router + 2 * c.head_dim + 2 * widest;
     let experts = used * (3 * ff + c.embd);
     let per_token = 4 * (floats + experts + 2);
-    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch)) as u64) + 40 * device::ALIGN
+    // From so many tokens on a library multiplies, which takes matrices decoded, one at a time.
+    let decoded = match ubatch >= device::LIBRARY_FROM {
+        true => 2 * c.embd * q.max(c.ff) + device::LIBRARY_WORKSPACE,
+        false => 0,
+    };
+    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch) + decoded) as u64)
+        + 60 * device::ALIGN
 }
 
 /// Places all units.

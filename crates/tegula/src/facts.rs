@@ -13,6 +13,13 @@ pub fn isa(model: &Model) -> String {
     }
 }
 
+/// Says on stderr what the devices have to say of how they worked, once.
+pub fn say_notes(model: &Model) {
+    for note in model.device_notes() {
+        say!("note: {note}");
+    }
+}
+
 /// Where AMX was asked for: whether it is on, on how many threads, for which matrices.
 pub fn amx(model: &Model) -> Option<String> {
     let compute = model.compute();

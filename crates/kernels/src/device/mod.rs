@@ -30,6 +30,15 @@ use tegula_gguf::{Bytes, GgmlType};
 /// Alignment of what is allocated on a device; plans round to it.
 pub const ALIGN: u64 = 256;
 
+/// Tokens from which a dense matrix is decoded to bf16 as a whole and a device's library
+/// multiplies it; fewer are faster with kernels that decode on the way. Reasoned, not yet
+/// measured: the decoded matrix costs 4 bytes a weight of memory traffic, which is what 200 to
+/// 250 tokens gain on an H100. Plans keep the memory for it.
+pub const LIBRARY_FROM: usize = 256;
+
+/// Bytes that such a library works in; what cuBLAS's guide recommends for Hopper.
+pub const LIBRARY_WORKSPACE: usize = 32 << 20;
+
 /// Why a device could not do something. Messages are lower-case fragments.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -300,6 +300,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
                     Source::Embedded { .. } => None,
                 };
                 groups(args, &engines, &peers, file, &tests, &cancel, &mut printer)?;
+                engines.iter().for_each(|e| facts::say_notes(&e.model));
             }
         }
     }

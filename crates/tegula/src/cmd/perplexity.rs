@@ -111,6 +111,8 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
                 progress.done(done as u64, all as u64);
             },
         )?;
+        drop(progress);
+        facts::say_notes(&model);
         Report {
             isa: facts::isa(&model),
             nll: result.nll,

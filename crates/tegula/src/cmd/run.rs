@@ -251,6 +251,7 @@ fn engine(
         }
         ctx.save_state(0, path)?;
     }
+    facts::say_notes(&model);
     let compute = model.compute();
     Ok(Run {
         model: model.config().name.clone(),
