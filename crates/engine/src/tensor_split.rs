@@ -83,7 +83,7 @@ impl TensorSplit {
         let unit = lcm(q_cols, block(gguf, &["attn_output.weight"])) / q_cols;
         let ff = c.experts.map_or(c.ff, |e| e.ff);
         let ff_unit = block(gguf, &["ffn_down.weight", "ffn_down_exps.weight"]);
-        if c.kv_heads % unit != 0 || ff % ff_unit != 0 {
+        if !c.kv_heads.is_multiple_of(unit) || !ff.is_multiple_of(ff_unit) {
             return Err(Error::Placement(format!(
                 "-sm tensor: {} KV heads can be cut in groups of {unit}, {ff} hidden values in \
                  groups of {ff_unit}, and neither may be left over; use -sm layer",
