@@ -50,6 +50,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tegula-lab",
             // For the sources of its kernels.
             "tegula-cuda",
+            // For the definition of its commands.
+            "tegula",
             // For its feature `amx` alone.
             "tegula-engine",
             "phase1-isolation",

@@ -4,6 +4,7 @@ use crate::{
     exit::Refusal,
     facts,
     gpu::GpuArgs,
+    hub::{self, Reference},
     output,
     progress::{Progress, Unit},
 };
@@ -92,33 +93,56 @@ pub fn spell_out(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
 /// Which model.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
-    /// GGUF file (of a split model, any part) [default: the embedded ferrous-moe-21m]
+    /// GGUF file (of a split model, any part), or hf:OWNER/REPO[:QUANT] [default: the embedded
+    /// ferrous-moe-21m]
     #[arg(value_name = "MODEL", conflicts_with = "model_flag")]
     model: Option<PathBuf>,
     /// The same as MODEL
     #[arg(short = 'm', long = "model", value_name = "MODEL")]
     model_flag: Option<PathBuf>,
+    /// Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)
+    #[arg(long)]
+    offline: bool,
 }
 
 impl ModelArgs {
-    /// Where the model comes from.
-    pub fn source(&self) -> Source {
+    /// Where the model comes from. One of a hub is fetched if it isn't in the cache.
+    pub fn source(&self) -> anyhow::Result<Source> {
         match self.model.as_ref().or(self.model_flag.as_ref()) {
-            Some(path) => Source::Path(path.clone()),
-            None => Source::Embedded {
-                bytes: EMBEDDED,
-                name: EMBEDDED_NAME,
-            },
+            Some(path) => Ok(Source::Path(model_path(path, self.offline)?)),
+            None => Ok(embedded()),
         }
     }
 
     /// The file, mapped and not loaded.
     pub fn open(&self) -> anyhow::Result<Gguf> {
-        Ok(match self.source() {
+        Ok(match self.source()? {
             Source::Path(path) => Gguf::open(path)?,
             Source::Embedded { bytes, name } => Gguf::from_static(bytes, name)?,
         })
     }
+}
+
+/// The model inside the program.
+pub fn embedded() -> Source {
+    Source::Embedded {
+        bytes: EMBEDDED,
+        name: EMBEDDED_NAME,
+    }
+}
+
+/// The file that a MODEL means: itself, or what hf:… is in the cache.
+pub fn model_path(model: &Path, offline: bool) -> anyhow::Result<PathBuf> {
+    let name = model
+        .to_str()
+        .filter(|n| Reference::strip_prefix(n).is_some());
+    let Some(name) = name else {
+        return Ok(model.to_owned());
+    };
+    let no = ["", "0", "false", "no", "off"];
+    let set = std::env::var("HF_HUB_OFFLINE").unwrap_or_default();
+    let offline = offline || !no.contains(&set.to_lowercase().as_str());
+    hub::resolve(&name.parse()?, offline)
 }
 
 /// How to load it and what to run it on.
@@ -131,7 +155,7 @@ pub struct CpuArgs {
     #[arg(long, value_name = "N", value_parser = thread_count)]
     threads_batch: Option<usize>,
     /// Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU's best]
-    #[arg(long, value_name = "TIER", env = "TEGULA_ISA")]
+    #[arg(long, value_name = "TIER")]
     isa: Option<Tier>,
     /// Use Intel AMX, or say why it can't be; =auto: only where it can be; =emulate: in software,
     /// for tests
@@ -274,7 +298,7 @@ impl CpuArgs {
 
     /// Loads the model and shows how far it is.
     pub fn load(&self, model: &ModelArgs) -> anyhow::Result<Arc<Model>> {
-        load(&self.options(model.source())?)
+        load(&self.options(model.source()?)?)
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! 0 ok, 2 usage, 3 bad model or input, 4 requirement not met, 70 internal error.
 
+use crate::hub::HubError;
 use phase2_perf::{plot::PlotError, record::BenchRecordError};
 use phase4_parity::oracle::OracleError;
 use std::{fmt::Write as _, io, process::ExitCode};
@@ -57,6 +58,7 @@ pub fn code(error: &anyhow::Error) -> u8 {
             || cause.is::<RecordError>()
             || cause.is::<BenchRecordError>()
             || cause.is::<PlotError>()
+            || cause.is::<HubError>()
             || cause.is::<io::Error>()
         {
             return INPUT;

@@ -3,7 +3,7 @@
 
 use crate::gpu::GpuArgs;
 use crate::{
-    args::{self, AmxMode, ModelArgs},
+    args::{self, AmxMode},
     exit::Refusal,
     facts, interrupt, output,
 };
@@ -56,7 +56,7 @@ Ctrl-C ends with those that are.
 Peers run the same tests, and all take turns repetition by repetition; ratios are of the samples
 of the same turn. A peer that fails has its reason in the table, and the run goes on.")]
 pub struct BenchArgs {
-    /// GGUF file [default: the embedded ferrous-moe-21m]
+    /// GGUF file, or hf:OWNER/REPO[:QUANT] [default: the embedded ferrous-moe-21m]
     #[arg(value_name = "MODEL")]
     models: Vec<PathBuf>,
     /// The same as MODEL, separated by commas
@@ -67,6 +67,9 @@ pub struct BenchArgs {
         value_delimiter = ','
     )]
     model_flags: Vec<PathBuf>,
+    /// Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)
+    #[arg(long)]
+    offline: bool,
     /// Prompt lengths; 0: none
     #[arg(short = 'p', long, value_name = "LIST", default_value = "512", value_parser = numbers)]
     n_prompt: Vec<Numbers>,
@@ -103,7 +106,7 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "LIST", value_parser = numbers)]
     threads: Vec<Numbers>,
     /// Instruction sets: scalar, avx2, avx512 [default: the CPU's best]
-    #[arg(long, value_name = "TIER", value_delimiter = ',', env = "TEGULA_ISA")]
+    #[arg(long, value_name = "TIER", value_delimiter = ',')]
     isa: Vec<Tier>,
     /// Use Intel AMX; =off,on: without and with it
     #[arg(long, value_name = "off|on", num_args = 0..=1, require_equals = true,
@@ -280,7 +283,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     for source in if only_probe {
         Vec::new()
     } else {
-        sources(args)
+        sources(args)?
     } {
         for &threads in &threads {
             let together = match interleave {
@@ -490,11 +493,13 @@ fn tests(args: &BenchArgs) -> Result<Vec<Test>, Refusal> {
     Ok(tests)
 }
 
-fn sources(args: &BenchArgs) -> Vec<Source> {
-    let paths: Vec<_> = args.models.iter().chain(&args.model_flags).collect();
-    match paths.as_slice() {
-        [] => vec![ModelArgs::default().source()],
-        paths => paths.iter().map(|&p| Source::Path(p.clone())).collect(),
+fn sources(args: &BenchArgs) -> anyhow::Result<Vec<Source>> {
+    let given = args.models.iter().chain(&args.model_flags);
+    let path = |model: &PathBuf| Ok(Source::Path(args::model_path(model, args.offline)?));
+    let sources: Vec<_> = given.map(path).collect::<anyhow::Result<_>>()?;
+    match sources.is_empty() {
+        true => Ok(vec![args::embedded()]),
+        false => Ok(sources),
     }
 }
 

@@ -57,7 +57,7 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let gguf = args.model.open()?;
     let config = ModelConfig::from_gguf(&gguf)?;
-    let flags = args.cpu.options(args.model.source())?.plan_flags();
+    let flags = args.cpu.options(args.model.source()?)?.plan_flags();
     let plan = plan(&config, &gguf, &flags);
     let isa = match flags.amx {
         None => flags.tier.to_string(),

@@ -63,7 +63,7 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     };
     let encode = |tokenizer: &Tokenizer| tokenizer.encode(&text, EncodeOptions::default());
     let (isa, tokenizer, tokens, logits) = if args.reference {
-        let gguf = args.cpu.options(args.model.source())?.open()?;
+        let gguf = args.cpu.options(args.model.source()?)?.open()?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let tokens = encode(&tokenizer);
         let logits = Oracle::load(&gguf)?.logits(&tokens)?;

@@ -2,12 +2,17 @@
 
 mod bench;
 mod chat;
+mod completions;
+mod config;
 mod doctor;
 mod explain;
 mod inspect;
+mod list;
 mod logits;
 mod perplexity;
+mod pull;
 mod quantize;
+mod rm;
 mod run;
 mod serve;
 mod synth;
@@ -24,10 +29,15 @@ use clap::{Parser, Subcommand};
   tegula bench model.gguf
   tegula doctor
 
+Every flag can also be set by a variable TEGULA_FLAG or in a file: see `tegula config --help`.
+
 Exit codes: 0 ok, 2 usage, 3 bad model or input, 4 requirement not met, 70 internal error.")]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]
+    #[arg(long, value_name = "FILE", global = true, hide_short_help = true)]
+    config: Option<std::path::PathBuf>,
 }
 
 #[derive(Subcommand, Debug)]
@@ -38,6 +48,12 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     /// Serve a model over HTTP, as OpenAI's API and as a page
     Serve(Box<serve::ServeArgs>),
+    /// Fetch a model from a Hugging Face hub
+    Pull(pull::PullArgs),
+    /// List the models that were fetched
+    List(list::ListArgs),
+    /// Remove a model that was fetched
+    Rm(rm::RmArgs),
     /// Measure prompts and generation
     Bench(Box<bench::BenchArgs>),
     /// Score a text: perplexity as llama.cpp counts it
@@ -56,6 +72,10 @@ enum Command {
     Quantize(Box<quantize::QuantizeArgs>),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
+    /// Show which flags are set, and by what
+    Config(config::ConfigArgs),
+    /// Print a script that completes commands and flags in a shell
+    Completions(completions::CompletionsArgs),
 }
 
 /// Runs the command.
@@ -64,6 +84,9 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Pull(args) => pull::run(&args),
+        Command::List(args) => list::run(&args),
+        Command::Rm(args) => rm::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Logits(args) => logits::run(&args),
@@ -73,5 +96,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Synth(args) => synth::run(&args),
+        Command::Config(args) => config::run(&args, cli.config.as_deref()),
+        Command::Completions(args) => completions::run(&args),
     }
 }

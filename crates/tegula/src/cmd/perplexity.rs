@@ -69,7 +69,7 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
     };
     let chunks = usize::try_from(args.chunks).unwrap_or(0);
     let report = if args.reference {
-        let gguf = args.cpu.options(args.model.source())?.open()?;
+        let gguf = args.cpu.options(args.model.source()?)?.open()?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let oracle = Oracle::load(&gguf)?;
         let tokens = encode(&tokenizer);

@@ -141,7 +141,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         let what = "the reference takes no schema, grammar or expression";
         return Err(Refusal::Usage(what.to_owned()).into());
     }
-    let load = args.cpu.options(args.model.source())?;
+    let load = args.cpu.options(args.model.source()?)?;
     let mut out = Stdout::new(!args.json);
     let run = if args.reference {
         reference(

@@ -198,7 +198,7 @@ fn ready(
         say!("warning: the model has no chat template: ChatML is used");
     }
     let service = ServiceOptions {
-        name: name(args, model),
+        name: name(args, model)?,
         context: context.options().context,
         vocab: c.vocab,
         embedding: c.embd,
@@ -221,18 +221,18 @@ fn ready(
 }
 
 /// `general.name`, or the file's.
-fn name(args: &ServeArgs, model: &Model) -> String {
+fn name(args: &ServeArgs, model: &Model) -> anyhow::Result<String> {
     if let Some(alias) = &args.alias {
-        return alias.clone();
+        return Ok(alias.clone());
     }
     let stated = model.config().name.clone();
-    match args.model.source() {
+    Ok(match args.model.source()? {
         Source::Path(path) if stated.is_empty() || stated == "unnamed" => {
             let stem = path.file_stem().map(|stem| stem.to_string_lossy());
             stem.map_or(stated, |stem| stem.into_owned())
         }
         _ => stated,
-    }
+    })
 }
 
 /// As `ARCH.pooling_type` says: 3 is the last token's state.

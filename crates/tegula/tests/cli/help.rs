@@ -13,6 +13,9 @@ fn each_command() {
         "run",
         "chat",
         "serve",
+        "pull",
+        "list",
+        "rm",
         "bench",
         "perplexity",
         "logits",
@@ -22,6 +25,8 @@ fn each_command() {
         "doctor",
         "quantize",
         "synth",
+        "config",
+        "completions",
     ] {
         insta::assert_snapshot!(command, stdout(&[command, "--help"]));
     }

@@ -1,9 +1,12 @@
 //! The program as its users start it.
 
+mod chat;
 mod commands;
 mod errors;
 mod help;
+mod settings;
 mod synthetic;
+mod terminal;
 
 use serde_json::Value;
 use std::{
@@ -16,7 +19,15 @@ use std::{
 /// The program, with nothing from the environment that changes what it does.
 pub fn program<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tegula"));
-    command.args(args).env_remove("TEGULA_ISA");
+    command.args(args);
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("TEGULA_") || name.starts_with("HF_") {
+            command.env_remove(&*name);
+        }
+    }
+    // Nor from the user's own files.
+    command.env("XDG_CONFIG_HOME", "/nonexistent");
     command
 }
 

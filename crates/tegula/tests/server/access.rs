@@ -20,6 +20,15 @@ const ROUTES: [(&str, &str); 13] = [
 ];
 
 #[test]
+fn a_key_may_come_from_the_environment() {
+    let server = Server::start_with(&[("TEGULA_API_KEY", "hidden")], &[]);
+    assert_eq!(server.get("/v1/models").status, 401);
+    let header = ["Authorization: Bearer hidden"];
+    let with = server.request("GET", "/v1/models", &header, b"");
+    assert_eq!(with.status, 200);
+}
+
+#[test]
 fn a_key_opens_every_route_and_nothing_else_does() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("keys");

@@ -23,9 +23,17 @@ pub struct Server {
 impl Server {
     /// Serves the embedded model on a free port.
     pub fn start(args: &[&str]) -> Server {
+        Server::start_with(&[], args)
+    }
+
+    /// The same with variables of the environment; nothing else of it changes what it does.
+    pub fn start_with(variables: &[(&str, &str)], args: &[&str]) -> Server {
         let mut child = Command::new(env!("CARGO_BIN_EXE_tegula"))
             .args(["serve", "--port", "0", "-t", "2"])
             .args(args)
+            .env_remove("TEGULA_CONFIG")
+            .env("XDG_CONFIG_HOME", "/nonexistent")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
