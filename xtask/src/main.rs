@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod ci;
+mod dist;
 mod docs;
 mod phase;
 mod ptx;
@@ -48,6 +49,15 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Builds and packs the program for others, and tries what was packed.
+    Dist {
+        /// Pack this program instead of building one.
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+        /// Where the archive and its checksum go.
+        #[arg(long, value_name = "DIRECTORY", default_value = "target/dist")]
+        out: PathBuf,
+    },
     /// What CI runs after installing what is missing: format, lints, generated pages, tests.
     Ci,
 }
@@ -92,6 +102,9 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Codegen { check: false } => docs::write(&root).map(|()| ExitCode::SUCCESS),
         Task::Ptx { check: true } => Ok(ptx::check()),
         Task::Ptx { check: false } => ptx::write(&root).map(|()| ExitCode::SUCCESS),
+        Task::Dist { binary, out } => {
+            dist::run(&root, binary.as_deref(), &out).map(|()| ExitCode::SUCCESS)
+        }
         Task::Ci => ci::run(&root),
     }
 }

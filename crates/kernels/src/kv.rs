@@ -29,6 +29,9 @@ pub enum KvType {
 }
 
 impl KvType {
+    /// Every type.
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::BF16, KvType::Q8_0];
+
     /// As `-ctk` takes it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -40,8 +43,8 @@ impl KvType {
 
     /// The type that users know by `name`.
     pub fn parse(name: &str) -> Option<KvType> {
-        let all = [KvType::F16, KvType::BF16, KvType::Q8_0];
-        all.into_iter()
+        KvType::ALL
+            .into_iter()
             .find(|t| t.name().eq_ignore_ascii_case(name))
     }
 

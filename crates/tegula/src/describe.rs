@@ -1,7 +1,9 @@
-//! What describes the program, made from its definition of commands: the command line's page,
-//! manual pages, completions.
+//! What describes the program, made from what it is: the command line's page, manual pages and
+//! completions from its definition of commands, the page of formats from the kernels' tables.
 
-use crate::{cmd::Cli, settings};
+mod formats;
+
+use crate::{args, cmd::Cli, settings};
 use clap::{Arg, Command, CommandFactory as _};
 use clap_complete::Shell;
 use std::{collections::BTreeMap, fmt::Write as _, io};
@@ -22,10 +24,13 @@ pub fn completions(shell: Shell) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Everything that is generated, by its path under `docs/`: the page `cli.md`, manual pages
-/// in `man/`, completions in `completions/`.
+/// Everything that is generated, by its path under `docs/`: the page `cli.md`, the book's page of
+/// formats, manual pages in `man/`, completions in `completions/`.
 pub fn files() -> io::Result<BTreeMap<String, String>> {
-    let mut files = BTreeMap::from([("cli.md".to_owned(), page())]);
+    let mut files = BTreeMap::from([
+        ("cli.md".to_owned(), page()),
+        ("book/src/formats.md".to_owned(), formats::page()),
+    ]);
     for (shell, name) in [
         (Shell::Bash, "tegula.bash"),
         (Shell::Fish, "tegula.fish"),
@@ -35,6 +40,18 @@ pub fn files() -> io::Result<BTreeMap<String, String>> {
     }
     manuals(&command(), "tegula", &mut files)?;
     Ok(files)
+}
+
+/// Whether the words behind `tegula` are a command line, without running it; otherwise what is
+/// wrong with them.
+pub fn understands(words: &[String]) -> Result<(), String> {
+    let program = std::iter::once("tegula".into());
+    let line = args::spell_out(program.chain(words.iter().map(Into::into)));
+    match Cli::command().try_get_matches_from(line) {
+        // To ask for help is understood, too.
+        Err(e) if e.use_stderr() => Err(e.to_string()),
+        _ => Ok(()),
+    }
 }
 
 /// A manual page per command.

@@ -12,7 +12,7 @@
 use tegula_gguf::GgmlType;
 
 use super::{
-    Amx,
+    Amx, fewest_tokens,
     panel::{self, Choice, Decoders},
     tile::{self, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
 };
@@ -65,17 +65,6 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         scratch: CODES + TILES,
         fewest_tokens,
     })
-}
-
-/// From how many tokens on tiles are faster, or `None` for types that they don't take.
-fn fewest_tokens(ty: GgmlType) -> Option<usize> {
-    use GgmlType as T;
-    match ty {
-        // Routers and norms: few, and worth their precision.
-        T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => None,
-        T::BF16 => Some(4),
-        _ => Some(12),
-    }
 }
 
 /// # Safety

@@ -20,8 +20,22 @@ use std::arch::x86_64::__cpuid_count;
 #[cfg(feature = "amx")]
 use std::{io, sync::OnceLock};
 
+use tegula_gguf::GgmlType;
+
 #[cfg(feature = "amx")]
 use crate::{attn::TileAttention, strip::kernels::Tiles, tier::Tier};
+
+/// From how many tokens on tiles are faster than vectors, or `None` for types that they don't
+/// take. Measured, see `docs/bench`; the same on every CPU.
+pub fn fewest_tokens(ty: GgmlType) -> Option<usize> {
+    use GgmlType as T;
+    match ty {
+        // Routers and norms: few, and worth their precision.
+        T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => None,
+        T::BF16 => Some(4),
+        _ => Some(12),
+    }
+}
 
 /// Proof that this process may execute AMX instructions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

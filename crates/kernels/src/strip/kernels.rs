@@ -118,8 +118,16 @@ impl MatmulKernels {
         match weights.ty() {
             _ if self.tiles_for(weights, m).is_some() => Forms::TILES,
             GgmlType::BF16 => self.bf16_form,
-            GgmlType::F32 | GgmlType::F16 => Forms::F32,
-            _ => Forms::Q8,
+            ty => vector_form(ty),
         }
+    }
+}
+
+/// The form of activations that products of a type take without tiles, whatever the tier; only
+/// of BF16 may a tier have another ([`MatmulKernels::bf16_form`]).
+pub fn vector_form(ty: GgmlType) -> Forms {
+    match ty {
+        GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => Forms::F32,
+        _ => Forms::Q8,
     }
 }

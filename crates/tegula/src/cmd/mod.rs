@@ -36,7 +36,7 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]
-    #[arg(long, value_name = "FILE", global = true, hide_short_help = true)]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<std::path::PathBuf>,
 }
 

@@ -26,7 +26,7 @@ use tegula_server::{Defaults, Pooling, Scheduler, SchedulerOptions, Service, Ser
   tegula serve model.gguf --host 0.0.0.0 --api-key-file keys.txt
 
 Then http://127.0.0.1:8080 is a page to talk to the model, and http://127.0.0.1:8080/v1 is the base
-URL for OpenAI's clients. docs/server.md lists the routes. SIGTERM or Ctrl-C ends the server when
+URL for OpenAI's clients. The handbook (docs/book/src/server.md) lists the routes. SIGTERM or Ctrl-C ends the server when
 what is under way is done; a second one ends it at once.")]
 pub struct ServeArgs {
     #[command(flatten)]

@@ -26,8 +26,6 @@ const CTRL_D: &str = "\x04";
 const ENTER: &str = "\r";
 const ALT_ENTER: &str = "\x1b\r";
 const UP: &str = "\x1b[A";
-/// What the editor shows before each message.
-const PROMPT: &str = "> ";
 /// An answer that ends only when it is told to: the tokens that end one are forbidden.
 const ENDLESS: [&str; 4] = ["--logit-bias", "0-inf", "--logit-bias", "2-inf"];
 
@@ -122,6 +120,22 @@ impl Terminal {
         }
     }
 
+    /// Waits for the editor. Behind its switching on come the prompt and, already before, keys that
+    /// are keys: until then the terminal itself still turns Enter into a line's end.
+    fn prompt(&mut self) {
+        self.expect("\x1b[?2004h");
+        self.expect("> ");
+    }
+
+    /// Waits until that many bytes more were shown.
+    fn more(&mut self, bytes: usize) {
+        let start = Instant::now();
+        while self.shown.lock().unwrap().len() < self.seen + bytes {
+            assert!(start.elapsed() < PATIENCE, "nothing more is shown");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// The program ends by itself.
     fn end(mut self) -> ExitStatus {
         let start = Instant::now();
@@ -155,15 +169,15 @@ fn ctrl_c_ends_an_answer_and_not_the_program() {
     let home = home();
     let mut t = Terminal::chat(home.path(), &ENDLESS);
     t.expect("/help lists the commands");
-    t.expect(PROMPT);
+    t.prompt();
     for _ in 0..2 {
         t.keys(&["Hello", ENTER]);
         t.expect("Hello");
-        // Some of the answer.
-        t.expect(" the ");
+        // Into the answer.
+        t.more(200);
         t.keys(&[CTRL_C]);
         t.expect("interrupted");
-        t.expect(PROMPT);
+        t.prompt();
     }
     // The conversation goes on, and holds the answers as far as they came.
     t.keys(&["/history", ENTER]);
@@ -175,17 +189,17 @@ fn ctrl_c_ends_an_answer_and_not_the_program() {
     ] {
         t.expect(role);
     }
-    t.expect(PROMPT);
+    t.prompt();
     // At the prompt one Ctrl-C asks, whatever was typed, and only a second one ends.
     t.keys(&["half a mess", CTRL_C]);
     t.expect("Ctrl-C again");
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&["/stats", ENTER]);
     t.expect("context ");
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&[CTRL_C]);
     t.expect("Ctrl-C again");
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&[CTRL_C]);
     assert_eq!(t.end().code(), Some(0));
 }
@@ -195,7 +209,7 @@ fn messages_of_several_lines_and_commands_are_typed() {
     let home = home();
     let saved = home.path().join("saved.json");
     let mut t = Terminal::chat(home.path(), &["-n", "3"]);
-    t.expect(PROMPT);
+    t.prompt();
     for message in [
         ["one\\", ENTER, "two"],
         ["three", ALT_ENTER, "four"],
@@ -204,15 +218,14 @@ fn messages_of_several_lines_and_commands_are_typed() {
         t.keys(&message);
         t.keys(&[ENTER]);
         t.expect(message[2]);
-        // The editor is back.
-        t.expect("\x1b[?2004h");
+        t.prompt();
     }
     // Tab completes a command's name.
     t.keys(&["/sav\t", path(&saved), ENTER]);
     t.expect("6 messages");
     t.keys(&["/frobnicate", ENTER]);
     t.expect("there is no command /frobnicate");
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&["/exit", ENTER]);
     assert_eq!(t.end().code(), Some(0));
     let json: serde_json::Value = serde_json::from_slice(&fs::read(&saved).unwrap()).unwrap();
@@ -227,34 +240,34 @@ fn the_history_is_kept_unless_it_is_not_wanted() {
     let home = home();
     let file = home.path().join("tegula/chat-history");
     let mut t = Terminal::chat(home.path(), &["-n", "1", "--no-history"]);
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&["/undo", ENTER]);
     t.expect("nothing has been asked");
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&[CTRL_D]);
     assert_eq!(t.end().code(), Some(0));
     assert!(!file.exists());
 
     let mut t = Terminal::chat(home.path(), &["-n", "1"]);
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&["/system Be brief.", ENTER]);
     t.expect("Be brief.");
-    t.expect("\x1b[?2004h");
+    t.prompt();
     t.keys(&[CTRL_D]);
     assert_eq!(t.end().code(), Some(0));
     assert!(text(&fs::read(&file).unwrap()).contains("/system Be brief."));
 
     // In the next conversation it comes back by a key, to be changed and sent.
     let mut t = Terminal::chat(home.path(), &["-n", "1"]);
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&[UP]);
     t.expect("/system Be brief.");
     t.keys(&[" Be kind.", ENTER]);
     t.expect("kind.");
-    t.expect("\x1b[?2004h");
+    t.prompt();
     t.keys(&["/system", ENTER]);
     t.expect("\nBe brief. Be kind.");
-    t.expect("\x1b[?2004h");
+    t.prompt();
     t.keys(&[CTRL_D]);
     assert_eq!(t.end().code(), Some(0));
 }
@@ -268,12 +281,12 @@ fn reasoning_is_dimmed() {
         home.path(),
         &["-n", "3", "--chat-template", path(&template)],
     );
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&["Hello", ENTER]);
     t.expect("\x1b[2m");
     let reasoning = t.expect("\x1b[0m");
     assert!(!reasoning.trim().is_empty());
-    t.expect(PROMPT);
+    t.prompt();
     t.keys(&[CTRL_D]);
     assert_eq!(t.end().code(), Some(0));
 }
