@@ -342,6 +342,10 @@ impl Worker {
             });
             self.totals.cancelled += gone;
             self.totals.failed += late;
+            if gone + late > 0 {
+                // With nothing else to do there may be no turn for long that would show it.
+                self.show();
+            }
             if stopping {
                 for i in 0..self.slots.len() {
                     self.release(i, End::Failed(Failure::Shutdown));
