@@ -65,9 +65,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand run" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand run" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -129,9 +129,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand chat" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand chat" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -197,9 +197,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand serve" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand serve" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -239,9 +239,9 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -s n -l n-gen -d 'G
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l prompt-gen -d 'A prompt and a generation together (-pg); may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s d -l n-depth -d 'Tokens in the context before the clock starts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand bench" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand bench" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -298,9 +298,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -334,9 +334,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand logits" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand logits" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
@@ -381,9 +381,9 @@ emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand explain" -l split-mode -d 'How several GPUs share the model (-sm): layer, or none: all on one [default: layer]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand explain" -l main-gpu -d 'The GPU that takes all with -sm none (-mg)' -r
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l main-gpu -d 'The GPU that takes all with -sm none, and the output matrix with -sm tensor (-mg)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
