@@ -2,12 +2,13 @@
 
 use std::{os::unix::process::ExitStatusExt as _, path::PathBuf};
 
-use tegula_engine::plan::Placement;
+use tegula_engine::{offload::Split, plan::Placement};
 use tegula_gguf::{GgmlType, Gguf};
 use tegula_kernels::{Amx, Tier};
-use tegula_lab::{Check, Env, Need, Outcome, Phase, unbuilt};
+use tegula_lab::{Check, Env, Need, Outcome, Phase};
 
 use crate::{
+    devices::{self, Share},
     matrix,
     probe::{Seen, probe},
     programs::{Program, Variant, probe_arguments},
@@ -29,7 +30,6 @@ pub fn phase() -> Phase {
 
 /// Tasks 1.1 to 1.8.
 pub fn checks() -> Vec<Check> {
-    const GPU: Need = Need::Unbuilt("crates/cuda and the placement of layers on GPUs");
     vec![
         Check {
             id: "1.1",
@@ -63,22 +63,22 @@ pub fn checks() -> Vec<Check> {
             id: "1.5",
             title: "full offload (`-ngl all`) with `--amx` leaves no AMX bytes, and \
                     the same tokens",
-            requires: &[GPU, Need::Gpus(1)],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| on_devices(env, &[1], &[Share::Everything]).into(),
         },
         Check {
             id: "1.6",
             title: "hybrids keep AMX on the CPU's share; what is on the GPU is the \
                     same with and without `--amx`",
-            requires: &[GPU, Need::Amx, Need::Gpus(1)],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| on_devices(env, &[1, 2], &[Share::NoExperts]).into(),
         },
         Check {
             id: "1.7",
             title: "two and three devices, split by layer or by tensor, give the \
                     tokens of one",
-            requires: &[GPU, Need::Gpus(1)],
-            run: unbuilt,
+            requires: &[Need::Avx2],
+            run: |env| on_devices(env, &[2, 3], &[Share::Everything]).into(),
         },
         Check {
             id: "1.8",
@@ -207,10 +207,27 @@ fn refused_and_unreached(env: &Env) -> Result<Outcome, String> {
     Ok(Outcome::passed(facts))
 }
 
-/// Task 1.8: the CPU's part, then what is missing.
+/// Tasks 1.5 to 1.7: simulated devices, by layers and with every layer split.
+fn on_devices(env: &Env, counts: &[usize], shares: &[Share]) -> Result<Outcome, String> {
+    let splits = [Split::Layer, Split::Tensor];
+    let cells = devices::matrix(&model(env), emulated()?, counts, &splits, shares)?;
+    Ok(Outcome::passed([(
+        "cells on simulated devices",
+        format!("{cells} hold"),
+    )]))
+}
+
+/// Task 1.8: the CPU's part, then devices.
 fn whole_matrix(env: &Env) -> Result<Outcome, String> {
     let cells = matrix::on_the_cpu(&model(env), emulated()?)?;
-    let mut seen = format!("on the CPU {cells} cells hold");
+    let mut facts = vec![("cells on the CPU".to_owned(), format!("{cells} hold"))];
+    let splits = [Split::Layer, Split::Tensor];
+    let shares = [Share::Nothing, Share::Part, Share::Everything];
+    let cells = devices::matrix(&model(env), emulated()?, &[1, 2, 3], &splits, &shares)?;
+    facts.push((
+        "cells on simulated devices".to_owned(),
+        format!("{cells} hold"),
+    ));
     if Need::Amx.lacks(env).is_none() {
         let program = Program::probe(&env.root, Variant::With)?;
         let run = |amx| program.facts(&model(env), Tier::detect_max(), 2, Some(amx));
@@ -218,11 +235,12 @@ fn whole_matrix(env: &Env) -> Result<Outcome, String> {
         if !silicon.permission || silicon.instructions > 0 || silicon.logits != emulated.logits {
             return Err("silicon: not as emulated".to_owned());
         }
-        seen += ", silicon gives the emulator's logits";
+        facts.push((
+            "silicon".to_owned(),
+            "the emulator's logits, bit for bit".to_owned(),
+        ));
     }
-    Ok(Outcome::blocked(format!(
-        "crates/cuda and the placement of layers on GPUs ({seen})"
-    )))
+    Ok(Outcome::passed(facts))
 }
 
 /// Task 1.2. The last run, with AMX, shows that the probe would have seen it.

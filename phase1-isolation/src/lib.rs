@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod checks;
+mod devices;
 mod matrix;
 pub mod probe;
 pub mod programs;
