@@ -73,7 +73,7 @@ fn build(root: &Path) -> Result<PathBuf> {
             "--bin",
             "tegula",
         ])
-        .args(["--target", TARGET, "--"])
+        .arg("--")
         .arg("-Lnative=".to_owned() + linking.to_str().context("the path is not UTF-8")?)
         .args(["-C", "strip=debuginfo"])
         .current_dir(root);
@@ -85,7 +85,7 @@ fn build(root: &Path) -> Result<PathBuf> {
         cargo.status().context("cargo")?.success(),
         "the build failed"
     );
-    Ok(target.join(TARGET).join("release/tegula"))
+    Ok(target.join("release/tegula"))
 }
 
 /// The newest version of the C library's symbols that the program asks for.

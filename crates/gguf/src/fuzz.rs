@@ -1,6 +1,8 @@
 //! Bodies of the fuzz targets, shared by libFuzzer, the stable mutation driver and the test
 //! that replays the corpus. They panic when an invariant breaks and do nothing otherwise.
 
+pub mod driver;
+
 use crate::{
     Bytes, Gguf, Metadata, blocks,
     chat::{ChatTemplate, Message, PANICKED, RenderOptions, TemplateError, Value},
