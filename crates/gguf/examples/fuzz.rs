@@ -4,8 +4,8 @@
 //! cargo run --release -p tegula-gguf --example fuzz -- read --seconds 600 --seed 1
 //! ```
 //!
-//! The targets are `read`, `template` and `tokenizer`. It mutates the committed corpus (`--corpus DIR` for
-//! another) and writes an input that panics, or takes longer than ten seconds, to the working
+//! The targets are `read`, `sparse`, `template` and `tokenizer`. It mutates the committed
+//! corpus (`--corpus DIR` for another) and writes an input that panics, or takes longer than ten seconds, to the working
 //! directory. The libFuzzer targets in
 //! `crates/gguf/fuzz` find more per input; this one runs anywhere.
 
@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tegula_gguf::fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer};
+use tegula_gguf::fuzz::{fuzz_read, fuzz_sparse, fuzz_template, fuzz_tokenizer};
 
 /// An input that takes longer is a finding.
 const SLOW: Duration = Duration::from_secs(10);
@@ -111,9 +111,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let name = args
         .next()
-        .ok_or("the target is missing: read, template or tokenizer")?;
+        .ok_or("the target is missing: read, sparse, template or tokenizer")?;
     let target: fn(&[u8]) = match name.as_str() {
         "read" => fuzz_read,
+        "sparse" => fuzz_sparse,
         "template" => fuzz_template,
         "tokenizer" => fuzz_tokenizer,
         _ => return Err(format!("unknown target {name}").into()),
