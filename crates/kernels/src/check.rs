@@ -13,7 +13,7 @@ use crate::{
     acts::{ActsView, Forms, GROUP, Q8Dest, TILE_GROUP},
     attn::{CHUNK, ChunkArgs},
     float::FloatOps,
-    scalar,
+    scalar, sparse,
     strip::{
         self, ROWS,
         kernels::{PANEL_BYTES, StripArgs},
@@ -102,6 +102,9 @@ pub fn relative(want: &[f32], relative: f32, floor: f32) -> impl Fn(usize) -> f3
 pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     // SAFETY: the caller's.
     unsafe {
+        if args.ty.is_sparse() {
+            return with_dense(args, |args| mul_strips(args));
+        }
         if !args.ty.is_quantized() {
             return float_products(args, &as_floats(&args.acts), |x| x);
         }
@@ -127,7 +130,37 @@ pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
 /// As `Tiles::mul_strips`, and the tile holds the results.
 pub unsafe fn tile_products(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     // SAFETY: the caller's.
-    unsafe { float_products(args, &from_tiles(&args.acts), round) }
+    unsafe {
+        if args.ty.is_sparse() {
+            return with_dense(args, |args| tile_products(args));
+        }
+        float_products(args, &from_tiles(&args.acts), round)
+    }
+}
+
+/// Runs a check with dense strips in the place of sparse ones.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`, with sparse strips.
+unsafe fn with_dense(
+    args: &StripArgs<'_>,
+    check: impl Fn(&StripArgs<'_>) -> Result<(), Mismatch>,
+) -> Result<(), Mismatch> {
+    let ty = args.ty.dense();
+    let layout = strip::layout(ty).expect("a type that products take");
+    let dense = |&strip: &*const u8| {
+        let mut out = vec![0; layout.strip_bytes(args.k)];
+        // SAFETY: the caller's.
+        unsafe { sparse::expand(args.ty, args.k, strip, out.as_mut_ptr()) };
+        out
+    };
+    let dense: Vec<Vec<u8>> = args.strips.iter().map(dense).collect();
+    let strips: Vec<*const u8> = dense.iter().map(|s| s.as_ptr()).collect();
+    check(&StripArgs {
+        ty,
+        strips: &strips,
+        ..*args
+    })
 }
 
 fn round(x: f32) -> f32 {

@@ -12,7 +12,7 @@ mod attention;
 #[cfg(feature = "amx")]
 mod matmul;
 #[cfg(feature = "amx")]
-mod panel;
+pub(crate) mod panel;
 #[cfg(feature = "amx")]
 mod tile;
 
