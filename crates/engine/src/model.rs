@@ -336,7 +336,17 @@ impl Loader<'_> {
         let experts = experts.unwrap_or(1);
         let place = self.plan.get(name);
         let packed = place.is_some_and(|p| p.encoding == Encoding::Strip16);
-        let weights = if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
+        let weights = if tensor.ty.is_sparse() {
+            let sparse = self.sparse(tensor, n, k, experts)?;
+            match place.is_some_and(|p| p.buffer == Buffer::Packed) {
+                true => {
+                    let packed = sparse.pack(&self.compute.pool);
+                    self.gguf.bytes(tensor).release();
+                    packed
+                }
+                false => sparse,
+            }
+        } else if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
             Weights::from_strips(tensor.ty, n, k, experts, strips).map_err(refused)?
         } else {
             let bytes: Bytes = self.gguf.bytes(tensor);
@@ -353,7 +363,18 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    /// The same on a device.
+    /// A sparse matrix as the file has it.
+    fn sparse(&self, tensor: &TensorInfo, n: usize, k: usize, experts: usize) -> Result<Weights> {
+        let bytes = self.gguf.bytes(tensor);
+        let pool = &self.compute.pool;
+        Weights::sparse(tensor.ty, n, k, experts, bytes, pool).map_err(|source| Error::Weights {
+            file: self.file(),
+            tensor: tensor.name.clone(),
+            source,
+        })
+    }
+
+    /// The same on a device, which takes sparse weights as dense ones.
     fn device_matrix(
         &mut self,
         device: &dyn Device,
@@ -364,8 +385,14 @@ impl Loader<'_> {
     ) -> Result<device::Matrix> {
         let shape = [k, n, experts.unwrap_or(1)];
         let tensor = self.tensor(name, &shape[..if experts.is_some() { 3 } else { 2 }])?;
-        let bytes: Bytes = self.gguf.bytes(tensor);
-        let raw = RawMatrix::new(tensor.ty, n, k, experts.unwrap_or(1), bytes.clone());
+        let bytes: Bytes = if tensor.ty.is_sparse() {
+            let sparse = self.sparse(tensor, n, k, experts.unwrap_or(1))?;
+            Bytes::from_vec(sparse.unpack_raw(&self.compute.pool))
+        } else {
+            self.gguf.bytes(tensor)
+        };
+        let ty = tensor.ty.dense();
+        let raw = RawMatrix::new(ty, n, k, experts.unwrap_or(1), bytes.clone());
         let raw = raw.map_err(|source| Error::Weights {
             file: self.file(),
             tensor: name.to_owned(),

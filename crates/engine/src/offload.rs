@@ -326,7 +326,7 @@ pub(crate) fn device_bytes(tensor: &TensorInfo) -> u64 {
     if tensor.shape.len() < 2 {
         return vector;
     }
-    device::matrix_bytes(tensor.ty, n, tensor.row_len(), experts).unwrap_or(vector)
+    device::matrix_bytes(tensor.ty.dense(), n, tensor.row_len(), experts).unwrap_or(vector)
 }
 
 fn sizes(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Sizes {

@@ -1,6 +1,10 @@
 //! Whole files: dense tensors to sparse ones and back.
 
-use std::{ops::ControlFlow, path::Path};
+use std::{
+    borrow::Cow,
+    ops::{ControlFlow, Range},
+    path::Path,
+};
 
 use rayon::prelude::*;
 
@@ -120,6 +124,40 @@ pub fn densify(
     convert(model, path.as_ref(), &plan, progress)
 }
 
+/// The data of a tensor as rows of its dense type: its own, or what a sparse one unpacks to.
+///
+/// # Errors
+/// [`Error::Tensor`] for a sparse tensor that contradicts itself.
+pub fn dense_data<'a>(model: &'a Gguf, t: &TensorInfo) -> Result<Cow<'a, [u8]>> {
+    if !t.ty.is_sparse() {
+        return Ok(Cow::Borrowed(model.data(t)));
+    }
+    let fail = |e: SparseError| Error::tensor(model.metadata().origin(), &t.name, e.to_string());
+    let sparse = Sparse::parse(model.data(t)).map_err(fail)?;
+    let (values, rows) = unpack(&sparse, 0..sparse.header().strips()).map_err(fail)?;
+    sparse.check_values(values).map_err(fail)?;
+    Ok(Cow::Owned(rows))
+}
+
+/// The dense rows of some strips, and how many values these have.
+fn unpack(sparse: &Sparse<'_>, strips: Range<usize>) -> Result<(u64, Vec<u8>), SparseError> {
+    let h = sparse.header();
+    let row_bytes = h.ty.dense().bytes_for(h.k as u64).expect("whole blocks") as usize;
+    let one = |s: usize| {
+        let values = sparse.check_strip(s)?;
+        let mut out = vec![0; h.rows_of(s).len() * row_bytes];
+        let mut rows: Vec<_> = out.chunks_exact_mut(row_bytes).collect();
+        unpack_strip(h.ty, h.k, sparse.strip(s), &mut rows);
+        Ok((values, out))
+    };
+    let unpacked: Vec<(u64, Vec<u8>)> = strips
+        .into_par_iter()
+        .map(one)
+        .collect::<Result<_, SparseError>>()?;
+    let values = unpacked.iter().map(|u| u.0).sum();
+    Ok((values, unpacked.into_iter().flat_map(|u| u.1).collect()))
+}
+
 /// The lengths of all strips, and the header with its count of values.
 fn measure(header: &Header, data: &[u8]) -> Result<(Header, Vec<usize>), SparseError> {
     let strips: Vec<(usize, u64)> = (0..header.strips())
@@ -236,29 +274,16 @@ fn convert(
                 }
                 out.write(&[0; super::ALIGN])?;
             }
-            Plan::Unpack(ty) => {
+            Plan::Unpack(_) => {
                 let sparse = Sparse::parse(&source).map_err(fail)?;
                 let header = *sparse.header();
-                let row_bytes = ty.bytes_for(t.row_len()).expect("whole blocks") as usize;
                 let per = slab_strips(&header);
                 let mut values = 0;
                 for first in (0..header.strips()).step_by(per) {
                     let strips = first..header.strips().min(first + per);
-                    let unpacked: Vec<(u64, Vec<u8>)> = strips
-                        .into_par_iter()
-                        .map(|s| {
-                            let values = sparse.check_strip(s)?;
-                            let mut out = vec![0; header.rows_of(s).len() * row_bytes];
-                            let mut rows: Vec<_> = out.chunks_exact_mut(row_bytes).collect();
-                            unpack_strip(header.ty, header.k, sparse.strip(s), &mut rows);
-                            Ok((values, out))
-                        })
-                        .collect::<Result<_, _>>()
-                        .map_err(fail)?;
-                    for (count, rows) in unpacked {
-                        values += count;
-                        out.write(&rows)?;
-                    }
+                    let (count, rows) = unpack(&sparse, strips).map_err(fail)?;
+                    values += count;
+                    out.write(&rows)?;
                     report(t, 0)?;
                 }
                 sparse.check_values(values).map_err(fail)?;

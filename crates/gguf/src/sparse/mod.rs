@@ -45,7 +45,7 @@ mod strip;
 
 use std::{fmt, ops::Range, str::FromStr};
 
-pub use file::{Converted, SparseProgress, Sparsify, densify, sparsify};
+pub use file::{Converted, SparseProgress, Sparsify, dense_data, densify, sparsify};
 pub use strip::{check_strip, pack_strip, packed_strip, unpack_strip};
 
 use crate::GgmlType;
@@ -324,6 +324,10 @@ impl Header {
 
     /// Weights that have a value, of all.
     pub fn density(&self) -> f64 {
+        // With a pattern rows that only fill the last strip have values, too.
+        if let Some(p) = self.pattern {
+            return p.n() as f64 / p.m() as f64;
+        }
         let all = self.k as f64 * self.n as f64 * self.experts as f64;
         self.values as f64 / all
     }
