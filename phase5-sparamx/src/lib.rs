@@ -1,6 +1,8 @@
 //! Phase 5: sparse AMX. Holds the phase's own code as it comes, and its checks.
 #![forbid(unsafe_code)]
 
+pub mod prune;
+
 use tegula_lab::{Check, Need, Phase, unbuilt};
 
 /// The phase, as the master task list describes it.

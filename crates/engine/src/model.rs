@@ -251,6 +251,42 @@ impl Model {
         &self.compute
     }
 
+    /// The matrices on the CPU with their tensors' names, but for a tied output matrix.
+    pub fn host_matrices(&self) -> Vec<(String, &Weights)> {
+        let mut all = vec![("token_embd.weight".to_owned(), &self.matrices.embedding)];
+        if let Placed::Host(Output {
+            matrix: Some(w), ..
+        }) = &self.matrices.output
+        {
+            all.push(("output.weight".to_owned(), w));
+        }
+        for (i, layer) in self.matrices.layers.iter().enumerate() {
+            let mut put = |part: &str, w| all.push((format!("blk.{i}.{part}.weight"), w));
+            if let Placed::Host(a) = &layer.attention {
+                put("attn_q", &a.q);
+                put("attn_k", &a.k);
+                put("attn_v", &a.v);
+                put("attn_output", &a.out);
+            }
+            if let Placed::Host(f) = &layer.ffn {
+                match &f.kind {
+                    FfnKind::Dense(Network { gate, up, down }) => {
+                        put("ffn_gate", gate);
+                        put("ffn_up", up);
+                        put("ffn_down", down);
+                    }
+                    FfnKind::Router(router) => put("ffn_gate_inp", router),
+                }
+            }
+            if let Some(Placed::Host(Network { gate, up, down })) = &layer.experts {
+                put("ffn_gate_exps", gate);
+                put("ffn_up_exps", up);
+                put("ffn_down_exps", down);
+            }
+        }
+        all
+    }
+
     /// How long loading took.
     pub fn load_ms(&self) -> f64 {
         self.load_ms

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use tegula_gguf::{
     Bytes, GgmlType, Gguf, Metadata,
     sparse::{
-        self, Header, Pattern, Sparse, SparseError, Sparsify, densify, pack_strip, packed_strip,
-        sparsify, unpack_strip,
+        self, Header, Pattern, Sparse, SparseError, Sparsify, densify, pack_strip, pack_tensor,
+        packed_strip, sparsify, unpack_strip,
     },
     writer::GgufWriter,
 };
@@ -61,29 +61,24 @@ fn dense(
     out
 }
 
-/// The whole tensor of dense rows.
+/// The whole tensor of dense rows; strips are as long as they are measured.
 fn pack(ty: GgmlType, shape: &[u64], pattern: Option<Pattern>, dense: &[u8]) -> Vec<u8> {
-    let mut header = Header::new(ty, shape, pattern).unwrap();
-    let row_bytes = dense.len() / (header.n * header.experts);
-    let strips: Vec<Vec<u8>> = (0..header.strips())
-        .map(|s| {
-            let rows: Vec<&[u8]> = header
-                .rows_of(s)
-                .map(|r| &dense[r * row_bytes..(r + 1) * row_bytes])
-                .collect();
-            let mut strip = Vec::new();
-            let values = pack_strip(ty, header.k, &rows, pattern, &mut strip).unwrap();
-            let measured = packed_strip(ty, header.k, &rows, pattern).unwrap();
-            assert_eq!(measured, (strip.len(), values));
-            header.values += values;
-            strip
-        })
-        .collect();
-    let lengths: Vec<usize> = strips.iter().map(Vec::len).collect();
-    let mut out = header.encode(&lengths).unwrap();
-    out.extend(strips.concat());
-    out.extend([0; sparse::ALIGN]);
-    out
+    let tensor = pack_tensor(ty, shape, pattern, dense).unwrap();
+    let sparse = Sparse::parse(&tensor).unwrap();
+    let h = sparse.header();
+    let row_bytes = dense.len() / (h.n * h.experts);
+    for s in 0..h.strips() {
+        let rows: Vec<&[u8]> = h
+            .rows_of(s)
+            .map(|r| &dense[r * row_bytes..(r + 1) * row_bytes])
+            .collect();
+        let (bytes, values) = packed_strip(ty, h.k, &rows, pattern).unwrap();
+        assert_eq!(
+            (bytes, Ok(values)),
+            (sparse.strip(s).len(), sparse.check_strip(s))
+        );
+    }
+    tensor
 }
 
 fn unpack(bytes: &[u8]) -> Vec<u8> {

@@ -124,6 +124,43 @@ pub fn densify(
     convert(model, path.as_ref(), &plan, progress)
 }
 
+/// Packs the dense rows of a whole tensor of `shape` (ggml's order); `ty` is the sparse type.
+///
+/// # Errors
+/// [`SparseError::Shape`] for a tensor that can't be sparse, [`SparseError::Pattern`] for rows
+/// with more values than the pattern allows.
+pub fn pack_tensor(
+    ty: GgmlType,
+    shape: &[u64],
+    pattern: Option<Pattern>,
+    rows: &[u8],
+) -> Result<Vec<u8>, SparseError> {
+    let mut header = Header::new(ty, shape, pattern)?;
+    let want = ty
+        .dense()
+        .bytes_for(shape.iter().product())
+        .filter(|&b| b == rows.len() as u64);
+    if want.is_none() {
+        let what = format!("{} bytes are not {} of {shape:?}", rows.len(), ty.dense());
+        return Err(SparseError::Shape(what));
+    }
+    let strips: Vec<(Vec<u8>, u64)> = (0..header.strips())
+        .into_par_iter()
+        .map(|s| {
+            let mut strip = Vec::new();
+            let rows = dense_rows(&header, rows, s);
+            let values = pack_strip(ty, header.k, &rows, pattern, &mut strip)?;
+            Ok((strip, values))
+        })
+        .collect::<Result<_, SparseError>>()?;
+    header.values = strips.iter().map(|s| s.1).sum();
+    let lengths: Vec<usize> = strips.iter().map(|s| s.0.len()).collect();
+    let mut out = header.encode(&lengths)?;
+    out.extend(strips.iter().flat_map(|s| &s.0));
+    out.extend([0; super::ALIGN]);
+    Ok(out)
+}
+
 /// The data of a tensor as rows of its dense type: its own, or what a sparse one unpacks to.
 ///
 /// # Errors

@@ -278,6 +278,7 @@ impl Compute {
         for (w, y) in products {
             assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
             assert_eq!(y.len(), m * w.n());
+            self.observed(w, 0, &x.view());
             items.push(Item::product(w, kernels.tiles_for(w, m).is_some()));
             outputs.push((*w, DisjointMut::new(y)));
         }

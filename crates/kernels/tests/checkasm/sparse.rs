@@ -11,7 +11,7 @@ use crate::{
 use libtest_mimic::{Failed, Trial};
 use tegula_gguf::{
     Bytes, GgmlType,
-    sparse::{self, Header, Pattern, pack_strip},
+    sparse::{self, Pattern, pack_strip, pack_tensor},
 };
 use tegula_kernels::{
     Acts, Compute, Encoding, Forms, Kernels, Pool, PoolConfig, Tier, Weights, check,
@@ -116,40 +116,14 @@ fn sparse_strips(ty: GgmlType, k: usize, bytes: &[u8], pattern: Option<Pattern>)
         .collect()
 }
 
-/// A stack of sparse matrices from dense rows.
-fn sparse_tensor(
-    ty: GgmlType,
-    (n, k, experts): (usize, usize, usize),
-    bytes: &[u8],
-    pattern: Option<Pattern>,
-) -> Vec<u8> {
-    let shape = [k as u64, n as u64, experts as u64];
-    let mut header = Header::new(ty, &shape, pattern).unwrap();
-    let row_bytes = bytes.len() / (n * experts);
-    let mut strips = Vec::new();
-    let mut lengths = Vec::new();
-    for s in 0..header.strips() {
-        let rows: Vec<&[u8]> = header
-            .rows_of(s)
-            .map(|r| &bytes[r * row_bytes..][..row_bytes])
-            .collect();
-        let before = strips.len();
-        header.values += pack_strip(ty, k, &rows, pattern, &mut strips).unwrap();
-        lengths.push(strips.len() - before);
-    }
-    let mut tensor = header.encode(&lengths).unwrap();
-    tensor.extend(strips);
-    tensor.extend([0; sparse::ALIGN]);
-    tensor
-}
-
 fn sparse_weights(
     ty: GgmlType,
     (n, k, experts): (usize, usize, usize),
     bytes: &[u8],
     pool: &Pool,
 ) -> Weights {
-    let tensor = sparse_tensor(ty, (n, k, experts), bytes, None);
+    let shape = [k as u64, n as u64, experts as u64];
+    let tensor = pack_tensor(ty, &shape, None, bytes).unwrap();
     Weights::sparse(ty, n, k, experts, Bytes::from_vec(tensor), pool).unwrap()
 }
 
@@ -380,7 +354,7 @@ fn refused() -> Result<(), Failed> {
     let pool = Pool::new(PoolConfig::new(2));
     let (n, k) = (2000, 64);
     let bytes = dense_bytes(GgmlType::Q8_0, n, k, 50, &mut random);
-    let good = sparse_tensor(GgmlType::S8, (n, k, 1), &bytes, None);
+    let good = pack_tensor(GgmlType::S8, &[k as u64, n as u64, 1], None, &bytes)?;
     let load =
         |bytes: &[u8], ty, n| Weights::sparse(ty, n, k, 1, Bytes::from_vec(bytes.to_vec()), &pool);
     load(&good, GgmlType::S8, n)?;

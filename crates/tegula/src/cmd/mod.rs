@@ -7,6 +7,7 @@ mod explain;
 mod inspect;
 mod logits;
 mod perplexity;
+mod prune;
 mod quantize;
 mod run;
 mod serve;
@@ -54,6 +55,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Write a model in smaller types
     Quantize(Box<quantize::QuantizeArgs>),
+    /// Make weights zero, by magnitude or with the norms of their inputs (Wanda)
+    Prune(Box<prune::PruneArgs>),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
 }
@@ -72,6 +75,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Prune(args) => prune::run(&args),
         Command::Synth(args) => synth::run(&args),
     }
 }

@@ -103,7 +103,10 @@ fn writable(s: &str) -> Result<Target, String> {
     let sparse = s.parse().ok().filter(|ty: &GgmlType| ty.is_sparse());
     if let Some(ty) = sparse {
         let dense = ty.dense().name().parse();
-        return Ok(Target::Sparse(ty, dense.map_err(|e: UnknownFileType| e.to_string())?));
+        return Ok(Target::Sparse(
+            ty,
+            dense.map_err(|e: UnknownFileType| e.to_string())?,
+        ));
     }
     let file: FileType = s.parse().map_err(|e: UnknownFileType| e.to_string())?;
     if file.can_write() {
@@ -166,13 +169,22 @@ fn convert(
         let path = Temporary::beside(&args.output, "dense");
         let mut progress = Progress::new("unpacking", Unit::Bytes);
         densify(&model, &path.0, &mut |p| {
-            beat(&mut progress, p.tensor.name.clone(), p.done_bytes, p.total_bytes)
+            beat(
+                &mut progress,
+                p.tensor.name.clone(),
+                p.done_bytes,
+                p.total_bytes,
+            )
         })?;
         model = Gguf::open(&path.0)?;
         temporary.push(path);
     }
     let choices = choose(model.metadata(), model.tensors(), options)?;
-    let unchanged = model.tensors().iter().zip(&choices).all(|(t, c)| t.ty == c.ty);
+    let unchanged = model
+        .tensors()
+        .iter()
+        .zip(&choices)
+        .all(|(t, c)| t.ty == c.ty);
     let sparse = match args.file_type {
         Target::Sparse(ty, _) => Some(ty),
         Target::Dense(_) => None,
@@ -200,7 +212,12 @@ fn convert(
         };
         let mut progress = Progress::new("packing", Unit::Bytes);
         let packed = sparsify(&model, &args.output, &options, &mut |p| {
-            beat(&mut progress, p.tensor.name.clone(), p.done_bytes, p.total_bytes)
+            beat(
+                &mut progress,
+                p.tensor.name.clone(),
+                p.done_bytes,
+                p.total_bytes,
+            )
         })?;
         drop(progress);
         if packed.tensors == 0 {
@@ -252,7 +269,7 @@ fn options(args: &QuantizeArgs) -> anyhow::Result<QuantizeOptions> {
 }
 
 /// Refuses to put the result in its source's place.
-fn different_files(input: &Path, output: &Path) -> Result<(), Refusal> {
+pub fn different_files(input: &Path, output: &Path) -> Result<(), Refusal> {
     match (input.canonicalize(), output.canonicalize()) {
         (Ok(a), Ok(b)) if a == b => {
             let what = format!("{}: is both IN and OUT", output.display());
