@@ -102,12 +102,12 @@ pub fn configures_natively() -> bool {
 fn native_offset() -> usize {
     const AMX_TILE: u32 = 1 << 24;
     const OSXSAVE: u32 = 1 << 27;
-    // SAFETY: every x86-64 processor has `cpuid`; leaves past the last one are not asked
-    // for, and `xgetbv` exists where the operating system has switched XSAVE on.
     #[allow(
         unused_unsafe,
         reason = "whether cpuid is unsafe depends on the compiler"
     )]
+    // SAFETY: every x86-64 processor has `cpuid`; leaves past the last one are not asked
+    // for, and `xgetbv` exists where the operating system has switched XSAVE on.
     unsafe {
         let has = __cpuid(0).eax >= 0xd
             && __cpuid(1).ecx & OSXSAVE != 0

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use tegula_gguf::{
     Bytes, GgmlType, Gguf, Metadata,
     sparse::{
-        self, Header, Pattern, Sparse, SparseError, Sparsify, densify, pack_strip, pack_tensor,
+        self, Pattern, Sparse, SparseError, Sparsify, densify, pack_strip, pack_tensor,
         packed_strip, sparsify, unpack_strip,
     },
     writer::GgufWriter,

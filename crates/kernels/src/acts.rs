@@ -244,7 +244,7 @@ impl<'a> ActsView<'a> {
     ///
     /// # Safety
     /// The pointers of the forms that the view has are valid, as [`Acts::view`] makes them.
-    pub(crate) unsafe fn to_f32(&self) -> Vec<f32> {
+    pub(crate) unsafe fn to_f32(self) -> Vec<f32> {
         let k = self.k;
         let value = |base: usize, tokens: usize, t: usize, col: usize| {
             let block = col / 32 * tokens + t;
