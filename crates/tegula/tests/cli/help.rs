@@ -21,6 +21,7 @@ fn each_command() {
         "explain",
         "doctor",
         "quantize",
+        "prune",
         "synth",
     ] {
         insta::assert_snapshot!(command, stdout(&[command, "--help"]));

@@ -3,6 +3,7 @@
 mod commands;
 mod errors;
 mod help;
+mod sparse;
 mod synthetic;
 
 use serde_json::Value;
