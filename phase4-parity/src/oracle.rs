@@ -19,7 +19,7 @@ use std::{cell::RefCell, collections::HashSet};
 
 use half::f16;
 use rayon::prelude::*;
-use tegula_gguf::{Gguf, blocks};
+use tegula_gguf::{Gguf, blocks, sparse};
 
 /// Why the oracle can't load or run a model.
 #[derive(Debug, thiserror::Error)]
@@ -185,7 +185,8 @@ impl Reader<'_> {
             return Err(error(format!("is {:?}, not {want:?}", info.shape)));
         }
         let mut data = vec![0.0; shape.iter().product()];
-        blocks::dequantize(info.ty, self.gguf.data(info), &mut data)
+        let rows = sparse::dense_data(self.gguf, info)?;
+        blocks::dequantize(info.ty.dense(), &rows, &mut data)
             .map_err(|e| error(format!("can't be read: {e}")))?;
         Ok(Some(data))
     }

@@ -1,7 +1,15 @@
-//! Phase 5: sparse AMX. Holds the phase's own code as it comes, and its checks.
+//! Phase 5: sparse AMX. The pruner, SparAMX's positions, the checks and the measurements; the
+//! format is in `tegula-gguf`, the kernels in `tegula-kernels`.
 #![forbid(unsafe_code)]
 
-use tegula_lab::{Check, Need, Phase, unbuilt};
+pub mod bench;
+mod checks;
+pub mod prune;
+pub mod report;
+pub mod sparamx;
+
+pub use checks::checks;
+use tegula_lab::{Bench, Phase};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -11,78 +19,11 @@ pub fn phase() -> Phase {
         goal: "SparAMX's unstructured sparsity in GGUF, right at any shape and faster \
                than its dense twin; and the truth about quality at equal bytes.",
         checks: checks(),
-        benches: Vec::new(),
+        benches: vec![Bench {
+            title: "sparse products beside dense ones",
+            requires: &[],
+            run: bench::run,
+        }],
         tables: Vec::new(),
     }
-}
-
-/// Tasks 5.1 to 5.10.
-pub fn checks() -> Vec<Check> {
-    const SPA: Need = Need::Unbuilt("the sparse formats");
-    vec![
-        Check {
-            id: "5.1",
-            title: "what SparAMX does and where it is wrong, reproduced from its own \
-                    layout",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.2",
-            title: "sparse formats in GGUF: versioned, documented, read and written",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.3",
-            title: "pack and unpack are bit-exact at every sparsity, shape and thread \
-                    count",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.4",
-            title: "the pruner: magnitude and Wanda, unstructured and N:M, resumable",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.5",
-            title: "register kernels for batches 1 to 4 equal dense on the same \
-                    zero-filled weights",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.6",
-            title: "AMX kernels for larger batches equal dense on the same zero-filled \
-                    weights",
-            requires: &[SPA, Need::Amx],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.7",
-            title: "sparse experts, fused",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.8",
-            title: "sparse attention over finished blocks of the KV cache",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.9",
-            title: "speed: sparse over dense, interleaved in one process",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-        Check {
-            id: "5.10",
-            title: "quality by method, sparsity and format, at equal bytes",
-            requires: &[SPA],
-            run: unbuilt,
-        },
-    ]
 }

@@ -26,6 +26,7 @@ pub fn measurements(page: &str, root: &Path) -> Option<Result<String, String>> {
     match page {
         "PHASE_2.md" => Some(phase2_perf::report::page(root)),
         "PHASE_3.md" => Some(phase3_analysis::report::page(root)),
+        "PHASE_5.md" => Some(phase5_sparamx::report::page(root)),
         _ => None,
     }
 }

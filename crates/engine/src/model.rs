@@ -257,6 +257,42 @@ impl Model {
         self.devices.iter().flat_map(|d| d.notes()).collect()
     }
 
+    /// The matrices on the CPU with their tensors' names, but for a tied output matrix.
+    pub fn host_matrices(&self) -> Vec<(String, &Weights)> {
+        let mut all = vec![("token_embd.weight".to_owned(), &self.matrices.embedding)];
+        if let Placed::Host(Output {
+            matrix: Some(w), ..
+        }) = &self.matrices.output
+        {
+            all.push(("output.weight".to_owned(), w));
+        }
+        for (i, layer) in self.matrices.layers.iter().enumerate() {
+            let mut put = |part: &str, w| all.push((format!("blk.{i}.{part}.weight"), w));
+            if let Placed::Host(a) = &layer.attention {
+                put("attn_q", &a.q);
+                put("attn_k", &a.k);
+                put("attn_v", &a.v);
+                put("attn_output", &a.out);
+            }
+            if let Placed::Host(f) = &layer.ffn {
+                match &f.kind {
+                    FfnKind::Dense(Network { gate, up, down }) => {
+                        put("ffn_gate", gate);
+                        put("ffn_up", up);
+                        put("ffn_down", down);
+                    }
+                    FfnKind::Router(router) => put("ffn_gate_inp", router),
+                }
+            }
+            if let Some(Placed::Host(Network { gate, up, down })) = &layer.experts {
+                put("ffn_gate_exps", gate);
+                put("ffn_up_exps", up);
+                put("ffn_down_exps", down);
+            }
+        }
+        all
+    }
+
     /// How long loading took.
     pub fn load_ms(&self) -> f64 {
         self.load_ms
@@ -344,7 +380,17 @@ impl Loader<'_> {
         let experts = experts.unwrap_or(1);
         let place = self.plan.get(name);
         let packed = place.is_some_and(|p| p.encoding == Encoding::Strip16);
-        let weights = if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
+        let weights = if tensor.ty.is_sparse() {
+            let sparse = self.sparse(tensor, n, k, experts)?;
+            match place.is_some_and(|p| p.buffer == Buffer::Packed) {
+                true => {
+                    let packed = sparse.pack(&self.compute.pool);
+                    self.gguf.bytes(tensor).release();
+                    packed
+                }
+                false => sparse,
+            }
+        } else if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
             Weights::from_strips(tensor.ty, n, k, experts, strips).map_err(refused)?
         } else {
             let bytes: Bytes = self.gguf.bytes(tensor);
@@ -361,7 +407,18 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    /// The same, or what it holds of it, on a device.
+    /// A sparse matrix as the file has it.
+    fn sparse(&self, tensor: &TensorInfo, n: usize, k: usize, experts: usize) -> Result<Weights> {
+        let bytes = self.gguf.bytes(tensor);
+        let pool = &self.compute.pool;
+        Weights::sparse(tensor.ty, n, k, experts, bytes, pool).map_err(|source| Error::Weights {
+            file: self.file(),
+            tensor: tensor.name.clone(),
+            source,
+        })
+    }
+
+    /// The same, or what it holds of it, on a device, which takes sparse weights as dense ones.
     fn device_matrix(
         &mut self,
         to: &OnDevice,
@@ -372,8 +429,14 @@ impl Loader<'_> {
     ) -> Result<device::Matrix> {
         let shape = [k, n, experts.unwrap_or(1)];
         let tensor = self.tensor(name, &shape[..if experts.is_some() { 3 } else { 2 }])?;
-        let bytes: Bytes = self.gguf.bytes(tensor);
-        let raw = RawMatrix::new(tensor.ty, n, k, experts.unwrap_or(1), bytes.clone());
+        let bytes: Bytes = if tensor.ty.is_sparse() {
+            let sparse = self.sparse(tensor, n, k, experts.unwrap_or(1))?;
+            Bytes::from_vec(sparse.unpack_raw(&self.compute.pool))
+        } else {
+            self.gguf.bytes(tensor)
+        };
+        let ty = tensor.ty.dense();
+        let raw = RawMatrix::new(ty, n, k, experts.unwrap_or(1), bytes.clone());
         let raw = raw.map_err(|source| Error::Weights {
             file: self.file(),
             tensor: name.to_owned(),

@@ -409,7 +409,7 @@ pub(crate) fn cut_bytes(tensor: &TensorInfo, cut: &Cut) -> u64 {
     if vector {
         return floats;
     }
-    device::matrix_bytes(tensor.ty, n, k, experts).unwrap_or(floats)
+    device::matrix_bytes(tensor.ty.dense(), n, k, experts).unwrap_or(floats)
 }
 
 fn sizes(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Sizes {

@@ -50,6 +50,8 @@ pub enum Encoding {
     Raw,
     /// Strips of 16 interleaved rows.
     Strip16,
+    /// The file's strips of 16 rows without their zeros.
+    Sparse16,
     /// Plain f32.
     F32,
     /// The file's blocks, field by field, for a GPU.
@@ -280,7 +282,11 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         let multiplied = matches!(role, Role::Matrix | Role::TiedEmbedding);
         let kernels = multiplied.then(|| kernels(tensor, flags));
         let (product, tiles) = kernels.unwrap_or_default();
-        let raw = (file, Encoding::Raw, tensor.bytes);
+        let as_it_is = match tensor.ty.is_sparse() {
+            true => Encoding::Sparse16,
+            false => Encoding::Raw,
+        };
+        let raw = (file, as_it_is, tensor.bytes);
         let ((buffer, encoding, bytes), kernel, reason) = match role {
             Role::Unused => (
                 raw,
@@ -300,6 +306,17 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 "row look-up".to_owned(),
                 "rows are looked up, never multiplied",
             ),
+            Role::Matrix | Role::TiedEmbedding if tensor.ty.is_sparse() => {
+                let buffer = match flags.repack && !flags.packed_cache {
+                    true => Buffer::Packed,
+                    false => file,
+                };
+                let reason = match buffer {
+                    Buffer::Packed => "sparse: strips without their zeros, copied to large pages",
+                    _ => "sparse: strips without their zeros, as the file has them",
+                };
+                ((buffer, Encoding::Sparse16, tensor.bytes), product, reason)
+            }
             Role::Matrix | Role::TiedEmbedding => match strips {
                 Some(bytes) if packable => {
                     let reason = match role {
@@ -375,11 +392,13 @@ fn kernels(tensor: &TensorInfo, flags: &PlanFlags) -> (String, Option<TileUse>) 
     (name, Some(used))
 }
 
-/// Bytes of a matrix (or a stack of them) as strips, if it can be packed.
+/// Bytes of a matrix (or a stack of them) as strips, of a sparse one as dense strips, if it can
+/// be packed.
 fn strip_bytes(tensor: &TensorInfo) -> Option<u64> {
     let k = tensor.row_len();
-    tensor.ty.bytes_for(k)?;
-    let layout = strip::layout(tensor.ty)?;
+    let ty = tensor.ty.dense();
+    ty.bytes_for(k)?;
+    let layout = strip::layout(ty)?;
     let n = tensor.shape.get(1).copied().unwrap_or(1);
     let experts = tensor.shape.get(2).copied().unwrap_or(1);
     let strips = n.div_ceil(strip::ROWS as u64).checked_mul(experts)?;

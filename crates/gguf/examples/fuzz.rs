@@ -4,7 +4,7 @@
 //! cargo run --release -p tegula-gguf --example fuzz -- read --seconds 600 --seed 1
 //! ```
 //!
-//! The targets are `read`, `template` and `tokenizer`. It mutates the committed corpus
+//! The targets are `read`, `sparse`, `template` and `tokenizer`. It mutates the committed corpus
 //! (`--corpus DIR` for another). The libFuzzer targets in `crates/gguf/fuzz` find more per input;
 //! this one runs anywhere.
 
@@ -12,7 +12,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use tegula_gguf::fuzz::{
     driver::{self, Random, Target},
-    fuzz_read, fuzz_template, fuzz_tokenizer,
+    fuzz_read, fuzz_sparse, fuzz_template, fuzz_tokenizer,
 };
 
 /// Numbers at which lengths, counts and ids go wrong.
@@ -62,9 +62,10 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut options = std::env::args().skip(1);
     let name = options
         .next()
-        .ok_or("the target is missing: read, template or tokenizer")?;
+        .ok_or("the target is missing: read, sparse, template or tokenizer")?;
     let run: fn(&[u8]) = match name.as_str() {
         "read" => fuzz_read,
+        "sparse" => fuzz_sparse,
         "template" => fuzz_template,
         "tokenizer" => fuzz_tokenizer,
         _ => return Err(format!("unknown target {name}").into()),

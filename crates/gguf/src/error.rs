@@ -91,6 +91,18 @@ pub enum Error {
         id: u32,
     },
 
+    /// A newer program wrote the model's sparse tensors.
+    #[error(
+        "{file}: sparse format version {version} is newer than {}, the newest that this build reads; update tegula, or use a dense file of the model",
+        crate::sparse::VERSION
+    )]
+    SparseVersion {
+        /// The file.
+        file: String,
+        /// Its version of the format.
+        version: u32,
+    },
+
     /// A tensor's shape, type and place don't fit together or into the file.
     #[error("{file}: tensor `{tensor}`: {what}")]
     Tensor {

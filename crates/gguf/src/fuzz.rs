@@ -6,6 +6,7 @@ pub mod driver;
 use crate::{
     Bytes, Gguf, Metadata, blocks,
     chat::{ChatTemplate, Message, PANICKED, RenderOptions, TemplateError, Value},
+    sparse::{Sparse, pack_strip, unpack_strip},
     tokenizer::{Decoder, EncodeOptions, Tokenizer},
     writer::GgufWriter,
 };
@@ -28,9 +29,17 @@ pub fn fuzz_read(data: &[u8]) {
     for t in gguf.tensors() {
         let bytes = gguf.data(t);
         assert_eq!(bytes.len() as u64, t.bytes);
+        assert_eq!(gguf.tensor(&t.name), Some(t));
+        tensors.push(bytes);
+        if t.ty.is_sparse() {
+            let sparse = Sparse::parse(bytes).expect("a tensor that was shown as sparse");
+            let h = sparse.header();
+            assert_eq!((h.ty, &h.shape()), (t.ty, &t.shape));
+            fuzz_sparse(bytes);
+            continue;
+        }
         assert_eq!(t.ty.bytes_for(t.elements()), Some(t.bytes));
         assert_eq!(t.row_bytes() * t.rows(), t.bytes);
-        assert_eq!(gguf.tensor(&t.name), Some(t));
         let some = bytes.len().min(4 * t.ty.block_bytes());
         let mut weights = vec![0.0; some / t.ty.block_bytes() * t.ty.block_len()];
         let known = blocks::can_dequantize(t.ty);
@@ -38,7 +47,6 @@ pub fn fuzz_read(data: &[u8]) {
             blocks::dequantize(t.ty, &bytes[..some], &mut weights).is_ok(),
             known
         );
-        tensors.push(bytes);
     }
 
     let writer = GgufWriter::like(&gguf).expect("what was read can be declared");
@@ -53,6 +61,36 @@ pub fn fuzz_read(data: &[u8]) {
         rewritten.is_ok_and(|r| r == written),
         "writing what was written changed it"
     );
+}
+
+/// Reads `data` as the bytes of a sparse tensor; unpacks what is right and packs it again.
+///
+/// # Panics
+/// When packing what was unpacked gives other weights.
+pub fn fuzz_sparse(data: &[u8]) {
+    let Ok(sparse) = Sparse::parse(data) else {
+        return;
+    };
+    let h = sparse.header();
+    let ty = h.ty;
+    if sparse.check().is_err() || h.k > 1 << 16 {
+        return;
+    }
+    let row_bytes = ty.dense().bytes_for(h.k as u64).expect("whole blocks") as usize;
+    for s in 0..h.strips() {
+        let mut dense = vec![0; h.rows_of(s).len() * row_bytes];
+        let mut rows: Vec<_> = dense.chunks_exact_mut(row_bytes).collect();
+        unpack_strip(ty, h.k, sparse.strip(s), &mut rows);
+        let rows: Vec<_> = dense.chunks_exact(row_bytes).collect();
+        let mut strip = Vec::new();
+        // Another program may have stored zeros as values; ours does not, so no more come back.
+        let values = pack_strip(ty, h.k, &rows, None, &mut strip).expect("no pattern");
+        assert!(values <= sparse.check_strip(s).expect("it was checked"));
+        let mut again = vec![0; dense.len()];
+        let mut rows: Vec<_> = again.chunks_exact_mut(row_bytes).collect();
+        unpack_strip(ty, h.k, &strip, &mut rows);
+        assert!(again == dense, "packing changed a strip");
+    }
 }
 
 /// Runs every getter over every key; wrong types must be errors.

@@ -15,6 +15,7 @@ mod mmap;
 mod parse;
 pub mod quantize;
 mod read;
+pub mod sparse;
 pub mod tokenizer;
 pub mod types;
 pub mod writer;

@@ -63,7 +63,7 @@ impl TensorInfo {
         self.shape.iter().product()
     }
 
-    /// Bytes of one row.
+    /// Bytes of one row; of a sparse tensor, where rows differ, of one on average.
     pub fn row_bytes(&self) -> u64 {
         self.bytes / self.rows()
     }

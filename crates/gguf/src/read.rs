@@ -12,12 +12,13 @@ use std::{
 };
 
 use crate::{
-    Error,
+    Error, GgmlType,
     bytes::Bytes,
     error::Result,
     metadata::Metadata,
     mmap::{Advice, Mapping},
     parse::{self, Header, Stop, TensorInfo},
+    sparse,
 };
 
 /// How [`Gguf::open_with`] brings a file into memory.
@@ -185,6 +186,7 @@ impl Gguf {
             files.push(part.info);
         }
         let (version, metadata) = first.unwrap_or_default();
+        show_sparse(&metadata, &mut tensors, &index, &data)?;
         Ok(Gguf {
             version,
             metadata,
@@ -259,6 +261,49 @@ impl Gguf {
             data.advise(advice);
         }
     }
+}
+
+/// Gives the tensors that the metadata list as sparse their real types and shapes.
+fn show_sparse(
+    metadata: &Metadata,
+    tensors: &mut [TensorInfo],
+    index: &HashMap<String, usize>,
+    data: &[Bytes],
+) -> Result<()> {
+    let Some(version) = metadata.u32(sparse::VERSION_KEY)? else {
+        return Ok(());
+    };
+    let file = metadata.origin();
+    if version > sparse::VERSION {
+        return Err(Error::SparseVersion {
+            file: file.to_owned(),
+            version,
+        });
+    }
+    for name in metadata.strings(sparse::TENSORS_KEY)?.unwrap_or_default() {
+        let bad = |what: String| Err(Error::tensor(file, name, what));
+        let Some(&i) = index.get(name) else {
+            return bad("is listed as sparse and missing".to_owned());
+        };
+        let t = &mut tensors[i];
+        if t.ty.is_sparse() {
+            return bad("is listed as sparse twice".to_owned());
+        }
+        if t.ty != GgmlType::I8 || t.shape.len() != 1 {
+            return bad(format!(
+                "is listed as sparse and is {} of shape {:?}, not I8 of one dimension",
+                t.ty, t.shape
+            ));
+        }
+        match sparse::Sparse::parse(&data[i]) {
+            Ok(sparse) => {
+                t.ty = sparse.header().ty;
+                t.shape = sparse.header().shape();
+            }
+            Err(e) => return bad(e.to_string()),
+        }
+    }
+    Ok(())
 }
 
 /// The data of `t` within its file, whose header was checked against the file's size.

@@ -15,6 +15,7 @@ use crate::{
     error::Result,
     metadata::{Array, Metadata, Value},
     parse::{self, MAX_NAME, MAX_NESTING, TensorInfo},
+    sparse,
 };
 
 /// The version that is written.
@@ -60,7 +61,10 @@ impl GgufWriter {
         metadata.retain(|key| !key.starts_with("split."));
         let mut writer = GgufWriter::new(metadata);
         for t in model.tensors() {
-            writer.add_tensor(&t.name, t.ty, &t.shape)?;
+            match t.ty.is_sparse() {
+                true => writer.add_sparse(&t.name, t.ty, &t.shape, t.bytes)?,
+                false => writer.add_tensor(&t.name, t.ty, &t.shape)?,
+            }
         }
         Ok(writer)
     }
@@ -87,11 +91,32 @@ impl GgufWriter {
     /// [`Error::Tensor`] for a name declared before or too long, and for a shape that the type
     /// can't have.
     pub fn add_tensor(&mut self, name: &str, ty: GgmlType, shape: &[u64]) -> Result<()> {
+        let bytes = parse::tensor_bytes(ty, shape)
+            .map_err(|what| Error::tensor(self.metadata.origin(), name, what))?;
+        self.declare(name, ty, shape, bytes)
+    }
+
+    /// Declares the next tensor, a sparse one of `bytes` bytes: see [`crate::sparse`].
+    ///
+    /// # Errors
+    /// As [`GgufWriter::add_tensor`].
+    pub fn add_sparse(
+        &mut self,
+        name: &str,
+        ty: GgmlType,
+        shape: &[u64],
+        bytes: u64,
+    ) -> Result<()> {
+        sparse::Header::new(ty, shape, None)
+            .map_err(|e| Error::tensor(self.metadata.origin(), name, e.to_string()))?;
+        self.declare(name, ty, shape, bytes)
+    }
+
+    fn declare(&mut self, name: &str, ty: GgmlType, shape: &[u64], bytes: u64) -> Result<()> {
         let fail = |what: String| Error::tensor(self.metadata.origin(), name, what);
         if name.len() as u64 > MAX_NAME {
             return Err(fail(format!("name of {} bytes", name.len())));
         }
-        let bytes = parse::tensor_bytes(ty, shape).map_err(fail)?;
         if !self.names.insert(name.to_owned()) {
             return Err(fail("declared twice".to_owned()));
         }
@@ -106,11 +131,33 @@ impl GgufWriter {
         Ok(())
     }
 
+    /// The metadata with the list of sparse tensors, or without, if there are none.
+    fn with_sparse(&self) -> Result<Metadata> {
+        let mut metadata = self.metadata.clone();
+        metadata.retain(|key| key != sparse::VERSION_KEY && key != sparse::TENSORS_KEY);
+        let names: Vec<String> = self
+            .tensors
+            .iter()
+            .filter(|t| t.ty.is_sparse())
+            .map(|t| t.name.clone())
+            .collect();
+        if !names.is_empty() {
+            // Strips then begin where cache lines do.
+            if parse::alignment(&metadata)? < sparse::ALIGN as u64 {
+                metadata.set(parse::ALIGNMENT_KEY, sparse::ALIGN as u32);
+            }
+            metadata.set(sparse::VERSION_KEY, sparse::VERSION);
+            metadata.set(sparse::TENSORS_KEY, names);
+        }
+        Ok(metadata)
+    }
+
     /// Gives every tensor its place and encodes the header with its padding. Returns the
     /// header, the tensors with offsets counted from the file's beginning, and the size of
     /// the file.
     fn layout(&self) -> Result<(Vec<u8>, Vec<TensorInfo>, u64)> {
-        let alignment = parse::alignment(&self.metadata)?;
+        let metadata = self.with_sparse()?;
+        let alignment = parse::alignment(&metadata)?;
         let mut tensors = self.tensors.clone();
         let mut end = 0u64;
         for t in &mut tensors {
@@ -127,8 +174,8 @@ impl GgufWriter {
         out.extend(b"GGUF");
         out.extend(VERSION.to_le_bytes());
         out.extend((tensors.len() as u64).to_le_bytes());
-        out.extend((self.metadata.len() as u64).to_le_bytes());
-        for (key, value) in self.metadata.iter() {
+        out.extend((metadata.len() as u64).to_le_bytes());
+        for (key, value) in metadata.iter() {
             if key.len() as u64 > MAX_NAME || !nesting_allowed(value) {
                 return Err(Error::Unsupported(format!(
                     "metadata key `{}…` can't be written: too long or nested too deeply",
@@ -141,9 +188,14 @@ impl GgufWriter {
         }
         for t in &tensors {
             put_str(&mut out, &t.name);
-            out.extend((t.shape.len() as u32).to_le_bytes());
-            t.shape.iter().for_each(|d| out.extend(d.to_le_bytes()));
-            out.extend(t.ty.id().to_le_bytes());
+            // A sparse tensor's type and shape are its own affair: see `crate::sparse`.
+            let (ty, shape) = match t.ty.is_sparse() {
+                true => (GgmlType::I8, &[t.bytes][..]),
+                false => (t.ty, &t.shape[..]),
+            };
+            out.extend((shape.len() as u32).to_le_bytes());
+            shape.iter().for_each(|d| out.extend(d.to_le_bytes()));
+            out.extend(ty.id().to_le_bytes());
             out.extend(t.offset.to_le_bytes());
         }
         let data = (out.len() as u64).next_multiple_of(alignment);

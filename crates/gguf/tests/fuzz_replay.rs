@@ -7,7 +7,8 @@ use std::{fs, path::Path};
 use tegula_gguf::{
     Bytes, ChatTemplate, Gguf, TemplateError,
     chat::{Message, RenderOptions},
-    fuzz::{fuzz_read, fuzz_template, fuzz_tokenizer},
+    fuzz::{fuzz_read, fuzz_sparse, fuzz_template, fuzz_tokenizer},
+    sparse::Sparse,
 };
 
 /// Runs `target` over its corpus, which must hold `seeds`.
@@ -44,6 +45,16 @@ fn read() {
         assert_eq!(read.is_ok(), *name != "part.gguf", "{name}");
     }
     replay("read", &seeds, fuzz_read);
+}
+
+#[test]
+fn sparse() {
+    let seeds = common::sparse_seeds();
+    for (name, bytes) in &seeds {
+        let read = Sparse::parse(bytes).and_then(|s| s.check());
+        assert_eq!(read, Ok(()), "{name}");
+    }
+    replay("sparse", &seeds, fuzz_sparse);
 }
 
 #[test]

@@ -239,6 +239,52 @@ impl<'a> ActsView<'a> {
         }
     }
 
+    /// The values, `[m][k]`, as the most precise form holds them: f32, rounded to bf16, or
+    /// codes times scales.
+    ///
+    /// # Safety
+    /// The pointers of the forms that the view has are valid, as [`Acts::view`] makes them.
+    pub(crate) unsafe fn to_f32(self) -> Vec<f32> {
+        let k = self.k;
+        let value = |base: usize, tokens: usize, t: usize, col: usize| {
+            let block = col / 32 * tokens + t;
+            // SAFETY: a column and a token of the view, in a form that it has.
+            unsafe {
+                if self.forms.has(Forms::F32) {
+                    *self.floats.add(base * k + col * tokens + t)
+                } else if self.forms.has(Forms::BF16) {
+                    let at = base * k.div_ceil(2) + col / 2 * tokens + t;
+                    let pair = *self.pairs.add(at);
+                    bf16::from_bits((pair >> (col % 2 * 16)) as u16).to_f32()
+                } else if self.forms.has(Forms::TILES) {
+                    bf16::from_bits(*self.tiles.add(base * k + block * 32 + col % 32)).to_f32()
+                } else {
+                    assert!(self.forms.has(Forms::Q8), "activations in some form");
+                    let code = *self.q.add(base * k + block * 32 + col % 32);
+                    f32::from(code) * *self.d.add(base * (k / 32) + block)
+                }
+            }
+        };
+        let vectors = self.forms.has(Forms::F32) || self.forms.has(Forms::BF16);
+        let tiles = self.forms.has(Forms::TILES) && !vectors;
+        self.by_groups(if tiles { TILE_GROUP } else { GROUP }, value)
+    }
+
+    /// `[m][k]` values, `value(group's first token, tokens in it, token in it, column)` each.
+    fn by_groups(
+        &self,
+        size: usize,
+        value: impl Fn(usize, usize, usize, usize) -> f32,
+    ) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.m * self.k);
+        for t in 0..self.m {
+            let base = t / size * size;
+            let tokens = size.min(self.m - base);
+            out.extend((0..self.k).map(|col| value(base, tokens, t - base, col)));
+        }
+        out
+    }
+
     /// Tokens `start .. start + m` of the segment; `start` must be a multiple of
     /// [`TILE_GROUP`], and the end too unless it is the segment's end.
     pub fn slice(self, start: usize, m: usize) -> ActsView<'a> {

@@ -10,10 +10,10 @@
 use half::bf16;
 
 use crate::{
-    acts::{ActsView, Forms, GROUP, Q8Dest, TILE_GROUP},
+    acts::Q8Dest,
     attn::{CHUNK, ChunkArgs},
     float::FloatOps,
-    scalar,
+    scalar, sparse,
     strip::{
         self, ROWS,
         kernels::{PANEL_BYTES, StripArgs},
@@ -102,8 +102,11 @@ pub fn relative(want: &[f32], relative: f32, floor: f32) -> impl Fn(usize) -> f3
 pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     // SAFETY: the caller's.
     unsafe {
+        if args.ty.is_sparse() {
+            return with_dense(args, |args| mul_strips(args));
+        }
         if !args.ty.is_quantized() {
-            return float_products(args, &as_floats(&args.acts), |x| x);
+            return float_products(args, &args.acts.to_f32(), |x| x);
         }
         let len = args.strips.len() * args.acts.m * ROWS;
         let (mut want, mut panel) = (vec![f32::NAN; len], vec![0; PANEL_BYTES]);
@@ -127,7 +130,37 @@ pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
 /// As `Tiles::mul_strips`, and the tile holds the results.
 pub unsafe fn tile_products(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     // SAFETY: the caller's.
-    unsafe { float_products(args, &from_tiles(&args.acts), round) }
+    unsafe {
+        if args.ty.is_sparse() {
+            return with_dense(args, |args| tile_products(args));
+        }
+        float_products(args, &args.acts.to_f32(), round)
+    }
+}
+
+/// Runs a check with dense strips in the place of sparse ones.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`, with sparse strips.
+unsafe fn with_dense(
+    args: &StripArgs<'_>,
+    check: impl Fn(&StripArgs<'_>) -> Result<(), Mismatch>,
+) -> Result<(), Mismatch> {
+    let ty = args.ty.dense();
+    let layout = strip::layout(ty).expect("a type that products take");
+    let dense = |&strip: &*const u8| {
+        let mut out = vec![0; layout.strip_bytes(args.k)];
+        // SAFETY: the caller's.
+        unsafe { sparse::expand(args.ty, args.k, strip, out.as_mut_ptr()) };
+        out
+    };
+    let dense: Vec<Vec<u8>> = args.strips.iter().map(dense).collect();
+    let strips: Vec<*const u8> = dense.iter().map(|s| s.as_ptr()).collect();
+    check(&StripArgs {
+        ty,
+        strips: &strips,
+        ..*args
+    })
 }
 
 fn round(x: f32) -> f32 {
@@ -208,51 +241,6 @@ unsafe fn strip_row(args: &StripArgs<'_>, strip: *const u8, row: usize) -> Vec<f
         for (i, (out, &code)) in out.iter_mut().zip(&codes).enumerate() {
             *out = f32::from(code).mul_add(scales[i / group], mins[i / group]);
         }
-    }
-    out
-}
-
-/// The values of a view with the F32 or, if it has no others, the BF16 form: `[m][k]`.
-///
-/// # Safety
-/// The view holds one of the two.
-unsafe fn as_floats(acts: &ActsView<'_>) -> Vec<f32> {
-    let pairs = acts.k.div_ceil(2);
-    // SAFETY: a column and a token of the view.
-    let value = |base: usize, tokens: usize, t: usize, col: usize| unsafe {
-        if acts.forms.has(Forms::F32) {
-            return *acts.floats.add(base * acts.k + col * tokens + t);
-        }
-        let pair = *acts.pairs.add(base * pairs + col / 2 * tokens + t);
-        bf16::from_bits((pair >> (col % 2 * 16)) as u16).to_f32()
-    };
-    by_groups(acts, GROUP, value)
-}
-
-/// The values of a view with the tile form: `[m][k]`.
-///
-/// # Safety
-/// The view holds the form.
-unsafe fn from_tiles(acts: &ActsView<'_>) -> Vec<f32> {
-    // SAFETY: a column and a token of the view.
-    let value = |base: usize, tokens: usize, t: usize, col: usize| unsafe {
-        let at = base * acts.k + (col / 32 * tokens + t) * 32 + col % 32;
-        bf16::from_bits(*acts.tiles.add(at)).to_f32()
-    };
-    by_groups(acts, TILE_GROUP, value)
-}
-
-/// `[m][k]` values, `value(group's first token, tokens in it, token in it, column)` each.
-fn by_groups(
-    acts: &ActsView<'_>,
-    size: usize,
-    value: impl Fn(usize, usize, usize, usize) -> f32,
-) -> Vec<f32> {
-    let mut out = Vec::with_capacity(acts.m * acts.k);
-    for t in 0..acts.m {
-        let base = t / size * size;
-        let tokens = size.min(acts.m - base);
-        out.extend((0..acts.k).map(|col| value(base, tokens, t - base, col)));
     }
     out
 }

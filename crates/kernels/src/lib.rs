@@ -20,6 +20,7 @@ pub mod pool;
 pub mod probe;
 pub mod profile;
 mod scalar;
+pub mod sparse;
 pub mod strip;
 pub mod table;
 pub mod tier;

@@ -5,7 +5,12 @@ use std::{
     ops::{Deref, Range},
 };
 
-use tegula_gguf::{Bytes, GgmlType};
+use std::sync::Mutex;
+
+use tegula_gguf::{
+    Bytes, GgmlType,
+    sparse::{self, Sparse, SparseError, unpack_strip},
+};
 
 use crate::{
     disjoint::DisjointMut,
@@ -21,6 +26,8 @@ pub enum Encoding {
     Raw,
     /// Strips of 16 interleaved rows, see [`crate::strip`].
     Strip16,
+    /// Strips without their zeros, see [`tegula_gguf::sparse`].
+    Sparse16,
 }
 
 /// Why weights were refused.
@@ -54,11 +61,24 @@ pub enum WeightsError {
         /// Bytes given.
         got: usize,
     },
+    /// Sparse bytes that contradict themselves.
+    #[error(transparent)]
+    Sparse(#[from] SparseError),
+    /// Sparse bytes of another matrix.
+    #[error("sparse {found} where {wanted} was expected")]
+    Other {
+        /// Type and shape found.
+        found: String,
+        /// Type and shape asked for.
+        wanted: String,
+    },
 }
 
 enum Storage {
     Raw(Bytes),
     Strip16(Strips),
+    /// Where each strip begins, in units of `sparse::ALIGN`, and where the last ends.
+    Sparse16(Vec<u32>, Strips),
 }
 
 /// Whose memory strips lie in.
@@ -131,6 +151,79 @@ impl Weights {
         Weights::new(ty, n, k, experts, storage)
     }
 
+    /// A sparse matrix as a GGUF file has it. All strips are checked: kernels trust them.
+    ///
+    /// # Errors
+    /// When the bytes are another matrix's or contradict themselves.
+    pub fn sparse(
+        ty: GgmlType,
+        n: usize,
+        k: usize,
+        experts: usize,
+        bytes: Bytes,
+        pool: &Pool,
+    ) -> Result<Weights, WeightsError> {
+        let sparse = Sparse::parse(&bytes)?;
+        let h = *sparse.header();
+        if (h.ty, h.n, h.k, h.experts) != (ty, n, k, experts) {
+            let name = |ty, experts, n, k| format!("{ty} of {experts} x {n} x {k}");
+            return Err(WeightsError::Other {
+                found: name(h.ty, h.experts, h.n, h.k),
+                wanted: name(ty, experts, n, k),
+            });
+        }
+        let state = Mutex::new((0u64, None));
+        let chunk = 64;
+        pool.run(h.strips().div_ceil(chunk), &|task| {
+            let strips = task * chunk..h.strips().min((task + 1) * chunk);
+            let mut values = 0;
+            let mut wrong = None;
+            for s in strips {
+                match sparse.check_strip(s) {
+                    Ok(n) => values += n,
+                    Err(e) => wrong = Some((s, e)),
+                }
+                if wrong.is_some() {
+                    break;
+                }
+            }
+            let mut state = state.lock().unwrap_or_else(|e| e.into_inner());
+            state.0 += values;
+            // The first one in order is named, whoever found it.
+            if let Some((s, e)) = wrong
+                && state.1.as_ref().is_none_or(|(first, _)| s < *first)
+            {
+                state.1 = Some((s, e));
+            }
+        });
+        let (values, wrong) = state.into_inner().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, e)) = wrong {
+            return Err(e.into());
+        }
+        sparse.check_values(values)?;
+        let units = |at: usize| (at / sparse::ALIGN) as u32;
+        let starts = (0..h.strips()).map(|s| units(sparse.range(s).start));
+        let end = units(sparse.range(h.strips() - 1).end);
+        let table = starts.chain([end]).collect();
+        let at = h.strips_at();
+        let len = bytes.len();
+        let dense = ty.dense();
+        let layout = strip::layout(dense).ok_or(WeightsError::Type(dense))?;
+        let row_bytes = dense
+            .bytes_for(k as u64)
+            .ok_or(WeightsError::Ragged { ty: dense, k })? as usize;
+        Ok(Weights {
+            ty,
+            n,
+            k,
+            experts,
+            row_bytes,
+            strip_bytes: layout.strip_bytes(k),
+            layout,
+            storage: Storage::Sparse16(table, Strips::Shared(bytes.slice(at..len))),
+        })
+    }
+
     fn new(
         ty: GgmlType,
         n: usize,
@@ -145,7 +238,9 @@ impl Weights {
         let strip_bytes = layout.strip_bytes(k);
         let (units, unit_bytes, got) = match &storage {
             Storage::Raw(bytes) => (n, row_bytes, bytes.len()),
-            Storage::Strip16(strips) => (n.div_ceil(ROWS), strip_bytes, strips.len()),
+            Storage::Strip16(strips) | Storage::Sparse16(_, strips) => {
+                (n.div_ceil(ROWS), strip_bytes, strips.len())
+            }
         };
         let units = units.checked_mul(experts);
         let want = units.and_then(|units| units.checked_mul(unit_bytes));
@@ -196,6 +291,7 @@ impl Weights {
         match self.storage {
             Storage::Raw(_) => Encoding::Raw,
             Storage::Strip16(_) => Encoding::Strip16,
+            Storage::Sparse16(..) => Encoding::Sparse16,
         }
     }
 
@@ -203,7 +299,7 @@ impl Weights {
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::Raw(b) => b.len(),
-            Storage::Strip16(b) => b.len(),
+            Storage::Strip16(b) | Storage::Sparse16(_, b) => b.len(),
         }
     }
 
@@ -212,7 +308,7 @@ impl Weights {
         self.n.div_ceil(ROWS)
     }
 
-    /// Bytes of one strip.
+    /// Bytes of one strip; of sparse weights, when it is made dense.
     pub(crate) fn strip_bytes(&self) -> usize {
         self.strip_bytes
     }
@@ -241,13 +337,19 @@ impl Weights {
     ///
     /// # Panics
     /// When the strip or the matrix does not exist, or `scratch` is not
-    /// [`Weights::strip_bytes`] long while the encoding is raw.
+    /// [`Weights::strip_bytes`] long while the encoding is raw. A sparse strip has
+    /// [`crate::sparse::SLACK`] more bytes than it needs.
     pub(crate) fn strip<'a>(&'a self, expert: usize, s: usize, scratch: &'a mut [u8]) -> &'a [u8] {
         assert!(expert < self.experts && s < self.strips());
         match &self.storage {
             Storage::Strip16(b) => {
                 let at = (expert * self.strips() + s) * self.strip_bytes;
                 &b[at..at + self.strip_bytes]
+            }
+            Storage::Sparse16(table, b) => {
+                let i = expert * self.strips() + s;
+                let [at, end] = [i, i + 1].map(|i| table[i] as usize * sparse::ALIGN);
+                &b[at..end + crate::sparse::SLACK]
             }
             Storage::Raw(b) => {
                 self.pack_strip(b, expert, s, scratch);
@@ -256,13 +358,27 @@ impl Weights {
         }
     }
 
-    /// The same weights as strips. Lossless: [`Weights::unpack_raw`] is the inverse.
+    /// The same weights as strips in memory of their own; sparse ones stay sparse. Lossless:
+    /// [`Weights::unpack_raw`] is the inverse.
     pub fn pack(&self, pool: &Pool) -> Weights {
+        if let Storage::Sparse16(table, b) = &self.storage {
+            let mut out = AlignedBuf::zeroed(b.len());
+            let dst = DisjointMut::new(&mut out);
+            pool.run(b.len().div_ceil(HUGE), &|task| {
+                let part = task * HUGE..b.len().min((task + 1) * HUGE);
+                // SAFETY: each part is one task's.
+                unsafe { dst.slice(part.clone()) }.copy_from_slice(&b[part]);
+            });
+            return Weights {
+                storage: Storage::Sparse16(table.clone(), Strips::Own(out)),
+                ..*self
+            };
+        }
         let per = self.strips();
         let total = per * self.experts;
         let mut out = AlignedBuf::zeroed(total * self.strip_bytes);
         match &self.storage {
-            Storage::Strip16(b) => out.copy_from_slice(b),
+            Storage::Strip16(b) | Storage::Sparse16(_, b) => out.copy_from_slice(b),
             Storage::Raw(b) => {
                 // A few hundred KiB per task: enough to hide the counter, little enough to
                 // balance.
@@ -289,11 +405,12 @@ impl Weights {
         }
     }
 
-    /// The raw bytes of row `row` of matrix `expert`, into `dst`.
+    /// The raw bytes of row `row` of matrix `expert`, of a sparse one those of its dense twin,
+    /// into `dst`.
     ///
     /// # Panics
     /// When the row does not exist or `dst` is no raw row long
-    /// (`ty().bytes_for(k())`).
+    /// (`ty().dense().bytes_for(k())`).
     pub fn read_row(&self, expert: usize, row: usize, dst: &mut [u8]) {
         assert!(expert < self.experts && row < self.n && dst.len() == self.row_bytes);
         match &self.storage {
@@ -303,27 +420,48 @@ impl Weights {
                 let strip = &b[at..at + self.strip_bytes];
                 strip::unpack_row(self.layout, self.k, strip, row % ROWS, dst);
             }
+            Storage::Sparse16(..) => {
+                let rows = self.sparse_rows(expert, row / ROWS);
+                let at = row % ROWS * self.row_bytes;
+                dst.copy_from_slice(&rows[at..at + self.row_bytes]);
+            }
         }
+    }
+
+    /// The dense rows of a sparse strip.
+    fn sparse_rows(&self, expert: usize, s: usize) -> Vec<u8> {
+        let mut out = vec![0; self.strip_rows(s).len() * self.row_bytes];
+        let mut rows: Vec<_> = out.chunks_exact_mut(self.row_bytes.max(1)).collect();
+        let strip = self.strip(expert, s, &mut []);
+        unpack_strip(self.ty, self.k, strip, &mut rows);
+        out
     }
 
     /// Writes the strips, [`Weights::bytes`] of them, for [`Weights::from_strips`]. They are
     /// no rows: nothing but that reads them.
     ///
     /// # Errors
-    /// What the writer says, and `InvalidInput` for weights that are not packed.
+    /// What the writer says, and `InvalidInput` for weights that are not packed, or sparse.
     pub fn write_strips(&self, out: &mut dyn Write) -> io::Result<()> {
         match &self.storage {
             Storage::Strip16(strips) => out.write_all(strips),
-            Storage::Raw(_) => Err(io::ErrorKind::InvalidInput.into()),
+            Storage::Raw(_) | Storage::Sparse16(..) => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
 
-    /// The file's bytes again.
+    /// The file's bytes again; of sparse weights, those of their dense twin.
     pub fn unpack_raw(&self, pool: &Pool) -> Vec<u8> {
         let mut out = vec![0; self.experts * self.n * self.row_bytes];
         let dst = DisjointMut::new(&mut out);
         pool.run(self.experts * self.strips(), &|task| {
             let (expert, s) = (task / self.strips(), task % self.strips());
+            if self.encoding() == Encoding::Sparse16 {
+                let rows = self.sparse_rows(expert, s);
+                let at = (expert * self.n + s * ROWS) * self.row_bytes;
+                // SAFETY: each strip's rows are one task's.
+                unsafe { dst.slice(at..at + rows.len()) }.copy_from_slice(&rows);
+                return;
+            }
             for row in self.strip_rows(s) {
                 let at = (expert * self.n + row) * self.row_bytes;
                 // SAFETY: each row belongs to one strip, each strip to one task.

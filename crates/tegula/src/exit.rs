@@ -5,6 +5,7 @@
 use crate::hub::HubError;
 use phase2_perf::{plot::PlotError, record::BenchRecordError};
 use phase4_parity::oracle::OracleError;
+use phase5_sparamx::prune::PruneError;
 use std::{fmt::Write as _, io, process::ExitCode};
 use tegula_gguf::TemplateError;
 use tegula_kernels::device::DeviceError;
@@ -50,6 +51,13 @@ pub fn code(error: &anyhow::Error) -> u8 {
         }
         if let Some(BenchRecordError::Refused(_)) = cause.downcast_ref() {
             return REQUIREMENT;
+        }
+        match cause.downcast_ref() {
+            Some(PruneError::Sparsity(_) | PruneError::Nothing(_)) => return USAGE,
+            Some(PruneError::Observed) => return INTERNAL,
+            Some(PruneError::Engine(tegula_engine::Error::Memory { .. })) => return REQUIREMENT,
+            Some(_) => return INPUT,
+            None => {}
         }
         if cause.is::<tegula_engine::Error>()
             || cause.is::<tegula_gguf::Error>()

@@ -2,7 +2,11 @@
 
 use std::{collections::BTreeMap, fs};
 use tegula_engine::{Model, plan::TileUse};
-use tegula_gguf::{Gguf, quantize::FileType};
+use tegula_gguf::{
+    Gguf, TensorInfo,
+    quantize::FileType,
+    sparse::{Header, Sparse},
+};
 
 /// The instruction sets that run the model.
 pub fn isa(model: &Model) -> String {
@@ -51,6 +55,8 @@ pub fn parameters(gguf: &Gguf) -> u64 {
 /// The file type that the metadata name, or the tensor type that takes the most bytes.
 pub fn file_type(gguf: &Gguf) -> String {
     let stated = gguf.metadata().u32("general.file_type").ok().flatten();
+    // It names the dense twin of a sparse file.
+    let stated = stated.filter(|_| gguf.tensors().iter().all(|t| !t.ty.is_sparse()));
     if let Some(file) = stated.and_then(FileType::from_id) {
         return file.name().to_owned();
     }
@@ -74,4 +80,23 @@ pub fn meminfo(key: &str) -> Option<u64> {
         .lines()
         .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// What a sparse tensor's header says, or `None` for a dense one.
+pub fn sparse_header(gguf: &Gguf, t: &TensorInfo) -> Option<Header> {
+    if !t.ty.is_sparse() {
+        return None;
+    }
+    // It was read once when the file was opened.
+    Sparse::parse(gguf.data(t)).ok().map(|s| *s.header())
+}
+
+/// Weights that have a value, of all weights in sparse tensors; `None` where there are none.
+pub fn density(gguf: &Gguf) -> Option<f64> {
+    let sparse = gguf.tensors().iter().filter_map(|t| sparse_header(gguf, t));
+    let (values, weights) = sparse.fold((0.0, 0.0), |(values, weights), h| {
+        let all = h.k as f64 * h.n as f64 * h.experts as f64;
+        (values + h.density() * all, weights + all)
+    });
+    (weights > 0.0).then(|| values / weights)
 }

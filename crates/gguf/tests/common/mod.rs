@@ -3,7 +3,11 @@
 
 use std::path::PathBuf;
 
-use tegula_gguf::{Array, GgmlType, Metadata, Value, writer::GgufWriter};
+use tegula_gguf::{
+    Array, GgmlType, Metadata, Value,
+    sparse::{ALIGN, Header, Pattern, pack_strip},
+    writer::GgufWriter,
+};
 
 /// Metadata with every value type, among them nested arrays.
 pub fn every_value() -> Metadata {
@@ -91,6 +95,54 @@ pub fn shared() -> PathBuf {
     )
 }
 
+/// A sparse matrix of each type, with and without a pattern.
+pub fn sparse_tensors() -> Vec<(GgmlType, Vec<u8>)> {
+    let mut tensors = Vec::new();
+    for ty in GgmlType::SPARSE {
+        for pattern in [None, Pattern::new(2, 4)] {
+            let mut header = Header::new(*ty, &[64, 3], pattern).unwrap();
+            let bytes = ty.dense().bytes_for(64).unwrap() as usize;
+            // Two of four weights of any type have no value.
+            let row: Vec<u8> = match ty {
+                GgmlType::S_BF16 => (0..bytes).map(|i| (i % 8 / 4 * 63) as u8).collect(),
+                GgmlType::S8 => (0..bytes).map(|i| (i % 34 % 4 / 2 * 7) as u8).collect(),
+                _ => (0..bytes)
+                    .map(|i| [0x88, 0x88, 0x5a, 0xa7][i % 18 % 4])
+                    .collect(),
+            };
+            let mut strip = Vec::new();
+            let rows = [&row[..]; 3];
+            header.values = pack_strip(*ty, 64, &rows, pattern, &mut strip).unwrap();
+            let mut bytes = header.encode(&[strip.len()]).unwrap();
+            bytes.extend(strip);
+            bytes.extend([0; ALIGN]);
+            tensors.push((*ty, bytes));
+        }
+    }
+    tensors
+}
+
+/// A model of these.
+pub fn sparse() -> Vec<u8> {
+    let mut writer = GgufWriter::new(Metadata::default());
+    let tensors = sparse_tensors();
+    for (i, (ty, bytes)) in tensors.iter().enumerate() {
+        let bytes = bytes.len() as u64;
+        writer
+            .add_sparse(&format!("{i}"), *ty, &[64, 3], bytes)
+            .unwrap();
+    }
+    let slices: Vec<&[u8]> = tensors.iter().map(|t| &t.1[..]).collect();
+    writer.to_bytes(&slices).unwrap()
+}
+
+/// The first inputs of the sparse reader's fuzzers: tensors without a file around them.
+pub fn sparse_seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let names = ["s-bf16", "s-bf16-2-4", "s8", "s8-2-4", "s4", "s4-2-4"];
+    let tensors = sparse_tensors().into_iter().map(|t| t.1);
+    names.into_iter().zip(tensors).collect()
+}
+
 /// The fuzzers' first inputs, by name: small files that together use all of the format.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let mut version_2 = sample();
@@ -128,6 +180,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("every-type.gguf", model(Metadata::default(), &types)),
         ("every-value.gguf", sample()),
         ("part.gguf", model(part, &[])),
+        ("sparse.gguf", sparse()),
         ("version-2.gguf", version_2),
         ("vocabulary.gguf", model(vocabulary, &[])),
     ]

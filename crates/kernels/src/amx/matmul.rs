@@ -17,6 +17,7 @@ use super::{
     tile::{self, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
 };
 use crate::{
+    avx512::sparse,
     generic::{
         format::{self, Format, Shape},
         matmul::{self as generic, BF16, F16, FloatWeights},
@@ -44,7 +45,12 @@ const CODES: usize = PANEL_BYTES.next_multiple_of(64);
 /// The tile products, decoding with the instructions of `tier`. `None` for the scalar tier,
 /// which has no decoder.
 pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
-    let (mul_strips, pack): (unsafe fn(&StripArgs<'_>), _) = match panel::choose(tier)? {
+    let choice = panel::choose(tier)?;
+    let sparse = match choice {
+        Choice::Bf16 => sparse::takes,
+        Choice::Avx512 | Choice::Avx2 => |_| false,
+    };
+    let (mul_strips, pack): (unsafe fn(&StripArgs<'_>), _) = match choice {
         Choice::Bf16 => (
             mul_strips::<panel::Bf16> as unsafe fn(&StripArgs<'_>),
             panel::Bf16::pack as unsafe fn(&[f32], *mut u16, usize),
@@ -64,6 +70,7 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         pack,
         scratch: CODES + TILES,
         fewest_tokens,
+        sparse,
     })
 }
 
@@ -76,8 +83,8 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
     unsafe {
         match args.ty {
             T::BF16 => in_place(args),
-            T::F16 => through(args, MOST_K, |w, k, len, out, _| {
-                let w = w.add(k / 2 * F16::PAIR_BYTES);
+            T::F16 => through(args, MOST_K, |s, k, len, out, _| {
+                let w = args.strips[s].add(k / 2 * F16::PAIR_BYTES);
                 D::floats::<F16>(w, len, out);
             }),
             T::Q4_0 => quantized::<D, format::Q4_0>(args),
@@ -97,6 +104,7 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
                 from_grids::<D, format::Plain>(args);
             }
             T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<D, format::PlainHalves>(args),
+            T::S_BF16 | T::S8 | T::S4 => sparse(args),
             T::F32 | T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => {
                 unreachable!("no tile product takes {}", args.ty)
             }
@@ -111,10 +119,10 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
     let per_block = F::GROUPS * 32;
     // SAFETY: the caller's; panels begin at whole blocks.
     unsafe {
-        through(args, MOST_K, |strip, k, len, out, (next, next_k)| {
+        through(args, MOST_K, |s, k, len, out, (next, next_k)| {
             let at = |k| k / per_block * F::BYTES;
             let next = next.wrapping_add(at(next_k));
-            D::quantized::<F>(strip.add(at(k)), len / per_block, out, next);
+            D::quantized::<F>(args.strips[s].add(at(k)), len / per_block, out, next);
         });
     }
 }
@@ -124,15 +132,32 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
 unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     // SAFETY: the caller's; the first part of the scratch holds codes.
     unsafe {
-        through(args, kernels::PANEL_K, |strip, k, len, out, _| {
+        through(args, kernels::PANEL_K, |s, k, len, out, _| {
+            let strip = args.strips[s];
             let panel = generic::decode_grids::<S>(args.ty, strip, k, len, args.panel);
             D::codes::<S>(&panel, out);
         });
     }
 }
 
-/// Decodes stretches of the strips, of at most `most_k` inputs, with `decode(strip, first input, inputs, out, next)` and
-/// multiplies them. `next` is the strip, and the input in it, that comes after this one: few
+/// Sparse strips: zeros are put back on the way to tiles, once per batch. A stretch begins
+/// where the strip's last one ended, which only its bitmaps tell.
+///
+/// # Safety
+/// As [`mul_strips`]; [`sparse::takes`] accepts the type.
+unsafe fn sparse(args: &StripArgs<'_>) {
+    let mut at = [std::ptr::null(); MAX_STRIPS];
+    at[..args.strips.len()].copy_from_slice(args.strips);
+    // SAFETY: the caller's; stretches but the last are whole super-blocks.
+    unsafe {
+        through(args, MOST_K, |s, _, len, out, _| {
+            at[s] = sparse::to_tiles(args.ty, at[s], len, out);
+        });
+    }
+}
+
+/// Decodes stretches of the strips, of at most `most_k` inputs, with `decode(index of the strip,
+/// first input, inputs, out, next)` and multiplies them. `next` is the strip, and the input in it, that comes after this one: few
 /// tokens leave no time to wait for memory, which stops prefetching by itself where a stretch
 /// ends.
 ///
@@ -141,19 +166,19 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
 unsafe fn through(
     args: &StripArgs<'_>,
     most_k: usize,
-    decode: impl Fn(*const u8, usize, usize, *mut u8, (*const u8, usize)),
+    mut decode: impl FnMut(usize, usize, usize, *mut u8, (*const u8, usize)),
 ) {
     let panel_k = (MAX_STRIPS / args.strips.len().next_power_of_two() * PANEL_K).min(most_k);
     for k in (0..args.k).step_by(panel_k) {
         let len = panel_k.min(args.k - k);
         let strip_tiles = panel_k / TILE_K * TILE_BYTES;
         let tile = |s: usize| args.panel.wrapping_add(CODES + s * strip_tiles);
-        for (s, &strip) in args.strips.iter().enumerate() {
+        for s in 0..args.strips.len() {
             let next = match args.strips.get(s + 1) {
                 Some(&strip) => (strip, k),
                 None => (args.strips[0], k + len),
             };
-            decode(strip, k, len, tile(s), next);
+            decode(s, k, len, tile(s), next);
         }
         // SAFETY: tiles of `len` inputs of all strips were written.
         unsafe { all_tokens(args, |s| tile(s).cast_const(), k, len) };

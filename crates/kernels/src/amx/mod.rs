@@ -12,7 +12,7 @@ mod attention;
 #[cfg(feature = "amx")]
 mod matmul;
 #[cfg(feature = "amx")]
-mod panel;
+pub(crate) mod panel;
 #[cfg(feature = "amx")]
 mod tile;
 
@@ -32,7 +32,7 @@ pub fn fewest_tokens(ty: GgmlType) -> Option<usize> {
     match ty {
         // Routers and norms: few, and worth their precision.
         T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => None,
-        T::BF16 => Some(4),
+        T::BF16 | T::S_BF16 => Some(4),
         _ => Some(12),
     }
 }

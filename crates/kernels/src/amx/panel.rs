@@ -107,7 +107,7 @@ pub(super) fn choose(tier: Tier) -> Option<Choice> {
 /// Four inputs of 16 rows, from a dword of codes each: `(code - zero point) * scale`, or
 /// `code * scale + min`, with one rounding to f32 and one to bf16.
 #[inline(always)]
-unsafe fn four<L: Lanes>(codes: L, scale: L::Floats, bias: L::Floats, out: *mut u8) {
+pub(crate) unsafe fn four<L: Lanes>(codes: L, scale: L::Floats, bias: L::Floats, out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         let byte = L::splat(0xff);
@@ -124,7 +124,11 @@ unsafe fn four<L: Lanes>(codes: L, scale: L::Floats, bias: L::Floats, out: *mut 
 
 /// What is added to `code * scale`.
 #[inline(always)]
-unsafe fn bias<L: Lanes, S: Shape>(scale: L::Floats, min: L::Floats, zero: u32) -> L::Floats {
+pub(crate) unsafe fn bias<L: Lanes, S: Shape>(
+    scale: L::Floats,
+    min: L::Floats,
+    zero: u32,
+) -> L::Floats {
     // SAFETY: the caller's.
     unsafe {
         if S::MIN {

@@ -22,6 +22,7 @@ pub(crate) fn kernels() -> MatmulKernels {
             generic::mul_strips::<Plain>
         },
         bf16_form: Forms::F32,
+        sparse: |_| false,
         tiles: None,
     }
 }

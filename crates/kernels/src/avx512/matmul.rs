@@ -22,11 +22,12 @@ pub(crate) fn kernels() -> MatmulKernels {
         name: if bf16 { "avx512+bf16" } else { "avx512" },
         quantize_q8,
         mul_strips: if bf16 {
-            mul_strips_bf16
+            mul_strips::<true>
         } else {
-            generic::mul_strips::<Avx512>
+            mul_strips::<false>
         },
         bf16_form: if bf16 { Forms::BF16 } else { Forms::F32 },
+        sparse: super::sparse::takes,
         tiles: None,
     }
 }
@@ -42,12 +43,23 @@ generic::tier_kernels!(
 const BATCH_PAIRS: usize = 128;
 
 /// # Safety
-/// As [`MatmulKernels::mul_strips`]; the CPU has bf16 dot products.
-unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
-    if args.ty != GgmlType::BF16 {
-        // SAFETY: the caller's.
-        return unsafe { generic::mul_strips::<Avx512>(args) };
+/// As [`MatmulKernels::mul_strips`]; with `BF16_DOTS` the CPU has bf16 dot products.
+unsafe fn mul_strips<const BF16_DOTS: bool>(args: &StripArgs<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        if args.ty.is_sparse() {
+            super::sparse::mul_strips(args);
+        } else if BF16_DOTS && args.ty == GgmlType::BF16 {
+            bf16(args);
+        } else {
+            generic::mul_strips::<Avx512>(args);
+        }
     }
+}
+
+/// # Safety
+/// As [`MatmulKernels::mul_strips`]; the CPU has bf16 dot products.
+unsafe fn bf16(args: &StripArgs<'_>) {
     let acts = &args.acts;
     let pairs = args.k.div_ceil(2);
     // Few tokens wait for memory, which likes one stream; many for L1 and L2.
@@ -90,7 +102,7 @@ unsafe fn mul_strips_bf16(args: &StripArgs<'_>) {
 /// # Safety
 /// `w` are `len` times 64 bytes, `x` is `[len][stride]` of which `T` tokens are read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn bf16_pairs<const S: usize, const T: usize>(
+pub(super) unsafe fn bf16_pairs<const S: usize, const T: usize>(
     w: [*const u8; S],
     len: usize,
     x: *const u32,

@@ -3,3 +3,4 @@
 pub(crate) mod attention;
 pub(crate) mod float;
 pub(crate) mod matmul;
+pub(crate) mod sparse;

@@ -341,7 +341,9 @@ pub fn planes(ty: GgmlType) -> &'static [Plane] {
         T::IQ3_S => planes![(2, 64), (66, 8), (74, 32), (106, 4), (0, 2)],
         T::IQ1_S => planes![(2, 32), (34, 16), (0, 2)],
         T::IQ1_M => planes![(0, 32), (32, 16), (48, 8)],
-        T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => panic!("no product takes {ty}"),
+        T::I8 | T::I16 | T::I32 | T::I64 | T::F64 | T::S_BF16 | T::S8 | T::S4 => {
+            panic!("no product takes {ty}")
+        }
     }
 }
 

@@ -232,6 +232,13 @@ unsafe fn pack_bf16(x: *const f32, out: *mut u16) {
 #[derive(Clone, Copy)]
 pub(crate) struct WithBf16(__m512i);
 
+impl From<__m512i> for WithBf16 {
+    #[inline(always)]
+    fn from(x: __m512i) -> WithBf16 {
+        WithBf16(x)
+    }
+}
+
 impl Lanes for WithBf16 {
     type Floats = __m512;
     const TOKENS: usize = <__m512i as Lanes>::TOKENS;

@@ -147,7 +147,7 @@ pub(crate) trait Machine {
 /// `mul_strips`.
 macro_rules! tier_kernels {
     ($name:ident, $lanes:ty, $features:literal) => {
-        struct $name;
+        pub(crate) struct $name;
 
         // SAFETY (all four): the features are the function's own; the rest is the caller's.
         impl $crate::generic::matmul::Machine for $name {
@@ -447,7 +447,7 @@ pub(crate) unsafe fn mul_strips<M: Machine>(args: &StripArgs<'_>) {
                 from_grids::<M, format::Plain>(args);
             }
             T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<M, format::PlainHalves>(args),
-            T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => {
+            T::I8 | T::I16 | T::I32 | T::I64 | T::F64 | T::S_BF16 | T::S8 | T::S4 => {
                 unreachable!("no product takes {}", args.ty)
             }
         }
@@ -509,7 +509,7 @@ unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
 }
 
 /// The panel in scratch of `PANEL_BYTES`.
-unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zero: u32) -> Panel {
+pub(crate) unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zero: u32) -> Panel {
     let scales = PANEL_K / 16 * ROWS;
     // SAFETY: the scratch holds codes, scales and minima in this order.
     unsafe {
@@ -527,7 +527,11 @@ unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zero: u32) -> 
 
 /// # Safety
 /// The panel is decoded, the view holds the q8 form, the tile is `[m][16]`.
-unsafe fn panel_products<M: Machine, S: Shape>(panel: &Panel, acts: &ActsView<'_>, tile: *mut f32) {
+pub(crate) unsafe fn panel_products<M: Machine, S: Shape>(
+    panel: &Panel,
+    acts: &ActsView<'_>,
+    tile: *mut f32,
+) {
     token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
         // SAFETY: tokens `base + at ..` of the view.
         unsafe {

@@ -14,14 +14,15 @@ impl Compute {
         let k = w.k();
         assert_eq!(out.len(), ids.len() * k);
         assert!(ids.iter().all(|&id| (id as usize) < w.n()));
-        let bytes = k / w.ty().block_len() * w.ty().block_bytes();
+        let ty = w.ty().dense();
+        let bytes = k / ty.block_len() * ty.block_bytes();
         let out = DisjointMut::new(out);
         self.for_each(ids.len(), k, &|t| {
             let mut row = vec![0u8; bytes];
             w.read_row(0, ids[t] as usize, &mut row);
             // SAFETY: each task has its own row.
             let out = unsafe { out.slice(t * k..(t + 1) * k) };
-            blocks::dequantize(w.ty(), &row, out).expect("whole blocks of a row of weights");
+            blocks::dequantize(ty, &row, out).expect("whole blocks of a row of weights");
         });
     }
 }

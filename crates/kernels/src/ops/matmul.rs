@@ -8,11 +8,12 @@ use crate::{
     disjoint::DisjointMut,
     mem::AlignedVec,
     profile::Op,
+    sparse,
     strip::{
         ROWS,
         kernels::{MAX_STRIPS, MatmulKernels, PANEL_BYTES, StripArgs},
     },
-    weights::Weights,
+    weights::{Encoding, Weights},
 };
 
 /// Tokens whose activations are kept in the second-level cache: larger batches decode the
@@ -63,20 +64,30 @@ impl Scratch {
         assert!(count <= MAX_STRIPS);
         let len = count * acts.m * ROWS;
         let bytes = w.strip_bytes();
-        if w.encoding() == crate::weights::Encoding::Raw {
+        let tiles = kernels.tiles_for(w, total);
+        let takes = tiles.map_or(kernels.sparse, |t| t.sparse);
+        // Sparse strips that the kernel does not know become dense ones.
+        let expand = w.encoding() == Encoding::Sparse16 && !takes(w.ty());
+        if expand || w.encoding() == Encoding::Raw {
             self.packed.fit(count * bytes);
         }
         let mut strips = [std::ptr::null(); MAX_STRIPS];
         let mut packed = &mut self.packed[..];
         for (i, slot) in strips[..count].iter_mut().enumerate() {
             let scratch = packed.split_off_mut(..bytes).unwrap_or_default();
-            *slot = w.strip(expert, first + i, scratch).as_ptr();
+            *slot = if expand {
+                let strip = w.strip(expert, first + i, &mut []);
+                // SAFETY: the strip was checked; the scratch has a dense strip's bytes.
+                unsafe { sparse::expand(w.ty(), w.k(), strip.as_ptr(), scratch.as_mut_ptr()) };
+                scratch.as_ptr()
+            } else {
+                w.strip(expert, first + i, scratch).as_ptr()
+            };
         }
-        let tiles = kernels.tiles_for(w, total);
         let panel = tiles.map_or(PANEL_BYTES, |t| t.scratch);
         self.panel.fit(panel);
         let args = StripArgs {
-            ty: w.ty(),
+            ty: if expand { w.ty().dense() } else { w.ty() },
             k: w.k(),
             strips: &strips[..count],
             acts,
@@ -267,6 +278,7 @@ impl Compute {
         for (w, y) in products {
             assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
             assert_eq!(y.len(), m * w.n());
+            self.observed(w, 0, &x.view());
             items.push(Item::product(w, kernels.tiles_for(w, m).is_some()));
             outputs.push((*w, DisjointMut::new(y)));
         }

@@ -7,12 +7,16 @@ pub mod moe;
 mod rope;
 mod rows;
 
+use std::sync::{Arc, OnceLock};
+
 use crate::{
+    acts::ActsView,
     amx::Amx,
     pool::{Pool, PoolConfig},
     profile::Profile,
     table::Kernels,
     tier::Tier,
+    weights::Weights,
 };
 
 pub use attention::Token;
@@ -24,6 +28,14 @@ pub struct Compute {
     pub table: &'static Kernels,
     /// Where the time goes.
     pub profile: Profile,
+    observer: OnceLock<Arc<dyn Observer>>,
+}
+
+/// Sees the inputs of matrix products, before they are multiplied.
+pub trait Observer: Send + Sync {
+    /// `x`, `[m][k]` as the product's form of activations holds it, meets matrix `expert` of
+    /// `weights`.
+    fn product(&self, weights: &Weights, expert: usize, x: &[f32]);
 }
 
 impl Compute {
@@ -33,6 +45,7 @@ impl Compute {
             pool: Pool::new(pool),
             table: Kernels::for_tier(tier),
             profile: Profile::default(),
+            observer: OnceLock::new(),
         }
     }
 
@@ -42,6 +55,20 @@ impl Compute {
             pool: Pool::new(pool),
             table: Kernels::with_amx(tier, amx),
             profile: Profile::default(),
+            observer: OnceLock::new(),
+        }
+    }
+
+    /// Has an observer see all products from now on; returns false if there is one already.
+    pub fn observe(&self, observer: Arc<dyn Observer>) -> bool {
+        self.observer.set(observer).is_ok()
+    }
+
+    fn observed(&self, weights: &Weights, expert: usize, x: &ActsView<'_>) {
+        if let Some(observer) = self.observer.get() {
+            // SAFETY: operations make views of activations that they hold.
+            let x = unsafe { x.to_f32() };
+            observer.product(weights, expert, &x);
         }
     }
 }

@@ -193,6 +193,15 @@ impl Compute {
             (gate.experts(), up.experts()),
             (down.experts(), down.experts())
         );
+        for s in segments {
+            let view = if shared {
+                x.view()
+            } else {
+                x.segment(s.start, s.len)
+            };
+            self.observed(gate, s.expert, &view);
+            self.observed(up, s.expert, &view);
+        }
         let kernels = &self.table.matmul;
         let item = |s: &Segment| {
             let tiles = kernels.tiles_for(gate, s.len).is_some();
@@ -317,6 +326,9 @@ impl Compute {
         self.gate_up_segments(gathered, &groups.segments, shared, gate, up, down, &writer);
 
         let hidden = &scratch.hidden;
+        for s in &groups.segments {
+            self.observed(down, s.expert, &hidden.segment(s.start, s.len));
+        }
         let y = DisjointMut::new(out);
         // The block of tokens, first and count, that each assignment is multiplied in.
         let mut blocks = Vec::with_capacity(assigned);

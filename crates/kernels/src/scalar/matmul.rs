@@ -17,6 +17,7 @@ pub const KERNELS: MatmulKernels = MatmulKernels {
     quantize_q8,
     mul_strips,
     bf16_form: Forms::F32,
+    sparse: |_| false,
     tiles: None,
 };
 

@@ -29,7 +29,8 @@ pub struct StripArgs<'a> {
     pub ty: GgmlType,
     /// Weights per row.
     pub k: usize,
-    /// Up to [`MAX_STRIPS`] strips of [`super::Layout::strip_bytes`]`(k)` bytes each.
+    /// Up to [`MAX_STRIPS`] strips of [`super::Layout::strip_bytes`]`(k)` bytes each; of a
+    /// sparse type, checked strips with [`crate::sparse::SLACK`] readable bytes behind.
     pub strips: &'a [*const u8],
     /// Activations with the form [`MatmulKernels::form`]`(ty)`.
     pub acts: ActsView<'a>,
@@ -63,6 +64,9 @@ pub struct MatmulKernels {
     pub mul_strips: unsafe fn(args: &StripArgs<'_>),
     /// The form of activations that BF16 weights take.
     pub bf16_form: Forms,
+    /// Whether `mul_strips` takes sparse strips of the type; otherwise they are made dense
+    /// first.
+    pub sparse: fn(ty: GgmlType) -> bool,
     /// Products on tiles, where their use was asked for.
     pub tiles: Option<Tiles>,
 }
@@ -87,6 +91,9 @@ pub struct Tiles {
     /// From how many tokens on tiles are faster than vectors, or `None` for types that they
     /// don't take. Measured, see `docs/bench`.
     pub fewest_tokens: fn(ty: GgmlType) -> Option<usize>,
+    /// Whether `mul_strips` takes sparse strips of the type; otherwise they are made dense
+    /// first.
+    pub sparse: fn(ty: GgmlType) -> bool,
 }
 
 impl MatmulKernels {
@@ -115,7 +122,7 @@ impl MatmulKernels {
 
     /// The form of activations that a product of `weights` with `m` tokens takes.
     pub fn form(&self, weights: &Weights, m: usize) -> Forms {
-        match weights.ty() {
+        match weights.ty().dense() {
             _ if self.tiles_for(weights, m).is_some() => Forms::TILES,
             GgmlType::BF16 => self.bf16_form,
             ty => vector_form(ty),

@@ -125,6 +125,8 @@ pub fn layout(ty: GgmlType) -> Option<&'static Layout> {
         T::IQ3_S => layout!(256, 110, [f(0, 110, 1)]),
         T::IQ1_S => layout!(256, 50, [f(0, 50, 1)]),
         T::IQ1_M => layout!(256, 56, [f(0, 56, 1)]),
+        // Sparse strips are another thing: see [`crate::sparse`].
+        T::S_BF16 | T::S8 | T::S4 => None,
         T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => None,
     }
 }

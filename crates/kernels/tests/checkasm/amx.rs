@@ -44,7 +44,7 @@ pub fn trials(trials: &mut Vec<Trial>) {
     });
 }
 
-fn with_amx(tier: Tier, threads: usize) -> Compute {
+pub fn with_amx(tier: Tier, threads: usize) -> Compute {
     let amx = match std::env::var("TEGULA_TEST_AMX").as_deref() {
         Ok("silicon") => Amx::acquire().unwrap(),
         _ => Amx::emulate().unwrap(),
@@ -52,7 +52,7 @@ fn with_amx(tier: Tier, threads: usize) -> Compute {
     Compute::with_amx(tier, amx, PoolConfig::new(threads))
 }
 
-fn tiles(c: &Compute) -> &Tiles {
+pub fn tiles(c: &Compute) -> &Tiles {
     c.table.matmul.tiles.as_ref().expect("tiles were asked for")
 }
 

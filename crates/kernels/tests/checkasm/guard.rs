@@ -160,14 +160,27 @@ pub fn with_guards(
     let layout = strip::layout(ty).unwrap();
     let row_bytes = ty.bytes_for(k as u64).unwrap() as usize;
     let rows: Vec<&[u8]> = bytes.chunks_exact(row_bytes).collect();
-    let mut packed = vec![0; layout.strip_bytes(k)];
-    let guarded: Vec<_> = rows
+    let strips: Vec<Vec<u8>> = rows
         .chunks(ROWS)
         .map(|rows| {
+            let mut packed = vec![0; layout.strip_bytes(k)];
             strip::pack_strip(layout, k, rows, &mut packed);
-            Guarded::new(&packed, end)
+            packed
         })
         .collect();
+    with_guarded_strips((ty, k), &strips, acts, panel, end, kernel)
+}
+
+/// The same on strips as they are.
+pub fn with_guarded_strips(
+    (ty, k): (GgmlType, usize),
+    strips: &[Vec<u8>],
+    acts: &ActsView<'_>,
+    panel: usize,
+    end: bool,
+    kernel: impl Fn(&StripArgs<'_>) -> Result<(), Mismatch>,
+) -> Result<(), Failed> {
+    let guarded: Vec<_> = strips.iter().map(|s| Guarded::new(s, end)).collect();
     let strips: Vec<_> = guarded.iter().map(|s| s.as_ptr()).collect();
     let guarded_acts = GuardedActs::new(acts, end);
     let mut tile = Guarded::at_end(&vec![f32::NAN; strips.len() * acts.m * ROWS]);

@@ -12,6 +12,7 @@ mod matmul;
 mod moe;
 mod random;
 mod rope;
+mod sparse;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use random::Random;
@@ -36,6 +37,7 @@ fn main() {
     matmul::trials(&mut trials);
     moe::trials(&mut trials);
     rope::trials(&mut trials);
+    sparse::trials(&mut trials);
     #[cfg(feature = "amx")]
     amx::trials(&mut trials);
     libtest_mimic::run(&Arguments::from_args(), trials).exit();

@@ -55,6 +55,12 @@ struct Tensor {
     shape: Vec<u64>,
     offset: u64,
     bytes: u64,
+    /// Of a sparse tensor: weights that have a value, of all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    density: Option<f64>,
+    /// Of a sparse tensor: the constant pattern of its values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pattern: Option<String>,
 }
 
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
@@ -75,12 +81,17 @@ fn report(gguf: &Gguf, full: bool) -> Report {
         total.weights += t.elements();
         total.bytes += t.bytes;
     }
-    let tensors = gguf.tensors().iter().map(|t| Tensor {
-        name: t.name.clone(),
-        ty: t.ty.name(),
-        shape: t.shape.clone(),
-        offset: t.offset,
-        bytes: t.bytes,
+    let tensors = gguf.tensors().iter().map(|t| {
+        let header = facts::sparse_header(gguf, t);
+        Tensor {
+            name: t.name.clone(),
+            ty: t.ty.name(),
+            shape: t.shape.clone(),
+            offset: t.offset,
+            bytes: t.bytes,
+            density: header.map(|h| h.density()),
+            pattern: header.and_then(|h| h.pattern).map(|p| p.to_string()),
+        }
     });
     let metadata = gguf.metadata().iter();
     Report {
@@ -175,7 +186,14 @@ fn text(gguf: &Gguf, report: &Report, full: bool) -> String {
         let shape: Vec<_> = t.shape.iter().map(u64::to_string).collect();
         let (name, ty) = (&t.name, t.ty);
         let (shape, bytes) = (shape.join(" x "), output::bytes(t.bytes));
-        out += &format!("  {name:width$}  {ty:8} {shape:20} {bytes:>11}\n");
+        out += &format!("  {name:width$}  {ty:8} {shape:20} {bytes:>11}");
+        if let Some(density) = t.density {
+            out += &format!("  {:5.1} % zeros", 100.0 * (1.0 - density));
+        }
+        if let Some(pattern) = &t.pattern {
+            out += &format!(", {pattern}");
+        }
+        out += "\n";
     }
     out
 }

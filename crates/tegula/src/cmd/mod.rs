@@ -10,6 +10,7 @@ mod inspect;
 mod list;
 mod logits;
 mod perplexity;
+mod prune;
 mod pull;
 mod quantize;
 mod rm;
@@ -70,6 +71,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Write a model in smaller types
     Quantize(Box<quantize::QuantizeArgs>),
+    /// Make weights zero, by magnitude or with the norms of their inputs (Wanda)
+    Prune(Box<prune::PruneArgs>),
     /// Write a model of random weights, of a real or any shape
     Synth(Box<synth::SynthArgs>),
     /// Show which flags are set, and by what
@@ -95,6 +98,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Explain(args) => explain::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Prune(args) => prune::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Config(args) => config::run(&args, cli.config.as_deref()),
         Command::Completions(args) => completions::run(&args),

@@ -12,21 +12,27 @@ use std::{
     collections::BTreeMap,
     ops::ControlFlow,
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
 use tegula_gguf::{
     GgmlType, Gguf,
     quantize::{
-        FileType, QuantizeOptions, Quantized, parse_tensor_type, quantize, read_importance,
+        FileType, QuantizeOptions, UnknownFileType, choose, parse_tensor_type, quantize,
+        read_importance,
     },
+    sparse::{Sparsify, densify, sparsify},
 };
+
+/// Matrices are packed sparse if they lose this share of their bytes by it.
+pub const LEAST_SAVING: f64 = 0.1;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   tegula quantize model-bf16.gguf model-Q4_K_M.gguf Q4_K_M
   tegula quantize model-bf16.gguf out.gguf IQ4_XS --imatrix imatrix.gguf
   tegula quantize model-bf16.gguf out.gguf Q4_0 --tensor-type ffn_down=Q8_0
+  tegula quantize pruned-bf16.gguf sparse.gguf S8
 
 The file appears when it is complete; after an error, a full disk or Ctrl-C nothing is left.")]
 pub struct QuantizeArgs {
@@ -36,9 +42,10 @@ pub struct QuantizeArgs {
     /// The file to write
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// File type, such as Q4_K_M
+    /// File type, such as Q4_K_M; S-BF16, S8, S4: BF16, Q8_0, Q4_0 without their zeros, for
+    /// the matrices that lose a tenth of their bytes by that
     #[arg(value_name = "TYPE", value_parser = writable)]
-    file_type: FileType,
+    file_type: Target,
     /// How much each input column counts: GGUF of llama-imatrix
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
@@ -68,12 +75,42 @@ pub struct QuantizeArgs {
     json: bool,
 }
 
-fn writable(s: &str) -> Result<FileType, String> {
-    let file: FileType = s
-        .parse()
-        .map_err(|e: tegula_gguf::quantize::UnknownFileType| e.to_string())?;
+/// What to write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Target {
+    Dense(FileType),
+    /// A sparse type, and the file type of its dense twin.
+    Sparse(GgmlType, FileType),
+}
+
+impl Target {
+    fn name(self) -> &'static str {
+        match self {
+            Target::Dense(file) => file.name(),
+            Target::Sparse(ty, _) => ty.name(),
+        }
+    }
+
+    /// The file type that dense tensors are quantised to.
+    fn file_type(self) -> FileType {
+        match self {
+            Target::Dense(file) | Target::Sparse(_, file) => file,
+        }
+    }
+}
+
+fn writable(s: &str) -> Result<Target, String> {
+    let sparse = s.parse().ok().filter(|ty: &GgmlType| ty.is_sparse());
+    if let Some(ty) = sparse {
+        let dense = ty.dense().name().parse();
+        return Ok(Target::Sparse(
+            ty,
+            dense.map_err(|e: UnknownFileType| e.to_string())?,
+        ));
+    }
+    let file: FileType = s.parse().map_err(|e: UnknownFileType| e.to_string())?;
     if file.can_write() {
-        Ok(file)
+        Ok(Target::Dense(file))
     } else {
         let names = FileType::writable_names();
         Err(format!("{file} can only be read; those to write: {names}"))
@@ -89,6 +126,9 @@ struct Report<'a> {
     bits_per_weight: f64,
     /// Tensors that got another type since their rows don't fit.
     fallbacks: usize,
+    /// Weights that have a value, of all in sparse tensors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    density: Option<f64>,
     /// Tensors by type.
     types: BTreeMap<&'static str, usize>,
     seconds: f64,
@@ -103,23 +143,110 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
         .build()
         .context("cannot start threads")?;
     let cancel = interrupt::flag()?;
-    let mut progress = Progress::new("quantizing", Unit::Bytes);
     let start = Instant::now();
-    let quantized = pool.install(|| {
-        quantize(&model, &args.output, &options, &mut |p| {
-            if cancel.load(Ordering::Relaxed) {
-                return ControlFlow::Break(());
-            }
-            progress.message(format!(
-                "{} {} to {}",
-                p.tensor.name, p.tensor.ty, p.choice.ty
-            ));
-            progress.done(p.done_bytes, p.total_bytes);
-            ControlFlow::Continue(())
-        })
-    })?;
-    drop(progress);
-    report(args, &model, &quantized, start.elapsed().as_secs_f64())
+    let fallbacks = pool.install(|| convert(args, model, &options, &cancel))?;
+    report(args, fallbacks, start.elapsed().as_secs_f64())
+}
+
+/// Writes the file, by way of temporary ones where sparse tensors are unpacked or packed.
+/// Returns the number of tensors that got another type since their rows don't fit.
+fn convert(
+    args: &QuantizeArgs,
+    mut model: Gguf,
+    options: &QuantizeOptions,
+    cancel: &AtomicBool,
+) -> anyhow::Result<usize> {
+    let beat = |progress: &mut Progress, message: String, done, total| {
+        progress.message(message);
+        progress.done(done, total);
+        match cancel.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    let mut temporary = Vec::new();
+    if model.tensors().iter().any(|t| t.ty.is_sparse()) {
+        let path = Temporary::beside(&args.output, "dense");
+        let mut progress = Progress::new("unpacking", Unit::Bytes);
+        densify(&model, &path.0, &mut |p| {
+            beat(
+                &mut progress,
+                p.tensor.name.clone(),
+                p.done_bytes,
+                p.total_bytes,
+            )
+        })?;
+        model = Gguf::open(&path.0)?;
+        temporary.push(path);
+    }
+    let choices = choose(model.metadata(), model.tensors(), options)?;
+    let unchanged = model
+        .tensors()
+        .iter()
+        .zip(&choices)
+        .all(|(t, c)| t.ty == c.ty);
+    let sparse = match args.file_type {
+        Target::Sparse(ty, _) => Some(ty),
+        Target::Dense(_) => None,
+    };
+    let mut fallbacks = 0;
+    if sparse.is_none() || !unchanged {
+        let path = sparse.map(|_| Temporary::beside(&args.output, "quantized"));
+        let to = path.as_ref().map_or(&*args.output, |p| &p.0);
+        let mut progress = Progress::new("quantizing", Unit::Bytes);
+        let quantized = quantize(&model, to, options, &mut |p| {
+            let message = format!("{} {} to {}", p.tensor.name, p.tensor.ty, p.choice.ty);
+            beat(&mut progress, message, p.done_bytes, p.total_bytes)
+        })?;
+        fallbacks = quantized.fallbacks();
+        if let Some(path) = path {
+            model = Gguf::open(&path.0)?;
+            temporary.push(path);
+        }
+    }
+    if let Some(ty) = sparse {
+        let options = Sparsify {
+            wanted: &|t| t.ty == ty.dense() && t.name != "token_embd.weight",
+            least_saving: LEAST_SAVING,
+            pattern: None,
+        };
+        let mut progress = Progress::new("packing", Unit::Bytes);
+        let packed = sparsify(&model, &args.output, &options, &mut |p| {
+            beat(
+                &mut progress,
+                p.tensor.name.clone(),
+                p.done_bytes,
+                p.total_bytes,
+            )
+        })?;
+        drop(progress);
+        if packed.tensors == 0 {
+            say!(
+                "no {} matrix has enough zeros to be smaller as {ty}; prune the model first (tegula prune)",
+                ty.dense()
+            );
+        }
+    }
+    Ok(fallbacks)
+}
+
+/// A file that is gone when this is dropped.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn beside(path: &Path, what: &str) -> Temporary {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(format!(".{}-{what}.tmp", std::process::id()));
+        Temporary(path.with_file_name(name))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It may never have come to be.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 fn options(args: &QuantizeArgs) -> anyhow::Result<QuantizeOptions> {
@@ -137,12 +264,12 @@ fn options(args: &QuantizeArgs) -> anyhow::Result<QuantizeOptions> {
         leave_output_tensor: args.leave_output_tensor,
         allow_requantize: args.allow_requantize,
         importance,
-        ..QuantizeOptions::new(args.file_type)
+        ..QuantizeOptions::new(args.file_type.file_type())
     })
 }
 
 /// Refuses to put the result in its source's place.
-fn different_files(input: &Path, output: &Path) -> Result<(), Refusal> {
+pub fn different_files(input: &Path, output: &Path) -> Result<(), Refusal> {
     match (input.canonicalize(), output.canonicalize()) {
         (Ok(a), Ok(b)) if a == b => {
             let what = format!("{}: is both IN and OUT", output.display());
@@ -152,26 +279,26 @@ fn different_files(input: &Path, output: &Path) -> Result<(), Refusal> {
     }
 }
 
-fn report(
-    args: &QuantizeArgs,
-    model: &Gguf,
-    quantized: &Quantized,
-    seconds: f64,
-) -> anyhow::Result<()> {
-    let weights = facts::parameters(model).max(1);
-    let bits_per_weight = quantized.target_bytes as f64 * 8.0 / weights as f64;
+fn report(args: &QuantizeArgs, fallbacks: usize, seconds: f64) -> anyhow::Result<()> {
+    let source_bytes = Gguf::open(&args.input)?.file_bytes();
+    let written = Gguf::open(&args.output)?;
+    let weights = facts::parameters(&written).max(1);
+    let bytes: u64 = written.tensors().iter().map(|t| t.bytes).sum();
+    let bits_per_weight = bytes as f64 * 8.0 / weights as f64;
     let mut types = BTreeMap::new();
-    for choice in &quantized.choices {
-        *types.entry(choice.ty.name()).or_insert(0) += 1;
+    for t in written.tensors() {
+        *types.entry(t.ty.name()).or_insert(0) += 1;
     }
+    let density = facts::density(&written);
     if args.json {
         return output::json(&Report {
             file: &args.output,
             file_type: args.file_type.name(),
-            source_bytes: model.file_bytes(),
-            bytes: quantized.file_bytes,
+            source_bytes,
+            bytes: written.file_bytes(),
             bits_per_weight,
-            fallbacks: quantized.fallbacks(),
+            fallbacks,
+            density,
             types,
             seconds,
         });
@@ -180,15 +307,18 @@ fn report(
     say!(
         "{}: {} from {}, {bits_per_weight:.2} bits per weight, {seconds:.1} s; tensors: {}",
         args.output.display(),
-        output::bytes(quantized.file_bytes),
-        output::bytes(model.file_bytes()),
+        output::bytes(written.file_bytes()),
+        output::bytes(source_bytes),
         types.join(", ")
     );
-    if quantized.fallbacks() > 0 {
+    if let Some(density) = density {
         say!(
-            "{} tensors got a larger type: their rows are no multiple of the block",
-            quantized.fallbacks()
+            "{:.1} % of the weights of sparse tensors are zero",
+            100.0 * (1.0 - density)
         );
+    }
+    if fallbacks > 0 {
+        say!("{fallbacks} tensors got a larger type: their rows are no multiple of the block");
     }
     Ok(())
 }

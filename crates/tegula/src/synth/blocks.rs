@@ -128,8 +128,9 @@ impl Filler {
                     }
                 });
             }
-            // Whole numbers are no weights; `can_fill` says so.
+            // Whole numbers are no weights, random ones have no zeros; `can_fill` says so.
             GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 | GgmlType::F64 => {}
+            GgmlType::S_BF16 | GgmlType::S8 | GgmlType::S4 => {}
         }
     }
 }

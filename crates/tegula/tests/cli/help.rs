@@ -24,6 +24,7 @@ fn each_command() {
         "explain",
         "doctor",
         "quantize",
+        "prune",
         "synth",
         "config",
         "completions",

@@ -5,6 +5,7 @@ mod commands;
 mod errors;
 mod help;
 mod settings;
+mod sparse;
 mod synthetic;
 mod terminal;
 

@@ -1,0 +1,112 @@
+//! Sparse models from end to end: pruned, packed, unpacked, run, inspected, refused.
+
+use crate::{fails, json, path, small_model, stdout};
+use std::fs;
+
+const SHAPE: &str = "qwen3";
+
+fn tokens(model: &str) -> serde_json::Value {
+    let run = json(&[
+        "run", model, "-p", "abc abc", "-n", "12", "--temp", "0", "--json",
+    ]);
+    run["tokens"].clone()
+}
+
+#[test]
+fn a_model_is_pruned_packed_and_runs_as_its_dense_twin() {
+    let (dir, model) = small_model(SHAPE, "BF16");
+    let file = |name: &str| path(&dir.path().join(name)).to_owned();
+    let [pruned, dense, s8, q8] =
+        ["pruned", "dense", "s8", "q8"].map(|n| file(&format!("{n}.gguf")));
+    let report = json(&[
+        "prune",
+        path(&model),
+        &pruned,
+        "--sparsity",
+        "0.6",
+        "--json",
+    ]);
+    assert_eq!(report["tensors"], 14);
+    assert_eq!(report["packed"], 14);
+    let sparsity = report["sparsity"].as_f64().unwrap();
+    assert!((0.59..0.62).contains(&sparsity), "{sparsity}");
+
+    let inspected = json(&["inspect", &pruned, "--json"]);
+    assert_eq!(inspected["types"]["S-BF16"]["tensors"], 14);
+    let tensors = inspected["tensors"].as_array().unwrap();
+    let q = tensors
+        .iter()
+        .find(|t| t["name"] == "blk.0.attn_q.weight")
+        .unwrap();
+    assert_eq!(q["shape"], serde_json::json!([256, 256]));
+    let density = q["density"].as_f64().unwrap();
+    assert!((0.38..0.42).contains(&density), "{density}");
+    assert!(stdout(&["inspect", &pruned]).contains("% zeros"));
+    assert!(stdout(&["explain", &pruned]).contains("sparse: strips without their zeros"));
+
+    stdout(&["quantize", &pruned, &dense, "BF16"]);
+    assert_eq!(
+        json(&["inspect", &dense, "--json"])["types"]["S-BF16"],
+        serde_json::Value::Null
+    );
+    assert_eq!(tokens(&pruned), tokens(&dense));
+
+    let written = json(&["quantize", &pruned, &s8, "S8", "--json"]);
+    assert_eq!(written["types"]["S8"], 14);
+    stdout(&["quantize", &dense, &q8, "Q8_0"]);
+    assert_eq!(tokens(&s8), tokens(&q8));
+    // Nothing temporary is left.
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 5);
+}
+
+#[test]
+fn patterns_are_shown() {
+    let (dir, model) = small_model(SHAPE, "BF16");
+    let out = path(&dir.path().join("nm.gguf")).to_owned();
+    json(&["prune", path(&model), &out, "--nm", "2:4", "--json"]);
+    assert!(stdout(&["inspect", &out]).contains("50.0 % zeros, 2:4"));
+}
+
+#[test]
+fn what_cant_be_is_refused() {
+    let (dir, model) = small_model(SHAPE, "BF16");
+    let file = |name: &str| path(&dir.path().join(name)).to_owned();
+    let (model, out, text) = (path(&model), file("out.gguf"), file("text.txt"));
+    fs::write(&text, "short").unwrap();
+    let prune = |more: &[&str]| {
+        let mut args = vec!["prune", model, &out];
+        args.extend(more);
+        args.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert!(fails(2, &prune(&["--sparsity", "1.5"])).contains("out of range"));
+    fails(2, &prune(&["--nm", "4:2"]));
+    let wanda = ["--sparsity", "0.5", "--method", "wanda"];
+    assert!(fails(2, &prune(&wanda)).contains("--calib"));
+    let too_short = fails(3, &prune(&[&wanda[..], &["--calib", &text]].concat()));
+    assert!(too_short.contains("1024 are needed"), "{too_short}");
+    let nothing = fails(2, &prune(&["--sparsity", "0.5", "--tensors", "ssm"]));
+    assert!(nothing.contains("`ssm`"), "{nothing}");
+    // Model and text.
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+
+    stdout(&prune(&["--sparsity", "0.5"]));
+    let good = fs::read(&out).unwrap();
+    let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        let path = file("damaged.gguf");
+        fs::write(&path, bytes).unwrap();
+        fails(3, &["run", &path, "-p", "a", "-n", "1"])
+    };
+    let find = |what: &[u8]| good.windows(what.len()).position(|w| w == what).unwrap();
+    let key = "tegula.sparse.version";
+    let newer = damaged(&|b| b[find(key.as_bytes()) + key.len() + 4] = 9);
+    assert!(
+        newer.contains("sparse format version 9 is newer"),
+        "{newer}"
+    );
+    // A header of 64 bytes, 17 places of strips and filling, then the first bitmap.
+    let bits = damaged(&|b| b[find(b"TGSPARSE") + 192..][..64].fill(0xff));
+    assert!(bits.contains("strip 0: "), "{bits}");
+    assert!(damaged(&|b| b.truncate(b.len() - 4000)).contains("truncated"));
+}

@@ -1,0 +1,750 @@
+//! Tasks 5.1 to 5.10.
+
+use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path, sync::Arc, time::Duration};
+
+use tegula_engine::{
+    Batch, Context, ContextOptions, LoadOptions, Model, Source, perplexity,
+    threads::default_threads,
+};
+use tegula_gguf::{
+    Bytes, GgmlType, Gguf, Metadata,
+    quantize::{FileType, QuantizeOptions, quantize},
+    sparse::{self, Sparse, Sparsify, densify, pack_tensor, sparsify},
+    tokenizer::EncodeOptions,
+    writer::GgufWriter,
+};
+use tegula_kernels::{
+    Acts, Amx, Compute, PoolConfig, Tier, Weights,
+    ops::moe::{MoeScratch, RouteOptions},
+};
+use tegula_lab::{Check, Env, Need, Outcome, unbuilt};
+
+use crate::{
+    bench::{self, Name, dense_rows},
+    prune::{PruneOptions, calibrate, leftovers, prune},
+    sparamx,
+};
+
+/// Tasks 5.1 to 5.10.
+pub fn checks() -> Vec<Check> {
+    vec![
+        Check {
+            id: "5.1",
+            title: "what SparAMX does and where it is wrong, reproduced from its own \
+                    layout",
+            requires: &[],
+            run: |_| predecessor().into(),
+        },
+        Check {
+            id: "5.2",
+            title: "sparse formats in GGUF: versioned, documented, read and written",
+            requires: &[],
+            run: |env| formats(env).into(),
+        },
+        Check {
+            id: "5.3",
+            title: "pack and unpack are bit-exact at every sparsity, shape and thread \
+                    count",
+            requires: &[],
+            run: |_| lossless().into(),
+        },
+        Check {
+            id: "5.4",
+            title: "the pruner: magnitude and Wanda, unstructured and N:M, resumable",
+            requires: &[],
+            run: |env| pruner(env).into(),
+        },
+        Check {
+            id: "5.5",
+            title: "register kernels for batches 1 to 4 equal dense on the same \
+                    zero-filled weights",
+            requires: &[],
+            run: |_| registers().into(),
+        },
+        Check {
+            id: "5.6",
+            title: "AMX kernels for larger batches equal dense on the same zero-filled \
+                    weights",
+            requires: &[Need::Amx],
+            run: |_| tiles().into(),
+        },
+        Check {
+            id: "5.7",
+            title: "sparse experts, fused",
+            requires: &[],
+            run: |_| experts().into(),
+        },
+        Check {
+            id: "5.8",
+            title: "sparse attention over finished blocks of the KV cache",
+            requires: &[Need::Unbuilt("sparse attention")],
+            run: unbuilt,
+        },
+        Check {
+            id: "5.9",
+            title: "speed: sparse over dense, interleaved in one process",
+            // Fewer cores do not come near the memory's bandwidth, which the floors are about.
+            requires: &[Need::Avx512, Need::Cores(8)],
+            run: |_| speed().into(),
+        },
+        Check {
+            id: "5.10",
+            title: "quality by method, sparsity and format, at equal bytes",
+            requires: &[Need::Shared],
+            run: |env| quality(env).into(),
+        },
+    ]
+}
+
+type Result<T> = std::result::Result<T, String>;
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
+    match condition {
+        true => Ok(()),
+        false => Err(otherwise()),
+    }
+}
+
+/// A directory that is gone when the check ends.
+struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    fn new(what: &str) -> Result<Scratch> {
+        let dir = std::env::temp_dir().join(format!("tegula-phase5-{what}-{}", std::process::id()));
+        fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        Ok(Scratch(dir))
+    }
+
+    fn file(&self, name: &str) -> std::path::PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Left behind it harms nobody.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn predecessor() -> Result<Outcome> {
+    let wrong = sparamx::misplaced(48, 64, 16);
+    holds(wrong > 0.0, || {
+        "SparAMX's odd shares were expected to go wrong".into()
+    })?;
+    for (rows, threads) in [(64, 16), (256, 16), (16, 16)] {
+        let wrong = sparamx::misplaced(rows, 64, threads);
+        holds(wrong == 0.0, || {
+            format!("{rows} rows of tiles on {threads} threads: {wrong}")
+        })?;
+    }
+    let largest = 0.3f32;
+    let rows = [0.3f32, -0.1, 0.02, 0.299];
+    let left = rows
+        .iter()
+        .filter(|&&w| (w * sparamx::int8_scale(largest)).round() != 0.0);
+    let left = left.count();
+    holds(left == 0, || {
+        format!("{left} weights are left of a row below a half")
+    })?;
+    // Ours, on the same shapes and threads.
+    equal_products(&[(768, 2048)], &[16], &[1], None)?;
+    equal_products(&[(14336, 64)], &[16], &[1], None)?;
+    Ok(Outcome::passed([
+        (
+            "768 x 2048 on 16 threads, SparAMX",
+            format!("{:.0} % of tiles take another tile's values", 100.0 * wrong),
+        ),
+        (
+            "a row of magnitudes up to 0.3, SparAMX's 8 bits",
+            "all weights become zero".to_owned(),
+        ),
+        (
+            "768 x 2048 and 14336 rows on 16 threads, here",
+            "as dense, bit for bit".to_owned(),
+        ),
+    ]))
+}
+
+/// Copies of a model in sparse types; a newer version and damage are errors.
+fn formats(env: &Env) -> Result<Outcome> {
+    let scratch = Scratch::new("formats")?;
+    let doc = fs::read_to_string(env.root.join("docs/sparse-format.md")).map_err(text)?;
+    for part in [
+        sparse::VERSION_KEY,
+        sparse::TENSORS_KEY,
+        "TGSPARSE",
+        "S-BF16",
+        "S8",
+        "S4",
+    ] {
+        holds(doc.contains(part), || {
+            format!("docs/sparse-format.md does not name {part}")
+        })?;
+    }
+    let mut writer = GgufWriter::new(Metadata::default());
+    let mut data = Vec::new();
+    for &ty in GgmlType::SPARSE {
+        let shape = [512, 40, 3];
+        writer
+            .add_tensor(ty.name(), ty.dense(), &shape)
+            .map_err(text)?;
+        data.push(dense_rows(ty, 120, 512, 60, 1));
+    }
+    let slices: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
+    let dense = Bytes::from_vec(writer.to_bytes(&slices).map_err(text)?);
+    let dense = Gguf::from_bytes(dense, "dense").map_err(text)?;
+    let (there, back) = (scratch.file("sparse.gguf"), scratch.file("dense.gguf"));
+    let options = Sparsify {
+        wanted: &|_| true,
+        least_saving: 0.1,
+        pattern: None,
+    };
+    let go_on = &mut |_: sparse::SparseProgress<'_>| ControlFlow::Continue(());
+    let converted = sparsify(&dense, &there, &options, go_on).map_err(text)?;
+    holds(converted.tensors == 3, || format!("{converted:?}"))?;
+    let packed = Gguf::open(&there).map_err(text)?;
+    densify(&packed, &back, go_on).map_err(text)?;
+    let back = Gguf::open(&back).map_err(text)?;
+    for (a, b) in dense.tensors().iter().zip(back.tensors()) {
+        let same = a.ty == b.ty && dense.data(a) == back.data(b);
+        holds(same, || {
+            format!("{}: did not come back bit for bit", a.name)
+        })?;
+    }
+    // The version is a number behind its key and type.
+    let mut newer = fs::read(&there).map_err(text)?;
+    let key = sparse::VERSION_KEY.as_bytes();
+    let at = newer.windows(key.len()).position(|w| w == key);
+    let at = at.ok_or("the version's key is missing")? + key.len() + 4;
+    newer[at] += 1;
+    let error = Gguf::from_bytes(Bytes::from_vec(newer), "newer.gguf");
+    let error = error.err().ok_or("a newer version was read")?.to_string();
+    holds(error.contains("newer"), || error.clone())?;
+    let t = packed.require_tensor("S8").map_err(text)?;
+    let mut damaged = packed.data(t).to_vec();
+    let at = Sparse::parse(&damaged).map_err(text)?.header().strips_at();
+    damaged[at + 32..at + 96].fill(0xff);
+    let damage = Sparse::parse(&damaged).map_err(text)?.check();
+    let damage = damage
+        .err()
+        .ok_or("a damaged bitmap was accepted")?
+        .to_string();
+    let shares: Vec<String> = packed
+        .tensors()
+        .iter()
+        .zip(dense.tensors())
+        .map(|(s, d)| {
+            format!(
+                "{} {:.3} of {}",
+                s.ty,
+                s.bytes as f64 / d.bytes as f64,
+                d.ty
+            )
+        })
+        .collect();
+    Ok(Outcome::passed([
+        ("bytes at 60 %", shares.join(", ")),
+        ("a newer file", error),
+        ("a damaged one", damage),
+    ]))
+}
+
+fn lossless() -> Result<Outcome> {
+    let mut cases = 0;
+    let shapes = [
+        (16, 64),
+        (48, 768),
+        (17, 96),
+        (100, 512),
+        (768, 2048),
+        (31, 4096),
+        (16, 14336),
+        (1024, 64),
+    ];
+    for &ty in GgmlType::SPARSE {
+        for (n, k) in shapes {
+            for percent in [0, 25, 50, 75, 90, 99, 100] {
+                let rows = dense_rows(ty, n, k, percent, 3);
+                let shape = [k as u64, n as u64];
+                let packed = pack_tensor(ty, &shape, None, &rows).map_err(text)?;
+                let pool = tegula_kernels::Pool::new(PoolConfig::new(1 + cases % 5));
+                let w = Weights::sparse(ty, n, k, 1, Bytes::from_vec(packed), &pool);
+                let back = w.map_err(text)?.unpack_raw(&pool);
+                holds(back == rows, || {
+                    format!("{ty} {n}x{k} at {percent} %: other weights")
+                })?;
+                cases += 1;
+            }
+        }
+    }
+    Ok(Outcome::passed([
+        (
+            "tensors",
+            format!("{cases}, of 3 types, {} shapes, 7 sparsities", shapes.len()),
+        ),
+        ("threads", "1 to 5".to_owned()),
+    ]))
+}
+
+/// The model that is part of the program.
+fn embedded(env: &Env) -> std::path::PathBuf {
+    env.root
+        .join("crates/tegula/assets/ferrous-moe-21m-Q4_0.gguf")
+}
+
+fn load(path: &Path, threads: usize) -> Result<Arc<Model>> {
+    let options = LoadOptions {
+        threads,
+        ..LoadOptions::new(Source::Path(path.to_owned()))
+    };
+    Model::load(&options, &mut |_| ())
+        .map(Arc::new)
+        .map_err(text)
+}
+
+fn pruner(env: &Env) -> Result<Outcome> {
+    let scratch = Scratch::new("pruner")?;
+    let path = embedded(env);
+    let source = Gguf::open(&path).map_err(text)?;
+    let words = "Iterators are lazy: they do nothing unless consumed. ".repeat(40);
+    let norms = calibrate(load(&path, 1)?, &words, 64, 4, &mut |_, _| {
+        ControlFlow::Continue(())
+    });
+    let norms = norms.map_err(text)?;
+    let base = || PruneOptions {
+        sparsity: 0.5,
+        least_saving: 0.1,
+        ..PruneOptions::default()
+    };
+    let cases = [
+        ("magnitude 50 %", base()),
+        (
+            "wanda 50 %",
+            PruneOptions {
+                norms: Some(norms.all()),
+                ..base()
+            },
+        ),
+        (
+            "magnitude 2:4",
+            PruneOptions {
+                pattern: "2:4".parse().ok(),
+                ..base()
+            },
+        ),
+    ];
+    let mut facts = BTreeMap::new();
+    for (name, options) in &cases {
+        let out = scratch.file("out.gguf");
+        let mut steps = 0;
+        let cut = prune(&source, &out, options, &mut |_| {
+            steps += 1;
+            match steps > 10 {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        });
+        holds(cut.is_err() && !out.exists(), || {
+            format!("{name}: a break left a file")
+        })?;
+        let pruned = prune(&source, &out, options, &mut |_| ControlFlow::Continue(()));
+        let pruned = pruned.map_err(text)?;
+        holds(pruned.resumed > 0, || {
+            format!("{name}: nothing was resumed")
+        })?;
+        holds(!leftovers(&out).exists(), || format!("{name}: leftovers"))?;
+        let share = pruned.zeros as f64 / pruned.weights as f64;
+        holds((0.5..0.6).contains(&share), || {
+            format!("{name}: {share} of weights are zero")
+        })?;
+        let said = format!(
+            "{:.1} % zeros, {:.3} of the bytes, {} of {} tensors resumed",
+            100.0 * share,
+            pruned.bytes as f64 / source.file_bytes() as f64,
+            pruned.resumed,
+            pruned.tensors
+        );
+        facts.insert((*name).to_owned(), said);
+        fs::remove_file(&out).map_err(text)?;
+    }
+    for sparsity in [-0.1, 1.0, f64::NAN] {
+        let options = PruneOptions { sparsity, ..base() };
+        let out = scratch.file("never.gguf");
+        let refused = prune(&source, &out, &options, &mut |_| ControlFlow::Continue(()));
+        holds(refused.is_err(), || {
+            format!("sparsity {sparsity} was accepted")
+        })?;
+    }
+    Ok(Outcome::Passed { facts })
+}
+
+/// Holds that sparse products equal dense ones bit for bit; returns how many were compared.
+fn equal_products(
+    shapes: &[(usize, usize)],
+    threads: &[usize],
+    batches: &[usize],
+    amx: Option<Amx>,
+) -> Result<usize> {
+    let compute = |threads| {
+        let pool = PoolConfig::new(threads);
+        match amx {
+            Some(amx) => Compute::with_amx(Tier::detect_max(), amx, pool),
+            None => Compute::new(Tier::detect_max(), pool),
+        }
+    };
+    let one = compute(1);
+    let others: Vec<Compute> = threads.iter().map(|&n| compute(n)).collect();
+    let mut count = 0;
+    for &ty in GgmlType::SPARSE {
+        for (i, &(n, k)) in shapes.iter().enumerate() {
+            let percent = [50, 75, 25, 99][i % 4];
+            let rows = dense_rows(ty, n, k, percent, 11);
+            let packed = pack_tensor(ty, &[k as u64, n as u64], None, &rows).map_err(text)?;
+            let sparse = Weights::sparse(ty, n, k, 1, Bytes::from_vec(packed), &one.pool);
+            let sparse = sparse.map_err(text)?;
+            let dense = Weights::raw(ty.dense(), n, k, 1, Bytes::from_vec(rows)).map_err(text)?;
+            let dense = dense.pack(&one.pool);
+            for &m in batches {
+                let x: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.37).sin()).collect();
+                let product = |c: &Compute, w: &Weights| {
+                    let mut acts = Acts::new();
+                    c.prepare(&mut acts, &x, m, k, c.forms(m, [w]));
+                    let mut y = vec![f32::NAN; m * n];
+                    c.matmul(w, &acts, &mut y);
+                    y
+                };
+                let want = product(&one, &dense);
+                holds(want.iter().all(|y| y.is_finite()), || {
+                    "a product is not finite".into()
+                })?;
+                for (c, threads) in others.iter().zip(threads) {
+                    let same = product(c, &sparse) == want;
+                    holds(same, || {
+                        format!("{ty} {n}x{k} by {m} tokens on {threads} threads: not as dense")
+                    })?;
+                    count += 1;
+                }
+            }
+        }
+    }
+    Ok(count)
+}
+
+fn registers() -> Result<Outcome> {
+    let shapes = [(768, 2048), (100, 96), (17, 1056), (1024, 512)];
+    let count = equal_products(&shapes, &[1, 2, 3, 5, 16, 17], &[1, 2, 3, 4, 8, 33], None)?;
+    let table = Compute::new(Tier::detect_max(), PoolConfig::new(1)).table;
+    let direct: Vec<&str> = GgmlType::SPARSE
+        .iter()
+        .filter(|&&ty| (table.matmul.sparse)(ty))
+        .map(|ty| ty.name())
+        .collect();
+    Ok(Outcome::passed([
+        ("products equal bit for bit", count.to_string()),
+        ("kernels", table.matmul.name.to_owned()),
+        (
+            "types with kernels of their own here",
+            match direct.is_empty() {
+                true => "none: strips are made dense first".to_owned(),
+                false => direct.join(", "),
+            },
+        ),
+    ]))
+}
+
+fn tiles() -> Result<Outcome> {
+    let amx = Amx::acquire().map_err(text)?;
+    let shapes = [(768, 2048), (100, 96), (48, 1056)];
+    let count = equal_products(&shapes, &[1, 2, 3], &[16, 33, 64, 530], Some(amx))?;
+    let c = Compute::with_amx(Tier::detect_max(), amx, PoolConfig::new(1));
+    let direct = c
+        .table
+        .matmul
+        .tiles
+        .as_ref()
+        .is_some_and(|t| GgmlType::SPARSE.iter().all(|&ty| (t.sparse)(ty)));
+    Ok(Outcome::passed([
+        ("products equal bit for bit", count.to_string()),
+        (
+            "on the way to tiles",
+            match direct {
+                true => "zeros are put back in registers, once per batch".to_owned(),
+                false => "strips are made dense first".to_owned(),
+            },
+        ),
+    ]))
+}
+
+fn experts() -> Result<Outcome> {
+    let (k, ff, count, used) = (256, 96, 16, 4);
+    let mut compared = 0;
+    for &ty in GgmlType::SPARSE {
+        let one = Compute::new(Tier::detect_max(), PoolConfig::new(1));
+        let both = |n: usize, k: usize, seed| -> Result<[Weights; 2]> {
+            let rows = dense_rows(ty, n * count, k, 50, seed);
+            let shape = [k as u64, n as u64, count as u64];
+            let packed = pack_tensor(ty, &shape, None, &rows).map_err(text)?;
+            let sparse = Weights::sparse(ty, n, k, count, Bytes::from_vec(packed), &one.pool);
+            let dense = Weights::raw(ty.dense(), n, k, count, Bytes::from_vec(rows));
+            Ok([dense.map_err(text)?.pack(&one.pool), sparse.map_err(text)?])
+        };
+        let (gate, up, down) = (both(ff, k, 1)?, both(ff, k, 2)?, both(k, ff, 3)?);
+        for m in [1, 3, 20] {
+            let x: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.21).sin()).collect();
+            let logits: Vec<f32> = (0..m * count).map(|i| (i as f32 * 1.3).cos()).collect();
+            let run = |threads, side: usize| {
+                let c = Compute::new(Tier::detect_max(), PoolConfig::new(threads));
+                let options = RouteOptions {
+                    used,
+                    normalize: true,
+                    scale: 1.0,
+                };
+                let routing = c.route(&logits, count, &options);
+                let mut out = vec![0.0; m * k];
+                let mut scratch = MoeScratch::default();
+                let (gate, up, down) = (&gate[side], &up[side], &down[side]);
+                c.moe_ffn(&x, &routing, gate, up, down, &mut scratch, &mut out);
+                out
+            };
+            let want = run(1, 0);
+            for threads in [1, 2, 5, 16] {
+                let same = run(threads, 1) == want;
+                holds(same, || {
+                    format!("{ty}, {m} tokens, {threads} threads: not as dense")
+                })?;
+                compared += 1;
+            }
+        }
+    }
+    Ok(Outcome::passed([
+        ("networks equal bit for bit", compared.to_string()),
+        (
+            "dispatches per layer",
+            "two: gate and up of all experts, down of all".to_owned(),
+        ),
+    ]))
+}
+
+/// The least gains that issue and study ask for: type, percent, gain.
+const FLOORS: [(GgmlType, u32, f64); 6] = [
+    (GgmlType::S_BF16, 50, 1.60),
+    (GgmlType::S8, 50, 1.45),
+    (GgmlType::S8, 70, 1.95),
+    (GgmlType::S8, 80, 2.50),
+    (GgmlType::S4, 50, 1.15),
+    (GgmlType::S4, 70, 1.35),
+];
+
+fn speed() -> Result<Outcome> {
+    let plan = bench::Plan {
+        turns: 15,
+        time: Duration::from_secs(3),
+        ..bench::Plan::whole()
+    };
+    let series = bench::measure(&plan)?;
+    let gains = crate::report::gains(&series);
+    let mut facts = BTreeMap::new();
+    let mut short = Vec::new();
+    for gain in &gains {
+        let Name {
+            kind,
+            ty,
+            percent,
+            shape,
+            m,
+            ..
+        } = &gain.name;
+        let what = format!("{kind} {ty} {percent} % {shape}, {m} tokens");
+        facts.insert(what.clone(), format!("{:.2}", gain.gain));
+        let floor = FLOORS
+            .iter()
+            .find(|f| (f.0, f.1) == (*ty, *percent))
+            .map(|f| f.2);
+        let floor = match (kind.as_str(), *m, shape.as_str()) {
+            ("layer", 1, "14336x4096") => floor,
+            ("experts", 1, _) => Some(1.35),
+            ("layer", 16 | 64, _) => Some(1.0),
+            _ => None,
+        };
+        if let Some(floor) = floor.filter(|&f| gain.gain < f) {
+            short.push(format!("{what}: {:.2}, not {floor}", gain.gain));
+        }
+    }
+    Ok(match short.is_empty() {
+        true => Outcome::Passed { facts },
+        false => Outcome::failed(short.join("; ")),
+    })
+}
+
+/// Windows of held-out text that are scored.
+const WINDOWS: usize = 24;
+
+fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
+    let options = EncodeOptions {
+        add_special: true,
+        parse_special: false,
+    };
+    let tokens = model.tokenizer().encode(text_, options);
+    let context = ContextOptions {
+        context: 512,
+        ..ContextOptions::default()
+    };
+    let mut ctx = Context::new(Arc::clone(model), &context).map_err(text)?;
+    let scored = perplexity(&mut ctx, &tokens, 512, WINDOWS, &mut |_, _, _| ());
+    Ok(scored.map_err(text)?.ppl())
+}
+
+/// Ids that a model continues a prompt with, best first.
+fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
+    let options = EncodeOptions {
+        add_special: true,
+        parse_special: false,
+    };
+    let mut ids = model
+        .tokenizer()
+        .encode("An iterator adaptor that", options);
+    let mut ctx = Context::new(Arc::clone(model), &ContextOptions::default()).map_err(text)?;
+    let mut out = Vec::new();
+    for _ in 0..count {
+        let outputs = ctx.decode(&Batch::prompt(0, &ids)).map_err(text)?;
+        let logits = outputs.logits(0).iter().enumerate();
+        let best = logits
+            .max_by(|a, b| a.1.total_cmp(b.1))
+            .map_or(0, |(i, _)| i as u32);
+        out.push(best);
+        ids = vec![best];
+    }
+    Ok(out)
+}
+
+/// Perplexities of a real model by method, sparsity and format, beside formats that take as
+/// many bytes.
+fn quality(env: &Env) -> Result<Outcome> {
+    let scratch = Scratch::new("quality")?;
+    let source = env.model("ferrous-7m-bf16.gguf")?;
+    let read = |name| fs::read_to_string(env.model(name)?).map_err(text);
+    let (held_out, calibration) = (read("heldout.txt")?, read("calib.txt")?);
+    let threads = default_threads();
+    let norms = calibrate(
+        load(&source, threads)?,
+        &calibration,
+        512,
+        40,
+        &mut |_, _| ControlFlow::Continue(()),
+    );
+    let norms = norms.map_err(text)?.all();
+    let gguf = Gguf::open(&source).map_err(text)?;
+    // Bytes of the model's tensors, and perplexity.
+    let rate = |path: &Path| -> Result<(u64, f64)> {
+        let bytes = Gguf::open(path)
+            .map_err(text)?
+            .tensors()
+            .iter()
+            .map(|t| t.bytes)
+            .sum();
+        Ok((bytes, score(&load(path, threads)?, &held_out)?))
+    };
+    let mut dense = BTreeMap::new();
+    for ty in [
+        FileType::Q3_K_M,
+        FileType::Q4_0,
+        FileType::Q4_K_M,
+        FileType::Q8_0,
+    ] {
+        let path = scratch.file("dense.gguf");
+        let options = QuantizeOptions::new(ty);
+        quantize(&gguf, &path, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
+        dense.insert(ty.name(), rate(&path)?);
+    }
+    dense.insert("BF16", rate(&source)?);
+    let mut facts = BTreeMap::new();
+    let show =
+        |(bytes, ppl): (u64, f64)| format!("{:.2} MB, perplexity {ppl:.3}", bytes as f64 / 1e6);
+    for (name, &rated) in &dense {
+        facts.insert(format!("dense {name}"), show(rated));
+    }
+    let mut wins = Vec::new();
+    let mut wanda_50 = f64::NAN;
+    for (method, norms) in [("magnitude", None), ("wanda", Some(&norms))] {
+        for sparsity in [0.3, 0.5, 0.7] {
+            let pruned = scratch.file("pruned.gguf");
+            let options = PruneOptions {
+                sparsity,
+                norms: norms.cloned(),
+                dense: true,
+                least_saving: 0.1,
+                ..PruneOptions::default()
+            };
+            prune(&gguf, &pruned, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
+            let pruned = Gguf::open(&pruned).map_err(text)?;
+            for (ty, file) in [
+                (GgmlType::S8, FileType::Q8_0),
+                (GgmlType::S4, FileType::Q4_0),
+            ] {
+                let (twin, path) = (scratch.file("twin.gguf"), scratch.file("sparse.gguf"));
+                let options = QuantizeOptions::new(file);
+                let quantized =
+                    quantize(&pruned, &twin, &options, &mut |_| ControlFlow::Continue(()));
+                quantized.map_err(text)?;
+                let twin_file = Gguf::open(&twin).map_err(text)?;
+                let options = Sparsify {
+                    wanted: &|t| t.name != "token_embd.weight",
+                    least_saving: 0.0,
+                    pattern: None,
+                };
+                let packed = sparsify(&twin_file, &path, &options, &mut |_| {
+                    ControlFlow::Continue(())
+                });
+                packed.map_err(text)?;
+                let rated = rate(&path)?;
+                if sparsity == 0.5 {
+                    let other = rate(&twin)?.1;
+                    let near = (other.ln() - rated.1.ln()).abs();
+                    holds(near < 0.01, || {
+                        format!("{ty} {method}: {} as dense {other}", rated.1)
+                    })?;
+                    let [a, b] =
+                        [&path, &twin].map(|p| load(p, threads).and_then(|m| greedy(&m, 32)));
+                    holds(a? == b?, || {
+                        format!("{ty} {method}: other tokens than dense")
+                    })?;
+                    if ty == GgmlType::S8 {
+                        match method {
+                            "wanda" => holds(rated.1 < wanda_50, || {
+                                format!("wanda {} is no better than magnitude {wanda_50}", rated.1)
+                            })?,
+                            _ => wanda_50 = rated.1,
+                        }
+                    }
+                }
+                let name = format!("{ty} {method} {:.0} %", 100.0 * sparsity);
+                let beats = |d: &(u64, f64)| d.0 >= rated.0 && d.1 > rated.1;
+                let better = |d: &&(u64, f64)| d.0 <= rated.0 && d.1 <= rated.1;
+                if dense.values().filter(|d| d.0 < dense["BF16"].0).any(beats)
+                    && dense.values().find(better).is_none()
+                {
+                    wins.push(name.clone());
+                }
+                facts.insert(name, show(rated));
+            }
+        }
+    }
+    facts.insert(
+        "at equal bytes".into(),
+        match wins.is_empty() {
+            true => "no sparse file is better than a dense one of no more bytes: without \
+                     retraining, quantise instead"
+                .to_owned(),
+            false => format!(
+                "better than any dense file of no more bytes: {}",
+                wins.join(", ")
+            ),
+        },
+    );
+    Ok(Outcome::Passed { facts })
+}

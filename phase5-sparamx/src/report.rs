@@ -1,0 +1,173 @@
+//! What the phase's page says of format, plan and measurements.
+
+use std::{collections::BTreeMap, fmt::Write as _, path::Path};
+
+use tegula_lab::{Record, Series};
+
+use crate::bench::Name;
+
+/// How much faster a sparse side was than its dense one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gain {
+    /// Of the sparse side.
+    pub name: Name,
+    /// Median milliseconds of the dense and of the sparse side.
+    pub ms: [f64; 2],
+    /// Bytes of the dense side.
+    pub dense_bytes: u64,
+    /// The first through the second.
+    pub gain: f64,
+}
+
+/// The gains of all pairs of series, in the order in which they were measured.
+pub fn gains(series: &[Series]) -> Vec<Gain> {
+    let named = |s: &Series| Some((s.name.parse::<Name>().ok()?, s.median()));
+    let all: Vec<(Name, f64)> = series.iter().filter_map(named).collect();
+    let mut out = Vec::new();
+    for (name, ms) in all.iter().filter(|(name, _)| name.side == "sparse") {
+        let twin = |(other, _): &&(Name, f64)| {
+            let like = Name {
+                side: name.side.clone(),
+                bytes: name.bytes,
+                kernels: name.kernels.clone(),
+                ..other.clone()
+            };
+            other.side == "dense" && like == *name
+        };
+        if let Some((dense, dense_ms)) = all.iter().find(twin) {
+            out.push(Gain {
+                name: name.clone(),
+                ms: [*dense_ms, *ms],
+                dense_bytes: dense.bytes,
+                gain: dense_ms / ms,
+            });
+        }
+    }
+    out
+}
+
+/// What the measurements add to the phase's page.
+///
+/// # Errors
+/// Names a record that can't be read.
+pub fn page(root: &Path) -> Result<String, String> {
+    let mut out = PLAN.to_owned();
+    out += "\n## Speed\n";
+    let records = records(root)?;
+    if records.is_empty() {
+        out += "\nThere is no record yet (`cargo run --release -p xtask -- phase 5 bench`).\n";
+    }
+    for record in &records {
+        let figure = |name: &str| {
+            let found = record.series.iter().find(|s| s.name == name);
+            found.map_or(f64::NAN, Series::median)
+        };
+        let bandwidth = figure("sparse-bandwidth");
+        let _ = write!(
+            out,
+            "\n### {}, {} threads, commit {}, {}\n\n\
+             Dense and sparse in turns, at least a gigabyte of copies of each; memory is read \
+             at {bandwidth:.1} GB/s. A limit is the ratio of bytes.\n\n\
+             | what | zeros | shape | tokens | kernels | dense ms | sparse ms | GB/s | gain | limit |\n\
+             |---|---|---|---|---|---|---|---|---|---|\n",
+            record.host.cpu,
+            figure("sparse-threads"),
+            record.commit.get(..10).unwrap_or(&record.commit),
+            record.date.get(..10).unwrap_or(&record.date)
+        );
+        for g in gains(&record.series) {
+            let n = &g.name;
+            let speed = |bytes: u64, ms: f64| bytes as f64 / ms / 1e6;
+            let _ = writeln!(
+                out,
+                "| {} {} | {} % | {} | {} | {} | {:.3} | {:.3} | {:.1}, {:.1} | {:.2} | {:.2} |",
+                n.kind,
+                n.ty,
+                n.percent,
+                n.shape,
+                n.m,
+                n.kernels,
+                g.ms[0],
+                g.ms[1],
+                speed(g.dense_bytes, g.ms[0]),
+                speed(n.bytes, g.ms[1]),
+                g.gain,
+                g.dense_bytes as f64 / n.bytes as f64
+            );
+        }
+    }
+    Ok(out)
+}
+
+/// The newest record of each machine, in order of their directories.
+fn records(root: &Path) -> Result<Vec<Record>, String> {
+    let dir = root.join("docs/bench");
+    let mut newest = BTreeMap::new();
+    let entries = std::fs::read_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    for entry in entries {
+        let path = entry
+            .map_err(|e| e.to_string())?
+            .path()
+            .join("phase-5.json");
+        if path.is_file() {
+            let record = Record::read(&path).map_err(|e| e.to_string())?;
+            newest.insert(path, record);
+        }
+    }
+    Ok(newest.into_values().collect())
+}
+
+/// What does not change from record to record.
+const PLAN: &str = "\
+## The format
+
+[sparse-format.md](sparse-format.md): strips of 16 outputs, each one contiguous stream of \
+super-blocks (scales and bitmaps of up to 16 groups of 32 inputs, then their values); `S-BF16`, \
+`S8` and `S4` hold the rows of `BF16`, `Q8_0` and `Q4_0` without their zeros, losslessly.
+
+## What differs from SparAMX, and why
+
+| SparAMX | here | because |
+|---|---|---|
+| positions stored per thread of the packer | a table of strips, work shared out by strips | a file serves any number of threads; odd shares are right |
+| one scale per row for 8 bits, never above 1 | the scales of `Q8_0` and `Q4_0`, 32 weights each | usual weights do not round to zero; products equal the dense ones bit for bit |
+| values expanded to memory, loaded as tiles, at any batch | registers up to 8 tokens (`vpexpandb` into a vector of zero points, `vpdpbusd`; `vpexpandw`, `vdpbf16ps`), beyond that once per batch to a panel or to tiles | at batch 1 nothing is written; at batch 512 nothing is expanded twice |
+| prefix sums of population counts in vectors | one scalar count per step moves the cursor | the shuffling port has three operations per step, not seven |
+| 16-bit and 8-bit values | 4-bit ones, too | equal bytes are what sparse formats are judged by |
+| dense experts | stacks of experts, two dispatches per layer | mixtures are what CPUs run best |
+
+## Limits
+
+- `S8` and `S4` take rows that are multiples of 32; `S-BF16` any.
+- The kernels need AVX-512 VBMI2 (and BF16 for `S-BF16`); elsewhere strips are made dense for \
+each product, which is right and slow.
+- GPUs get sparse matrices as dense ones.
+- Sparse attention over the KV cache is not built; nor is a reader of SparAMX's own files: its \
+positions are re-created for check 5.1 alone.
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_find_each_other() {
+        let series = |name: &str, samples: &[f64]| Series {
+            name: name.into(),
+            unit: "ms".into(),
+            samples: samples.to_vec(),
+        };
+        let all = [
+            series(
+                "sparse|layer|S8|50|64x64|1|avx512|dense|100",
+                &[3.0, 2.0, 4.0],
+            ),
+            series("sparse|layer|S8|50|64x64|1|avx512|sparse|60", &[2.0]),
+            series("sparse|layer|S8|70|64x64|1|avx512|dense|100", &[3.0]),
+            series("sparse-bandwidth", &[9.0]),
+        ];
+        let gains = gains(&all);
+        assert_eq!(gains.len(), 1);
+        assert_eq!((gains[0].gain, gains[0].dense_bytes), (1.5, 100));
+    }
+}
