@@ -167,7 +167,7 @@ impl CudaDevice {
         let rows = into.w.n.div_ceil(TILE_ROWS);
         let tile = match m {
             ..=32 => 32,
-            ..=64 => 64,
+            33..=64 => 64,
             m if rows * m.div_ceil(128) < PROCESSORS => 64,
             _ => 128,
         };
@@ -319,7 +319,7 @@ impl CudaDevice {
         let experts = gate.experts;
         let tile = match pairs / experts {
             ..=16 => 32,
-            ..=96 => 64,
+            17..=96 => 64,
             _ => 128,
         };
         let most = pairs / tile + experts.min(pairs);

@@ -784,6 +784,7 @@ mod tests {
         let one = |d: &Device| match d {
             Device::Cpu => '-',
             Device::Gpu(i) => char::from(b'0' + *i as u8),
+            Device::Split => '*',
         };
         devices.iter().map(one).collect()
     }

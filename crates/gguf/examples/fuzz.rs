@@ -39,7 +39,7 @@ const NUMBERS: [u64; 16] = [
 fn mutate(data: &mut Vec<u8>, corpus: &[Vec<u8>], r: &mut Random) {
     let at = r.below(data.len());
     match r.below(9) {
-        0 => data[at] = r.next() as u8,
+        0 => data[at] = r.next_u64() as u8,
         1 | 2 => {
             let width = [1, 2, 4, 8][r.below(4)];
             let number = NUMBERS[r.below(NUMBERS.len())].to_le_bytes();

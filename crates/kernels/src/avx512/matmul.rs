@@ -111,11 +111,9 @@ pub(super) unsafe fn bf16_pairs<const S: usize, const T: usize>(
 ) {
     // SAFETY: the caller's; both bf16 vectors are 512 plain bits.
     unsafe {
-        let mut acc = [[_mm512_setzero_ps(); T]; S];
-        for (acc, tile) in acc.iter_mut().zip(tiles) {
-            for (t, acc) in acc.iter_mut().enumerate() {
-                *acc = _mm512_loadu_ps(tile.add(t * ROWS));
-            }
+        let mut acc = [[_mm512_setzero_ps(); S]; T];
+        for (t, acc) in acc.iter_mut().enumerate() {
+            *acc = tiles.map(|tile| _mm512_loadu_ps(tile.add(t * ROWS)));
         }
         for i in 0..len {
             let w: [__m512bh; S] = w.map(|w| {
@@ -123,15 +121,15 @@ pub(super) unsafe fn bf16_pairs<const S: usize, const T: usize>(
                 std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()))
             });
             let x = x.add(i * stride);
-            for t in 0..T {
+            for (t, acc) in acc.iter_mut().enumerate() {
                 let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*x.add(t) as i32));
-                for s in 0..S {
-                    acc[s][t] = _mm512_dpbf16_ps(acc[s][t], w[s], x);
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = _mm512_dpbf16_ps(*acc, w, x);
                 }
             }
         }
-        for (acc, tile) in acc.iter().zip(tiles) {
-            for (t, acc) in acc.iter().enumerate() {
+        for (t, acc) in acc.iter().enumerate() {
+            for (acc, tile) in acc.iter().zip(tiles) {
                 _mm512_storeu_ps(tile.add(t * ROWS), *acc);
             }
         }
