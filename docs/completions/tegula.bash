@@ -50,6 +50,9 @@ _tegula() {
             tegula,perplexity)
                 cmd="tegula__subcmd__perplexity"
                 ;;
+            tegula,prune)
+                cmd="tegula__subcmd__prune"
+                ;;
             tegula,pull)
                 cmd="tegula__subcmd__pull"
                 ;;
@@ -122,6 +125,9 @@ _tegula() {
             tegula__subcmd__help,perplexity)
                 cmd="tegula__subcmd__help__subcmd__perplexity"
                 ;;
+            tegula__subcmd__help,prune)
+                cmd="tegula__subcmd__help__subcmd__prune"
+                ;;
             tegula__subcmd__help,pull)
                 cmd="tegula__subcmd__help__subcmd__pull"
                 ;;
@@ -156,7 +162,7 @@ _tegula() {
 
     case "${cmd}" in
         tegula)
-            opts="-h -V --config --help --version run chat serve pull list rm bench perplexity logits tokenize inspect explain doctor quantize synth config completions help"
+            opts="-h -V --config --help --version run chat serve pull list rm bench perplexity logits tokenize inspect explain doctor quantize prune synth config completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -794,7 +800,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__help)
-            opts="run chat serve pull list rm bench perplexity logits tokenize inspect explain doctor quantize synth config completions help"
+            opts="run chat serve pull list rm bench perplexity logits tokenize inspect explain doctor quantize prune synth config completions help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -976,6 +982,20 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__help__subcmd__perplexity)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tegula__subcmd__help__subcmd__prune)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1385,6 +1405,72 @@ _tegula() {
                     return 0
                     ;;
                 --fit-target)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tegula__subcmd__prune)
+            opts="-c -t -h --sparsity --method --nm --calib --imatrix --save-imatrix --ctx-size --chunks --tensors --dense --threads --json --config --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --sparsity)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --method)
+                    COMPREPLY=($(compgen -W "magnitude wanda" -- "${cur}"))
+                    return 0
+                    ;;
+                --nm)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --calib)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --imatrix)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --save-imatrix)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ctx-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -c)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --chunks)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tensors)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --threads)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -t)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
