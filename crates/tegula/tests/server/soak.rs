@@ -66,7 +66,8 @@ fn read(
         if data == "[DONE]" {
             return Ok(first);
         }
-        if data.contains("\"error\"") {
+        // An event that is an error; the word may stand in an answer.
+        if data.starts_with("{\"error\"") {
             return Err(data.to_owned());
         }
         first.get_or_insert_with(|| start.elapsed());
