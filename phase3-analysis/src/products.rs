@@ -8,7 +8,7 @@ use std::{hint::black_box, time::Instant};
 use tegula_gguf::{Bytes, GgmlType};
 use tegula_kernels::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
-    lab::{ByteInputs, ByteMatrix, Chunks, Inputs, Matrix, TYPES, Way, multiply, multiply_bytes},
+    lab::{Chunks, Inputs, Matrix, TYPES, Way, multiply},
     probe::Caches,
 };
 use tegula_lab::Series;
@@ -150,17 +150,8 @@ fn one(plan: &Plan, ty: GgmlType, shape: &Shape, m: usize) -> Result<Vec<Series>
             }),
         });
     }
-    if let Some(amx) = plan.amx.filter(|_| m > 8 && ByteMatrix::takes(ty)) {
-        let pool = tegula_kernels::Pool::new(PoolConfig::new(plan.threads));
-        let (matrix, inputs) = (ByteMatrix::new((ty, n, k), &raw), ByteInputs::new(&x, m, k));
-        entries.push(Entry {
-            name: BYTE_TILES.to_owned(),
-            tier: "amx".to_owned(),
-            run: Box::new(move |y| {
-                multiply_bytes(amx, &pool, &matrix, &inputs, y);
-            }),
-        });
-    }
+    #[cfg(feature = "amx")]
+    entries.extend(byte_tiles(plan, (ty, n, k), &raw, &x, m));
     let mut y = vec![0.0; n * m];
     let mut samples = vec![Vec::new(); entries.len()];
     for turn in 0..=plan.repetitions {
@@ -193,6 +184,28 @@ fn one(plan: &Plan, ty: GgmlType, shape: &Shape, m: usize) -> Result<Vec<Series>
             samples,
         });
     Ok(named.collect())
+}
+
+/// The product on 8-bit tiles, where there are tiles, enough tokens, and codes for them.
+#[cfg(feature = "amx")]
+fn byte_tiles(
+    plan: &Plan,
+    (ty, n, k): (GgmlType, usize, usize),
+    raw: &[u8],
+    x: &[f32],
+    m: usize,
+) -> Option<Entry> {
+    use tegula_kernels::lab::{ByteInputs, ByteMatrix, multiply_bytes};
+    let amx = plan.amx.filter(|_| m > 8 && ByteMatrix::takes(ty))?;
+    let pool = tegula_kernels::Pool::new(PoolConfig::new(plan.threads));
+    let (matrix, inputs) = (ByteMatrix::new((ty, n, k), raw), ByteInputs::new(x, m, k));
+    Some(Entry {
+        name: BYTE_TILES.to_owned(),
+        tier: "amx".to_owned(),
+        run: Box::new(move |y| {
+            multiply_bytes(amx, &pool, &matrix, &inputs, y);
+        }),
+    })
 }
 
 #[cfg(test)]
