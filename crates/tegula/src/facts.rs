@@ -8,13 +8,19 @@ use tegula_gguf::{
     sparse::{Header, Sparse},
 };
 
-/// The instruction sets that run the model.
+/// What runs the model: instruction sets, and the devices that hold weights.
 pub fn isa(model: &Model) -> String {
     let table = model.compute().table;
-    match table.amx {
-        None => table.tier.to_string(),
-        Some(amx) => format!("{}, {}", table.tier, amx.name()),
-    }
+    let mut names = vec![table.tier.to_string()];
+    names.extend(table.amx.map(|amx| amx.name().to_owned()));
+    let devices = &model.plan().offload.devices;
+    names.extend(
+        devices
+            .iter()
+            .filter(|d| d.weights > 0)
+            .map(|d| d.name.clone()),
+    );
+    names.join(", ")
 }
 
 /// Says on stderr what the devices have to say of how they worked, once.
