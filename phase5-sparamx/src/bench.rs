@@ -11,7 +11,7 @@ use std::{
 };
 
 use tegula_engine::threads::default_threads;
-use tegula_gguf::{Bytes, GgmlType, sparse::pack_tensor};
+use tegula_gguf::{Bytes, GgmlType, fuzz::driver::Random, sparse::pack_tensor};
 use tegula_kernels::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
     ops::moe::{MoeScratch, RouteOptions},
@@ -161,31 +161,19 @@ pub fn measure(plan: &Plan) -> Result<Vec<Series>, String> {
     Ok(all)
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From -1 to 1.
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
+/// From -1 to 1.
+fn float(random: &mut Random) -> f32 {
+    (random.next_u64() >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
 
 /// Random dense rows of the twin of `ty`, of whose weights about `percent` are zero.
 pub fn dense_rows(ty: GgmlType, rows: usize, k: usize, percent: u32, seed: u64) -> Vec<u8> {
     let dense = ty.dense();
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     // Two bytes decide, two make the code: the share is right to a hundredth of a percent.
     let limit = percent * 0xffff / 100;
     let mut code = |zero: u16, other: fn(u16) -> u16| {
-        let bits = random.next();
+        let bits = random.next_u64();
         match (bits & 0xffff) as u32 >= limit {
             true => other((bits >> 16) as u16),
             false => zero,
@@ -281,8 +269,8 @@ impl Sets {
     /// Milliseconds of a product, dense and sparse in turns.
     fn run(&self, plan: &Plan, compute: &Compute, m: usize) -> [Series; 2] {
         let (n, k) = (self.sides[0][0].n(), self.sides[0][0].k());
-        let mut random = Random(3);
-        let x: Vec<f32> = (0..m * k).map(|_| random.float()).collect();
+        let mut random = Random::new(3);
+        let x: Vec<f32> = (0..m * k).map(|_| float(&mut random)).collect();
         let mut y = vec![0.0; m * n];
         let mut acts = [Acts::new(), Acts::new()];
         for (acts, side) in acts.iter_mut().zip(&self.sides) {
@@ -344,8 +332,8 @@ fn experts(plan: &Plan, compute: &Compute) -> Result<Vec<Series>, String> {
     let (k, ff, count, used, ty) = (2048, 768, 32, 8, GgmlType::S8);
     let up = both(compute, ty, (ff, k, count), 50)?;
     let down = both(compute, ty, (k, ff, count), 50)?;
-    let mut random = Random(5);
-    let x: Vec<f32> = (0..k).map(|_| random.float()).collect();
+    let mut random = Random::new(5);
+    let x: Vec<f32> = (0..k).map(|_| float(&mut random)).collect();
     let mut out = vec![0.0; k];
     let mut scratch = MoeScratch::default();
     let options = RouteOptions {
@@ -370,7 +358,7 @@ fn experts(plan: &Plan, compute: &Compute) -> Result<Vec<Series>, String> {
         let rounds = count / used;
         for _ in 0..rounds {
             for ((gate, up), down) in gates.iter().zip(ups).zip(downs) {
-                let logits: Vec<f32> = (0..count).map(|_| random.float()).collect();
+                let logits: Vec<f32> = (0..count).map(|_| float(&mut random)).collect();
                 let routing = compute.route(&logits, count, &options);
                 compute.moe_ffn(
                     &x,

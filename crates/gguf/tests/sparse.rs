@@ -7,6 +7,7 @@ use std::{ops::ControlFlow, path::Path};
 use proptest::prelude::*;
 use tegula_gguf::{
     Bytes, GgmlType, Gguf, Metadata,
+    fuzz::driver::Random,
     sparse::{
         self, Pattern, Sparse, SparseError, Sparsify, densify, pack_strip, pack_tensor,
         packed_strip, sparsify, unpack_strip,
@@ -16,14 +17,6 @@ use tegula_gguf::{
 
 const TYPES: [GgmlType; 3] = [GgmlType::S_BF16, GgmlType::S8, GgmlType::S4];
 
-/// SplitMix64.
-fn random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// Dense rows of the twin of `ty`; a weight has a value where `value(row, input)`.
 fn dense(
     ty: GgmlType,
@@ -32,24 +25,24 @@ fn dense(
     seed: u64,
     value: &dyn Fn(usize, usize) -> bool,
 ) -> Vec<u8> {
-    let mut state = seed;
+    let mut random = Random::new(seed);
     let mut out = Vec::new();
     for row in 0..rows {
         let mut codes: Vec<u16> = (0..k)
             .map(|i| match (value(row, i), ty) {
                 (false, GgmlType::S4) => 8,
                 (false, _) => 0,
-                (true, GgmlType::S4) => (random(&mut state) % 15 + 9) as u16 % 16,
-                (true, GgmlType::S8) => (random(&mut state) % 255 + 1) as u16,
+                (true, GgmlType::S4) => (random.next_u64() % 15 + 9) as u16 % 16,
+                (true, GgmlType::S8) => (random.next_u64() % 255 + 1) as u16,
                 // −0.0 among them.
-                (true, _) => 0x8000 | ((random(&mut state) % 7) as u16 * 0x0123),
+                (true, _) => 0x8000 | ((random.next_u64() % 7) as u16 * 0x0123),
             })
             .collect();
         match ty {
             GgmlType::S_BF16 => out.extend(codes.drain(..).flat_map(u16::to_le_bytes)),
             _ => {
                 for codes in codes.chunks_exact(32) {
-                    out.extend((random(&mut state) as u16).to_le_bytes());
+                    out.extend((random.next_u64() as u16).to_le_bytes());
                     match ty {
                         GgmlType::S8 => out.extend(codes.iter().map(|&c| c as u8)),
                         _ => out.extend((0..16).map(|j| (codes[j] | codes[j + 16] << 4) as u8)),
@@ -117,8 +110,8 @@ fn unpacking_inverts_packing_at_every_sparsity_and_shape() {
         for &(n, k) in shapes.iter().chain(odd) {
             for percent in [0, 25, 50, 75, 90, 99, 100] {
                 let value = |row: usize, i: usize| {
-                    let mut state = (row as u64) << 32 | i as u64;
-                    random(&mut state) % 100 >= percent
+                    let mut random = Random::new((row as u64) << 32 | i as u64);
+                    random.next_u64() % 100 >= percent
                 };
                 let raw = dense(ty, n, k as usize, percent, &value);
                 let packed = pack(ty, &[k, n as u64], None, &raw);
@@ -489,8 +482,8 @@ proptest! {
             _ => groups * 32,
         };
         let value = |r: usize, i: usize| {
-            let mut state = seed ^ ((r as u64) << 32 | i as u64);
-            random(&mut state) % 100 < percent
+            let mut random = Random::new(seed ^ ((r as u64) << 32 | i as u64));
+            random.next_u64() % 100 < percent
         };
         let raw = dense(ty, n, k, seed, &value);
         let packed = pack(ty, &[k as u64, n as u64], None, &raw);

@@ -5,39 +5,24 @@ mod common;
 
 use common::{collect, model, scheduler, service, submit};
 use serde_json::{Map, Value, json};
+use tegula_gguf::fuzz::driver::Random;
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn word(&mut self) -> String {
-        const WORDS: [&str; 12] = [
-            "name",
-            "größe",
-            "kind",
-            "x-y",
-            "a b",
-            "items",
-            "value",
-            "\"quoted\"",
-            "len",
-            "名",
-            "path\\to",
-            "id",
-        ];
-        WORDS[self.below(WORDS.len())].to_owned()
-    }
+fn word(r: &mut Random) -> String {
+    const WORDS: [&str; 12] = [
+        "name",
+        "größe",
+        "kind",
+        "x-y",
+        "a b",
+        "items",
+        "value",
+        "\"quoted\"",
+        "len",
+        "名",
+        "path\\to",
+        "id",
+    ];
+    WORDS[r.below(WORDS.len())].to_owned()
 }
 
 /// Schemas whose answers are finite: a model of this size would go on for ever where it may.
@@ -52,8 +37,8 @@ fn schema(r: &mut Random, depth: usize) -> Value {
         }
         3 => json!({"type": "number", "minimum": -10, "exclusiveMaximum": r.below(100)}),
         4 => json!({"type": "string", "minLength": r.below(3), "maxLength": 3 + r.below(20)}),
-        5 => json!({"enum": [r.word(), r.word(), r.below(100), null, true]}),
-        6 => json!({"const": {"k": [r.word(), r.below(9)]}}),
+        5 => json!({"enum": [word(r), word(r), r.below(100), null, true]}),
+        6 => json!({"const": {"k": [word(r), r.below(9)]}}),
         7 => {
             const PATTERNS: [&str; 5] = [
                 "^[a-z]{2,5}$",
@@ -76,7 +61,7 @@ fn schema(r: &mut Random, depth: usize) -> Value {
         _ => {
             let mut properties = Map::new();
             for _ in 0..1 + r.below(5) {
-                properties.insert(r.word(), schema(r, depth - 1));
+                properties.insert(word(r), schema(r, depth - 1));
             }
             let mut required: Vec<String> = properties.keys().cloned().collect();
             required.retain(|_| r.below(3) > 0);
@@ -90,7 +75,7 @@ fn every_answer_is_valid() {
     let model = model();
     let service = service(&model, 2048, None);
     let scheduler = scheduler(&model, 8, 300, 2048);
-    let mut r = Random(20_261_126);
+    let mut r = Random::new(20_261_126);
     let mut answers = Vec::new();
     for i in 0..200 {
         let schema = schema(&mut r, 3);
