@@ -377,6 +377,226 @@ fn devices_hold_what_the_plan_says() {
     }
 }
 
+/// Bytes of the tensors whose names contain one of `parts`.
+fn file_bytes(context: &Context, parts: &[&str]) -> u64 {
+    let tensors = context.model().gguf().tensors().iter();
+    let named = |name: &str| parts.iter().any(|p| name.contains(p));
+    tensors.filter(|t| named(&t.name)).map(|t| t.bytes).sum()
+}
+
+#[test]
+fn weights_that_stream_give_the_logits_of_the_cpu() {
+    let want = cpu();
+    let ot = |f: &OffloadFlags, text: &str| f.parse_override(text).unwrap();
+    type Set<'a> = Box<dyn Fn(&mut OffloadFlags) + 'a>;
+    // Which weights stream besides experts.
+    let cases: Vec<(&str, usize, bool, Set<'_>)> = vec![
+        (
+            "experts of routers on the device",
+            1,
+            false,
+            Box::new(|f| f.cpu_moe = usize::MAX),
+        ),
+        (
+            "all layers",
+            1,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(1)),
+        ),
+        (
+            "some layers",
+            2,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(4)),
+        ),
+        (
+            "routers on the other device",
+            2,
+            false,
+            Box::new(move |f| {
+                f.split = Split::None;
+                f.main = 1;
+                f.overrides = vec![ot(f, "ffn_gate_inp=SIM0"), ot(f, "_exps=CPU")];
+            }),
+        ),
+    ];
+    for (name, n, attention, set) in cases {
+        let sims = sims(n, GIB);
+        let options = with(&sims, |f| {
+            f.op_offload_min_batch = Some(6);
+            set(f);
+        });
+        let mut context = context(&options).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let plan = context.model().plan().clone();
+        for (d, sim) in sims.iter().enumerate() {
+            let planned = plan.devices[d].needed();
+            assert!(sim.used() <= planned, "{} of {planned}", sim.used());
+        }
+        let got = work(&mut context).unwrap_or_else(|e| panic!("{name}: {e}"));
+        same(name, &got, &want);
+        // A prompt of 70 tokens in parts of 32, 32 and 6. Behind the last layer's attention no
+        // token is left, or one.
+        let [projections, dense, experts] = plan.offload.streams.layers();
+        assert_eq!(dense, 0);
+        assert_eq!(attention, projections > 0, "{name}");
+        assert!(experts > 0);
+        let all = context.model().config().layers;
+        let but_last = |layers: usize| layers - usize::from(layers == all);
+        let matrices = 3 * but_last(experts) + 3 * projections + but_last(projections);
+        let streams: usize = sims.iter().map(|d| d.copies().streams).sum();
+        assert_eq!(streams, 3 * matrices, "{name}");
+        drop(context);
+        assert!(
+            sims.iter().all(|d| d.used() == 0),
+            "{name}: memory is given back"
+        );
+    }
+}
+
+#[test]
+fn only_experts_that_tokens_use_are_brought() {
+    let sims = sims(1, GIB);
+    let mut context = context(&with(&sims, |f| {
+        f.cpu_moe = usize::MAX;
+        f.op_offload_min_batch = Some(2);
+    }))
+    .unwrap();
+    let all = file_bytes(&context, &["_exps"]);
+    let streamed = |context: &mut Context, ids: &[u32]| {
+        let before = sims[0].copies().streamed;
+        context.decode(&Batch::all_logits(0, ids)).unwrap();
+        sims[0].copies().streamed - before
+    };
+    // 4 of 16 experts a token.
+    let few = streamed(&mut context, &[1, 2]);
+    assert!(few >= all / 4 && few <= all / 2, "{few} of {all}");
+    assert_eq!(streamed(&mut context, &[3]), 0);
+    let ids: Vec<u32> = (1..=30).map(|i| 17 * i).collect();
+    let many = streamed(&mut context, &ids);
+    assert!(many > few && many <= all, "{many} of {all}");
+}
+
+#[test]
+fn streaming_leaves_what_is_on_devices_alone_and_fits_beside_it() {
+    let plan = |mib: u64, op_offload, amx, set: fn(&mut OffloadFlags)| {
+        let options = LoadOptions {
+            amx,
+            ..with(&sims(1, mib << 20), |f| {
+                set(f);
+                f.op_offload = op_offload;
+            })
+        };
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        tegula_engine::plan(&config, &gguf, &options.plan_flags())
+    };
+    let amx = Amx::emulate().expect("any x86-64 Linux");
+    let (mut room, mut none) = (0, 0);
+    // A piece's landing place takes 32 MiB.
+    for mib in [8, 11, 14, 40, 46, 64] {
+        for set in [
+            (|_: &mut OffloadFlags| {}) as fn(&mut OffloadFlags),
+            |f| f.cpu_moe = usize::MAX,
+            |f| f.layers = GpuLayers::Count(3),
+        ] {
+            let (with, without) = (plan(mib, true, None, set), plan(mib, false, None, set));
+            for (a, b) in with.placements.iter().zip(&without.placements) {
+                assert_eq!((a.device, a.buffer, a.bytes), (b.device, b.buffer, b.bytes));
+                assert!(b.streams.is_none());
+            }
+            let (a, b) = (&with.devices[0], &without.devices[0]);
+            assert_eq!(a.placed(), b.placed());
+            assert_eq!(b.streaming, 0);
+            if b.placed() <= b.budget {
+                assert!(a.needed() <= a.budget, "{mib} MiB");
+            }
+            assert_eq!(plan(mib, true, Some(amx), set).devices, with.devices);
+            match a.streaming {
+                0 => none += 1,
+                _ => room += 1,
+            }
+        }
+    }
+    assert!(room > 0 && none > 0, "{room} {none}");
+}
+
+#[test]
+fn the_plan_says_what_streams_and_from_when() {
+    let plan = |set: fn(&mut OffloadFlags)| {
+        let options = with(&sims(1, GIB), set);
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        tegula_engine::plan(&config, &gguf, &options.plan_flags())
+    };
+    let set = |f: &mut OffloadFlags| {
+        f.layers = GpuLayers::Count(4);
+        f.op_offload_min_batch = Some(100);
+    };
+    let told = plan(set);
+    for p in &told.placements {
+        let product = ["_exps", "attn_q.", "attn_k.", "attn_v.", "attn_output"];
+        let may = p.device == At::Cpu && product.iter().any(|part| p.tensor.contains(part));
+        let want = may.then_some(tegula_engine::stream::Stream {
+            device: At::Gpu(0),
+            from: 100,
+        });
+        assert_eq!(p.streams, want, "{}", p.tensor);
+    }
+    let summary = &told.offload.summary;
+    assert!(
+        summary.ends_with("stream to SIM0 in batches of at least 100 tokens"),
+        "{summary}"
+    );
+    // Such small matrices are not worth it for the batches that these tests run.
+    let small = plan(|f| f.layers = GpuLayers::Count(4));
+    let large = |p: &tegula_engine::plan::Placement| p.streams.is_none_or(|s| s.from > 32);
+    assert!(small.placements.iter().all(large));
+}
+
+#[test]
+fn experts_of_split_layers_stream_to_the_first_device() {
+    let want = cpu();
+    let sims = sims(2, GIB);
+    let mut context = context(&with(&sims, |f| {
+        f.split = Split::Tensor;
+        f.layers = GpuLayers::Count(99);
+        f.cpu_moe = usize::MAX;
+        f.op_offload_min_batch = Some(6);
+    }))
+    .unwrap();
+    let got = work(&mut context).unwrap();
+    let apart = apart(&got, &want);
+    assert!(apart < ANOTHER_ORDER, "{apart}");
+    let streams = [0, 1].map(|d: usize| sims[d].copies().streams);
+    assert!(streams[0] > 0 && streams[1] == 0, "{streams:?}");
+}
+
+#[test]
+fn a_device_that_is_lost_while_weights_stream_leaves_the_context_as_it_was() {
+    let sims = sims(1, GIB);
+    let options = with(&sims, |f| {
+        f.layers = GpuLayers::Count(4);
+        f.op_offload_min_batch = Some(6);
+    });
+    let mut context = context(&options).unwrap();
+    let ids: Vec<u32> = (1..=20).collect();
+    let mut failures = 0;
+    for operations in (0..60).step_by(7) {
+        sims[0].fail_after(operations);
+        let result = context.decode(&Batch::prompt(0, &ids));
+        sims[0].repair();
+        match result {
+            Err(Error::Device(DeviceError::Failed { .. })) => failures += 1,
+            other => assert!(other.is_ok()),
+        }
+        context.truncate(0, 0).unwrap();
+    }
+    assert!(failures > 5);
+    let after = context.decode(&Batch::prompt(0, &ids)).unwrap();
+    let mut fresh = self::context(&options).unwrap();
+    assert!(fresh.decode(&Batch::prompt(0, &ids)).unwrap() == after);
+}
+
 #[test]
 fn a_hybrid_hops_once_each_way_per_layer() {
     let sims = sims(1, GIB);
@@ -386,10 +606,52 @@ fn a_hybrid_hops_once_each_way_per_layer() {
     let before = sims[0].copies();
     context.decode(&Batch::prompt(0, &[4])).unwrap();
     let after = sims[0].copies();
+    // One wait for both of what goes down, and one for the results.
+    assert_eq!(after.waits - before.waits, layers + 1);
     // Experts' input and the router's logits; at the end logits and hidden state.
     assert_eq!(after.reads - before.reads, 2 * layers + 2);
     // The experts' sum; at the beginning x and four arrays of places.
     assert_eq!(after.writes - before.writes, layers + 5);
+}
+
+#[test]
+fn the_likeliest_token_is_the_logits_largest_and_comes_alone() {
+    let ids: Vec<u32> = (1..=70).collect();
+    for (name, set) in [
+        ("cpu", None),
+        ("all", Some((|_| {}) as fn(&mut OffloadFlags))),
+        (
+            "output on the CPU",
+            Some(|f| {
+                f.overrides = vec![f.parse_override("^output=CPU").unwrap()];
+            }),
+        ),
+        ("experts on the CPU", Some(|f| f.cpu_moe = usize::MAX)),
+    ] {
+        let sims = sims(1, GIB);
+        let options = set.map_or_else(options, |set| with(&sims, set));
+        let mut context = context(&options).unwrap();
+        let logits = context.decode(&Batch::all_logits(0, &ids)).unwrap();
+        context.truncate(0, 0).unwrap();
+        let best = context.decode_best(&Batch::all_logits(0, &ids)).unwrap();
+        assert_eq!((best.len(), logits.best(0)), (70, None), "{name}");
+        for i in 0..70 {
+            let row = logits.logits(i);
+            let largest = row.iter().copied().fold(f32::MIN, f32::max);
+            let first = row.iter().position(|v| *v == largest).unwrap() as u32;
+            assert_eq!(best.best(i), Some(first), "{name}, {i}");
+        }
+        // Recorded, too.
+        for id in 1..5 {
+            let before = sims[0].copies();
+            let one = context.decode_best(&Batch::prompt(0, &[id])).unwrap();
+            assert!(one.best(0).is_some());
+            let read = sims[0].copies().read - before.read;
+            if name == "all" {
+                assert_eq!(read, 4);
+            }
+        }
+    }
 }
 
 #[test]
@@ -580,5 +842,12 @@ fn dense_models_and_other_caches() {
         let want = run(options());
         assert!(run(with(&sims(1, GIB), |_| {})) == want);
         assert!(run(with(&sims(2, GIB), |f| f.layers = GpuLayers::Count(4))) == want);
+        let sims = sims(1, GIB);
+        let streaming = with(&sims, |f| {
+            f.layers = GpuLayers::Count(4);
+            f.op_offload_min_batch = Some(6);
+        });
+        assert!(run(streaming) == want);
+        assert!(sims[0].copies().streams > 0);
     }
 }

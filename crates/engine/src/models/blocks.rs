@@ -65,7 +65,7 @@ impl Step<'_> {
     }
 
     /// `input = rms_norm(x) * w`.
-    fn norm(&mut self, w: &[f32]) {
+    pub fn norm(&mut self, w: &[f32]) {
         let b = &mut *self.buffers;
         b.input.resize(b.x.len(), 0.0);
         self.compute
@@ -100,6 +100,12 @@ impl Step<'_> {
             (&layer.v, &mut b.v[..]),
         ];
         self.compute.matmul_many(&mut products, &b.acts);
+        self.add_biases(layer);
+    }
+
+    /// Adds the biases of the three projections.
+    pub fn add_biases(&mut self, layer: &HostAttention) {
+        let b = &mut *self.buffers;
         let biases = [
             (&layer.q_bias, &mut b.q),
             (&layer.k_bias, &mut b.k),
@@ -187,6 +193,15 @@ impl Step<'_> {
                 self.compute.add_assign(&mut b.x, &b.delta);
             }
         }
+    }
+
+    /// `x += delta (+ bias)`, where `delta = out · attention` was made elsewhere.
+    pub fn add_attention_delta(&mut self, layer: &HostAttention) {
+        let b = &mut *self.buffers;
+        if let Some(bias) = &layer.out_bias {
+            self.compute.add_bias(&mut b.delta, bias);
+        }
+        self.compute.add_assign(&mut b.x, &b.delta);
     }
 
     /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see

@@ -4,8 +4,8 @@
 
 use super::{
     ALIGN, Budget, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, Ended, HeadOptions,
-    Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, matrix_bytes,
-    rounded,
+    Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, largest,
+    matrix_bytes, rounded, stream,
 };
 use crate::{
     Acts, Compute, PoolConfig, Tier, Weights,
@@ -33,8 +33,13 @@ pub struct Copies {
     /// Copies from the device and their bytes.
     pub reads: usize,
     pub read: u64,
-    /// Bytes of weights brought to it.
+    /// Bytes of weights brought to it to stay.
     pub weights: u64,
+    /// Matrices that were streamed to it, and their bytes.
+    pub streams: usize,
+    pub streamed: u64,
+    /// Times that the caller waited for it.
+    pub waits: usize,
 }
 
 #[derive(Default)]
@@ -142,6 +147,15 @@ impl SimDevice {
                 Ok(())
             }
         }
+    }
+
+    fn copy_out(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
+        self.step("copying from it")?;
+        dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
+        let copies = &mut self.shared.heap().copies;
+        copies.reads += 1;
+        copies.read += dst.len() as u64;
+        Ok(())
     }
 
     fn bytes(&self, buffer: &Buffer) -> Vec<u8> {
@@ -255,15 +269,18 @@ impl Device for SimDevice {
     }
 
     fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
-        self.step("copying from it")?;
-        dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
-        let copies = &mut self.shared.heap().copies;
-        copies.reads += 1;
-        copies.read += dst.len() as u64;
-        Ok(())
+        self.shared.heap().copies.waits += 1;
+        self.copy_out(src, at, dst)
+    }
+
+    fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        self.shared.heap().copies.waits += 1;
+        let mut parts = parts.iter_mut();
+        parts.try_for_each(|(src, dst)| self.copy_out(src, 0, dst))
     }
 
     fn sync(&self) -> Result<()> {
+        self.shared.heap().copies.waits += 1;
         self.step("waiting")
     }
 
@@ -286,6 +303,37 @@ impl Device for SimDevice {
             experts,
             buffer,
         })
+    }
+
+    fn stream(
+        &self,
+        from: &RawMatrix,
+        chosen: Option<&[u32]>,
+        feeder: &mut dyn stream::Feeder,
+        slot: &mut Matrix,
+    ) -> Result<()> {
+        self.step("streaming weights")?;
+        let RawMatrix { ty, n, k, .. } = *from;
+        let experts = chosen.map_or(from.experts, <[u32]>::len);
+        let bytes = matrix_bytes(ty, n as u64, k as u64, experts as u64);
+        assert!(bytes.is_some_and(|bytes| bytes <= slot.buffer.bytes() as u64));
+        let mut copy = Vec::new();
+        // Small pieces, so that small matrices are more than one.
+        for piece in stream::pieces(from, chosen, 64 << 10) {
+            let mut staged = vec![POISON; piece.len];
+            feeder.fill(&mut staged, &piece.parts);
+            assert_eq!(copy.len(), piece.first_block as usize * ty.block_bytes());
+            copy.extend_from_slice(&staged);
+            feeder.meanwhile();
+        }
+        (slot.ty, slot.n, slot.k, slot.experts) = (ty, n, k, experts);
+        let mut heap = self.shared.heap();
+        heap.copies.streams += 1;
+        heap.copies.streamed += copy.len() as u64;
+        let weights = Weights::raw(ty, n, k, experts, Bytes::from_vec(copy))?;
+        heap.weights
+            .insert(slot.buffer.address(), Arc::new(weights));
+        Ok(())
     }
 
     fn rms_norm(
@@ -464,6 +512,14 @@ impl Device for SimDevice {
         let row = |&r: &u32| &x[r as usize * k..(r as usize + 1) * k];
         let y: Vec<f32> = rows.iter().flat_map(row).copied().collect();
         self.put(out, &y);
+        Ok(())
+    }
+
+    fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()> {
+        self.step("argmax")?;
+        let x = self.floats(x, m * n);
+        let best = x.chunks(n).flat_map(|row| largest(row).to_le_bytes());
+        self.put_bytes(out, 0, &best.collect::<Vec<u8>>());
         Ok(())
     }
 

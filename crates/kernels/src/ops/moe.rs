@@ -32,6 +32,23 @@ pub struct Routing {
     pub weights: Vec<f32>,
 }
 
+impl Routing {
+    /// The experts that are used, ascending, and the same choice with experts numbered among
+    /// these.
+    pub fn compact(&self) -> (Vec<u32>, Routing) {
+        let mut chosen = self.ids.clone();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let number = |id: &u32| chosen.partition_point(|c| c < id) as u32;
+        let ids = self.ids.iter().map(number).collect();
+        let routing = Routing {
+            ids,
+            ..self.clone()
+        };
+        (chosen, routing)
+    }
+}
+
 /// How [`Compute::route`] turns logits into weights.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct RouteOptions {
@@ -427,6 +444,21 @@ mod tests {
         for (choice, &at) in g.place.iter().enumerate() {
             assert_eq!(g.tokens[at], choice / 2);
         }
+    }
+
+    #[test]
+    fn compact_routing_names_the_same_experts() {
+        let routing = Routing {
+            used: 2,
+            ids: vec![7, 1, 1, 40, 7, 3],
+            weights: vec![0.5; 6],
+        };
+        let (chosen, compact) = routing.compact();
+        assert_eq!(chosen, [1, 3, 7, 40]);
+        assert_eq!(compact.ids, [2, 0, 0, 3, 2, 1]);
+        let back: Vec<u32> = compact.ids.iter().map(|i| chosen[*i as usize]).collect();
+        assert_eq!(back, routing.ids);
+        assert_eq!(compact.weights, routing.weights);
     }
 
     #[test]
