@@ -259,17 +259,18 @@ fn given_to_amx(row: &Row) -> bool {
     row.gpus.is_empty() && row.n_gen == 0 && row.amx_from.is_some_and(|n| together >= n)
 }
 
-/// A pair in the record that it is from, and the least ratio that is no loss.
-type Claim<'a> = (&'a BenchRecord, Pair<'a>, f64);
+/// A pair in the record that it is from, what to call it besides, and the least ratio that is
+/// no loss.
+type Claim<'a> = (&'a BenchRecord, Pair<'a>, &'static str, f64);
 
 /// Passed if no claim is a loss; what is noisy claims nothing.
 fn judge<'a>(claims: impl Iterator<Item = Claim<'a>>, lacks: &str) -> Outcome {
     let mut facts = Vec::new();
     let mut losses = Vec::new();
-    for (record, pair, least) in claims.filter(|(_, pair, _)| pair.no_claim().is_none()) {
+    for (record, pair, what, least) in claims.filter(|(_, pair, ..)| pair.no_claim().is_none()) {
         let ratio = pair.median();
         let cell = format!(
-            "{} {} on {}",
+            "{} {}{what} on {}",
             pair.ours.model, pair.ours.test, record.record.host.cpu
         );
         if ratio < least {
@@ -291,7 +292,7 @@ fn amx_wins(env: &Env) -> Result<Outcome, String> {
         pairs(record)
             .into_iter()
             .filter(own)
-            .map(move |pair| (record, pair, 1.0))
+            .map(move |pair| (record, pair, "", 1.0))
     });
     Ok(judge(
         cells,
@@ -319,7 +320,7 @@ fn peers_lose(env: &Env) -> Result<Outcome, String> {
         best_pairs(record)
             .into_iter()
             .filter(on_cpu)
-            .map(move |pair| (record, pair, 1.0))
+            .map(move |pair| (record, pair, "", 1.0))
     });
     Ok(judge(
         cells,
@@ -341,8 +342,11 @@ fn gpus_win(env: &Env) -> Result<Outcome, String> {
         let own: Vec<Pair> = pairs(record).into_iter().filter(own).collect();
         let peers: Vec<Pair> = best_pairs(record).into_iter().filter(on_gpu).collect();
         if !own.is_empty() && !peers.is_empty() {
-            claims.extend(own.into_iter().map(|pair| (record, pair, NO_SLOWER)));
-            claims.extend(peers.into_iter().map(|pair| (record, pair, 1.0)));
+            claims.extend(
+                own.into_iter()
+                    .map(|pair| (record, pair, " with --amx", NO_SLOWER)),
+            );
+            claims.extend(peers.into_iter().map(|pair| (record, pair, "", 1.0)));
         }
     }
     Ok(judge(
@@ -490,12 +494,12 @@ mod tests {
         // A hair slower is noise.
         assert_eq!(
             judged(rows(990.0, 800.0)).detail(),
-            "m.gguf pp512 on : 0.99; m.gguf pp512 on : 1.25"
+            "m.gguf pp512 on : 1.25; m.gguf pp512 with --amx on : 0.99"
         );
         assert_eq!(judged(rows(990.0, 800.0)).status(), "passed");
         assert_eq!(
             judged(rows(900.0, 800.0)).detail(),
-            "m.gguf pp512 on : 0.90 times tegula"
+            "m.gguf pp512 with --amx on : 0.90 times tegula"
         );
         assert_eq!(
             judged(rows(1000.0, 1250.0)).detail(),

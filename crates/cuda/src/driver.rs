@@ -56,18 +56,24 @@ pub(crate) fn count() -> Result<usize> {
     check("CUDA", "asking for the driver's version", unsafe {
         sys::cuDriverGetVersion(&raw mut version)
     })?;
-    if version < 12_000 {
-        let (major, minor) = (version / 1000, version % 1000 / 10);
-        return Err(DeviceError::Unusable(format!(
-            "the NVIDIA driver is too old: it knows CUDA {major}.{minor}, and 12.0 is needed"
-        )));
-    }
+    new_enough(version)?;
     let mut count = 0;
     // SAFETY: writes one integer.
     check("CUDA", "counting devices", unsafe {
         sys::cuDeviceGetCount(&raw mut count)
     })?;
     Ok(count.max(0) as usize)
+}
+
+/// Refuses drivers that don't know CUDA 12, by the version that they state.
+fn new_enough(version: i32) -> Result<()> {
+    if version >= 12_000 {
+        return Ok(());
+    }
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    Err(DeviceError::Unusable(format!(
+        "the NVIDIA driver is too old: it knows CUDA {major}.{minor}, and 12.0 is needed"
+    )))
 }
 
 /// Whether the stream's operations are recorded instead of issued.
@@ -586,5 +592,22 @@ impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: destroyed once; the driver waits until it has passed.
         unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_drivers_are_refused_with_what_they_know() {
+        assert_eq!(new_enough(12_000), Ok(()));
+        assert_eq!(new_enough(13_010), Ok(()));
+        let error = new_enough(11_080).unwrap_err();
+        assert!(matches!(error, DeviceError::Unusable(_)));
+        assert_eq!(
+            error.to_string(),
+            "the NVIDIA driver is too old: it knows CUDA 11.8, and 12.0 is needed"
+        );
     }
 }

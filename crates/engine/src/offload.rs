@@ -16,7 +16,10 @@ use serde::{Serialize, Serializer};
 use std::fmt;
 use tegula_gguf::{Gguf, TensorInfo};
 use tegula_kernels::{
-    device::{self, DeviceInfo},
+    device::{
+        self, DeviceInfo,
+        stream::{RATES, Rates},
+    },
     kv::{KV_PAGE, KvShape, KvType},
 };
 
@@ -105,6 +108,8 @@ pub struct OffloadFlags {
     pub op_offload: bool,
     /// From how many tokens on they do; where it is `None`, from when it is faster.
     pub op_offload_min_batch: Option<usize>,
+    /// What that is reckoned from.
+    pub rates: Rates,
 }
 
 impl Default for OffloadFlags {
@@ -125,6 +130,7 @@ impl Default for OffloadFlags {
             margin: 512 << 20,
             op_offload: true,
             op_offload_min_batch: None,
+            rates: RATES,
         }
     }
 }
@@ -245,7 +251,7 @@ pub(crate) fn unit(name: &str) -> Option<Unit> {
 }
 
 /// Where the units of a model go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Offload {
     pub(crate) attention: Vec<Device>,
     pub(crate) ffn: Vec<Device>,

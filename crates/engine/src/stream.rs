@@ -13,21 +13,43 @@ use crate::{
 };
 use serde::Serialize;
 use tegula_gguf::{Gguf, TensorInfo};
-use tegula_kernels::device::{
-    self,
-    stream::{Cpu, LANDING, Work},
+use tegula_kernels::{
+    device::{
+        self,
+        stream::{Cpu, LANDING, Work},
+    },
+    ops::moe::Routing,
 };
 
 /// Where weights on the CPU are multiplied, in batches of at least so many tokens.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Stream {
     pub device: Device,
     /// Tokens.
     pub from: usize,
+    /// The CPU computes a part of the experts meanwhile: those with the fewest tokens.
+    pub shared: bool,
+    /// By which the parts are reckoned.
+    #[serde(skip)]
+    pub(crate) reckoned: (Work, Cpu),
+}
+
+impl Stream {
+    /// The experts that go to the device of a batch of `m` tokens, ascending.
+    pub(crate) fn chosen(&self, routing: &Routing, m: usize) -> Vec<u32> {
+        let counts = routing.counts();
+        if self.shared {
+            let (work, cpu) = &self.reckoned;
+            return work.split(m, &counts, cpu);
+        }
+        let mut all: Vec<u32> = counts.into_iter().map(|c| c.0).collect();
+        all.sort_unstable();
+        all
+    }
 }
 
 /// What streams.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Streams {
     attention: Vec<Option<Stream>>,
     ffn: Vec<Option<Stream>>,
@@ -228,14 +250,23 @@ fn unit_streams(
         on_tiles &= tiles(tensor);
     }
     let cpu = Cpu {
+        rates: f.rates,
         tier: flags.tier,
         tiles: on_tiles,
         threads: flags.threads,
     };
+    // What a user asks for is not second-guessed. A sum of two parts is simple where the device
+    // has the input and x.
+    let shared = f.op_offload_min_batch.is_none() && beside == Device::Gpu(d);
     let from = match f.op_offload_min_batch {
         Some(n) => Some(n.max(1)),
-        None => work.fewest_tokens(&cpu),
+        None => work.fewest_tokens(&cpu, shared),
     };
-    let device = Device::Gpu(d);
-    Some((d, slots, from.map(|from| Stream { device, from })))
+    let stream = |from| Stream {
+        device: Device::Gpu(d),
+        from,
+        shared,
+        reckoned: (work, cpu),
+    };
+    Some((d, slots, from.map(stream)))
 }

@@ -3,14 +3,14 @@
 
 use std::{path::Path, sync::Arc};
 use tegula_engine::{
-    Batch, BatchToken, Context, ContextOptions, Error, LoadOptions, Model, OffloadFlags, Outputs,
-    Source,
+    Batch, BatchToken, Context, ContextOptions, Error, GenerateOptions, Generation, LoadOptions,
+    Model, OffloadFlags, Outputs, SamplerOptions, Source, generate,
     offload::{Device as At, GpuLayers, Split},
     plan::{Buffer, Encoding},
 };
 use tegula_kernels::{
     Amx, Tier,
-    device::{Device, DeviceError, sim::SimDevice},
+    device::{Device, DeviceError, sim::SimDevice, stream::Rates},
     kv::KvType,
 };
 
@@ -476,6 +476,62 @@ fn only_experts_that_tokens_use_are_brought() {
     assert!(many > few && many <= all, "{many} of {all}");
 }
 
+/// Rates by which the embedded model's experts are shared by the CPU and a device.
+const ALIKE: Rates = Rates {
+    upload: 12e9,
+    device: 1e12,
+    hop: 0.0,
+    memory: 10e9,
+    copy: 1e12,
+    decoding: 20.0,
+};
+
+#[test]
+fn experts_are_shared_by_cpu_and_device_and_the_same_in_every_run() {
+    let want = cpu();
+    let run = |threads| {
+        let sims = sims(1, GIB);
+        let mut options = with(&sims, |f| {
+            f.cpu_moe = usize::MAX;
+            f.rates = ALIKE;
+        });
+        options.threads = threads;
+        options.offload.ubatch = 128;
+        let model = Arc::new(Model::load(&options, &mut |_| {}).unwrap());
+        let large = ContextOptions {
+            context: 256,
+            ubatch: 128,
+            sequences: 2,
+            ..ContextOptions::default()
+        };
+        let mut context = Context::new(model, &large).unwrap();
+        let plan = context.model().plan();
+        let stacks = plan
+            .placements
+            .iter()
+            .filter(|p| p.tensor.contains("_exps"));
+        assert!(stacks.clone().count() > 0);
+        for p in stacks {
+            let stream = p.streams.unwrap();
+            assert!(stream.shared && stream.from == 64, "{stream:?}");
+        }
+        let all = file_bytes(&context, &["_exps"]);
+        let got = work(&mut context).unwrap();
+        (got, sims[0].copies(), all)
+    };
+    let (got, copies, all) = run(2);
+    let apart = apart(&got, &want);
+    assert!(apart < ANOTHER_ORDER, "{apart}");
+    // The prompt streams some of the experts, of all layers but the last, which has one token.
+    let streamed = copies.streamed;
+    assert!(
+        streamed > all / 8 && streamed < 5 * all / 6,
+        "{streamed} of {all}"
+    );
+    assert_eq!(copies.streams, 15);
+    same("again", &run(2).0, &got);
+}
+
 #[test]
 fn streaming_leaves_what_is_on_devices_alone_and_fits_beside_it() {
     let plan = |mib: u64, op_offload, amx, set: fn(&mut OffloadFlags)| {
@@ -536,11 +592,9 @@ fn the_plan_says_what_streams_and_from_when() {
     for p in &told.placements {
         let product = ["_exps", "attn_q.", "attn_k.", "attn_v.", "attn_output"];
         let may = p.device == At::Cpu && product.iter().any(|part| p.tensor.contains(part));
-        let want = may.then_some(tegula_engine::stream::Stream {
-            device: At::Gpu(0),
-            from: 100,
-        });
-        assert_eq!(p.streams, want, "{}", p.tensor);
+        let want = may.then_some((At::Gpu(0), 100, false));
+        let told = p.streams.map(|s| (s.device, s.from, s.shared));
+        assert_eq!(told, want, "{}", p.tensor);
     }
     let summary = &told.offload.summary;
     assert!(
@@ -549,7 +603,7 @@ fn the_plan_says_what_streams_and_from_when() {
     );
     // Such small matrices are not worth it for the batches that these tests run.
     let small = plan(|f| f.layers = GpuLayers::Count(4));
-    let large = |p: &tegula_engine::plan::Placement| p.streams.is_none_or(|s| s.from > 32);
+    let large = |p: &tegula_engine::plan::Placement| p.streams.is_none_or(|s| s.from >= 64);
     assert!(small.placements.iter().all(large));
 }
 
@@ -777,6 +831,68 @@ fn a_device_that_is_lost_leaves_the_context_as_it_was() {
     let mut fresh = self::context(&options).unwrap();
     fresh.decode(&Batch::prompt(0, &ids)).unwrap();
     assert!(fresh.decode(&Batch::prompt(0, &[7])).unwrap() == after);
+}
+
+/// Generates a few tokens and breaks the device when the first text comes.
+fn generated(context: &mut Context, break_it: &mut dyn FnMut()) -> Result<Generation, Error> {
+    let options = GenerateOptions {
+        limit: Some(12),
+        sampler: SamplerOptions::greedy(),
+        ignore_eog: true,
+        ..GenerateOptions::default()
+    };
+    let never = false.into();
+    let ids: Vec<u32> = (1..=20).collect();
+    let mut text = |_: &str| break_it();
+    generate(context, 0, &ids, &options, &never, &mut text)
+}
+
+#[test]
+fn what_breaks_in_the_middle_of_a_generation_is_an_error_and_no_more() {
+    for set in [
+        (|f: &mut OffloadFlags| f.layers = GpuLayers::Count(99)) as fn(&mut OffloadFlags),
+        |f| f.layers = GpuLayers::Count(4),
+    ] {
+        let sims = sims(1, GIB);
+        let mut context = context(&with(&sims, set)).unwrap();
+        let whole = generated(&mut context, &mut || {}).unwrap();
+        assert_eq!(whole.tokens.len(), 12);
+        context.truncate(0, 0).unwrap();
+        // Somebody else takes the memory that operations work in.
+        let mut taken = None;
+        let error = generated(&mut context, &mut || {
+            let free = sims[0].info().unwrap().free;
+            taken.get_or_insert_with(|| sims[0].alloc(free as usize).unwrap());
+        });
+        let error = error.unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                Error::Device(DeviceError::OutOfMemory { free: 0, .. })
+            ),
+            "{error}"
+        );
+        let held = context.tokens(0).unwrap().len();
+        assert!((20..32).contains(&held), "{held}");
+        drop(taken);
+        assert_eq!(
+            generated(&mut context, &mut || {}).unwrap().tokens,
+            whole.tokens
+        );
+        context.truncate(0, 0).unwrap();
+        // It is lost.
+        let error = generated(&mut context, &mut || sims[0].fail_after(5)).unwrap_err();
+        assert!(
+            matches!(&error, Error::Device(DeviceError::Failed { .. })),
+            "{error}"
+        );
+        assert!(generated(&mut context, &mut || {}).is_err());
+        sims[0].repair();
+        assert_eq!(
+            generated(&mut context, &mut || {}).unwrap().tokens,
+            whole.tokens
+        );
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use super::{FfnKind, HostAttention, HostFfn, Network, Output};
 use crate::ModelConfig;
 use tegula_kernels::{
     Acts, Compute, Forms, Weights,
+    device::stream::Feeder,
     kv::{KvCache, PageTable},
     ops::{
         RopeTable, Token,
@@ -253,6 +254,26 @@ impl Step<'_> {
             .moe_ffn(input, routing, gate, up, down, scratch, &mut b.delta);
     }
 
+    /// The same in parts, one after another, for experts that are computed while others are on
+    /// their way to a device: see [`Parts`].
+    pub fn experts_in_parts<'b>(
+        &'b mut self,
+        experts: &'b Network<Weights>,
+        parts: Vec<Routing>,
+    ) -> Parts<'b> {
+        let b = &mut *self.buffers;
+        b.delta.clear();
+        b.delta.resize(b.input.len(), 0.0);
+        Parts {
+            compute: self.compute,
+            experts,
+            input: &b.input,
+            scratch: &mut b.experts,
+            delta: &mut b.delta,
+            parts: parts.into_iter(),
+        }
+    }
+
     /// Final norm: appends `[m][embd]`.
     pub fn hidden(&mut self, output: &Output<Weights, Vec<f32>>, hidden: &mut Vec<f32>) {
         self.norm(&output.norm);
@@ -281,4 +302,40 @@ fn keep_rows(x: &mut Vec<f32>, len: usize, rows: &[usize]) {
         x.copy_within(from * len..(from + 1) * len, to * len);
     }
     x.truncate(rows.len() * len);
+}
+
+/// Fills staging memory on all threads.
+pub(crate) struct OnPool<'a>(pub &'a Compute);
+
+impl Feeder for OnPool<'_> {
+    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
+        self.0.copy(to, parts);
+    }
+}
+
+/// The same, and meanwhile a part of the experts after another: `delta += Σ weight ·
+/// expert(input)`. When which is computed changes nothing, since their order doesn't.
+pub(crate) struct Parts<'a> {
+    compute: &'a Compute,
+    experts: &'a Network<Weights>,
+    input: &'a [f32],
+    scratch: &'a mut MoeScratch,
+    delta: &'a mut [f32],
+    parts: std::vec::IntoIter<Routing>,
+}
+
+impl Feeder for Parts<'_> {
+    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
+        self.compute.copy(to, parts);
+    }
+
+    fn meanwhile(&mut self) -> bool {
+        let Some(part) = self.parts.next() else {
+            return false;
+        };
+        let Network { gate, up, down } = self.experts;
+        self.compute
+            .moe_ffn(self.input, &part, gate, up, down, self.scratch, self.delta);
+        true
+    }
 }

@@ -5,13 +5,13 @@
 //! wants it. A graph without devices is its step and nothing else.
 
 use super::{
-    DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network, Output,
-    Placed, Results, Step, Want,
+    DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network, OnPool,
+    Output, Placed, Results, Step, Want,
 };
 use crate::{Error, Result, offload::Device, stream::Stream};
 use tegula_kernels::{
-    Compute, Weights,
-    device::{self, Ended, Matrix, PlacesData, RawMatrix, Recording, stream::Feeder},
+    Weights,
+    device::{self, Ended, Matrix, PlacesData, RawMatrix, Recording, stream::Feeder as _},
     ops::moe::Routing,
 };
 
@@ -313,7 +313,11 @@ impl<'a> Graph<'a> {
                 g.move_to(At::Device(*d))?;
                 g.lanes[*d].norm_ffn(f, m)?;
                 match experts {
-                    Some(experts) => g.device_experts(*d, experts, g.streams(&streamed.experts)),
+                    Some(experts) => {
+                        let streams = g.streams(&streamed.experts);
+                        let whole = streams.map(|(d, _)| d).zip(streamed.experts.as_ref());
+                        g.device_experts(*d, experts, whole)
+                    }
                     None => Ok(()),
                 }
             }
@@ -382,6 +386,35 @@ impl<'a> Graph<'a> {
         lane.streamed_experts(self.step.m, apart)
     }
 
+    /// The chosen experts of the CPU on device `d`, which has their input and x, and the others
+    /// here meanwhile.
+    fn share_experts(
+        &mut self,
+        d: usize,
+        here: &Network<Weights>,
+        network: &Network<RawMatrix>,
+        routing: &Routing,
+        chosen: &[u32],
+    ) -> Result<()> {
+        let m = self.step.m;
+        let counts = routing.counts().into_iter();
+        let rest: Vec<_> = counts
+            .filter(|(id, _)| chosen.binary_search(id).is_err())
+            .collect();
+        let alone = rest.is_empty();
+        let parts = parts(&rest).iter().map(|p| routing.only(p)).collect();
+        let lane = &mut self.lanes[d];
+        lane.write_routing(&routing.among(chosen))?;
+        let mut feeder = self.step.experts_in_parts(here, parts);
+        lane.stream_network(network, Some(chosen), &mut feeder)?;
+        lane.streamed_experts(m, false)?;
+        while feeder.meanwhile() {}
+        match alone {
+            true => Ok(()),
+            false => lane.add_delta(&self.step.buffers.delta),
+        }
+    }
+
     /// Experts of a router on the CPU.
     fn host_experts(
         &mut self,
@@ -421,7 +454,7 @@ impl<'a> Graph<'a> {
         &mut self,
         d: usize,
         experts: &Placed<Network<Weights>, Network<Matrix>>,
-        streams: Option<(usize, &Network<RawMatrix>)>,
+        streams: Option<(usize, &(Stream, Network<RawMatrix>))>,
     ) -> Result<()> {
         let m = self.step.m;
         let count = self.step.config.experts.map_or(0, |e| e.count);
@@ -431,18 +464,25 @@ impl<'a> Graph<'a> {
             self.lanes[d].route(count, m)?;
             return self.lanes[d].add_experts(experts, m);
         }
-        if let (Placed::Host(_), Some((at, network))) = (experts, streams)
-            && at == d
-        {
-            // Input and sum stay where they are.
-            let b = &mut *self.step.buffers;
-            self.lanes[d].read_router(m, count, &mut b.router)?;
-            let routing = self.step.route(count);
-            return self.stream_experts(d, network, &routing, false);
-        }
+        let streams = streams.filter(|(at, _)| *at == d);
+        let shared = streams.is_some_and(|(_, (stream, _))| stream.shared);
         let b = &mut *self.step.buffers;
-        self.lanes[d].read_input(m, count, &mut b.router, &mut b.input)?;
+        if streams.is_some() && !shared {
+            // Input and sum stay where they are.
+            self.lanes[d].read_router(m, count, &mut b.router)?;
+        } else {
+            self.lanes[d].read_input(m, count, &mut b.router, &mut b.input)?;
+        }
         let routing = self.step.route(count);
+        if let (Placed::Host(here), Some((_, (stream, network)))) = (experts, streams) {
+            if !shared {
+                return self.stream_experts(d, network, &routing, false);
+            }
+            let chosen = stream.chosen(&routing, m);
+            if !chosen.is_empty() {
+                return self.share_experts(d, here, network, &routing, &chosen);
+            }
+        }
         match experts {
             Placed::Host(experts) => self.step.experts_apart(experts, &routing),
             Placed::Device(e, experts) => {
@@ -604,11 +644,25 @@ impl<'a> Graph<'a> {
     }
 }
 
-/// Fills staging memory on all threads.
-struct OnPool<'a>(&'a Compute);
-
-impl Feeder for OnPool<'_> {
-    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
-        self.0.copy(to, parts);
+/// Experts and their tokens, some at a time: so many that all threads have work, and so few that
+/// a piece on its way to a device is not kept waiting. Each ascends.
+fn parts(experts: &[(u32, usize)]) -> Vec<Vec<u32>> {
+    const TOKENS: usize = 256;
+    const EXPERTS: usize = 8;
+    let mut parts: Vec<Vec<u32>> = Vec::new();
+    let mut tokens = 0;
+    for &(id, n) in experts {
+        match parts.last_mut() {
+            Some(part) if part.len() < EXPERTS && tokens < TOKENS => {
+                part.push(id);
+                tokens += n;
+            }
+            _ => {
+                parts.push(vec![id]);
+                tokens = n;
+            }
+        }
     }
+    parts.iter_mut().for_each(|part| part.sort_unstable());
+    parts
 }

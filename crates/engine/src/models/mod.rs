@@ -10,7 +10,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3moe;
 
-pub(crate) use blocks::{Buffers, Step};
+pub(crate) use blocks::{Buffers, OnPool, Step};
 pub(crate) use graph::{Graph, On};
 pub(crate) use lane::Lane;
 

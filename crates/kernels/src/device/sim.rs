@@ -1,4 +1,5 @@
-//! A device without hardware: its own address space, poisoned memory and a byte budget. It
+//! A device without hardware: its own address space, poisoned memory and a byte budget, of which
+//! networks take their hidden values' bytes while they run. It
 //! executes operations with the CPU's kernels, so that placement, splits, copies and
 //! out-of-memory run in ordinary tests.
 
@@ -8,7 +9,7 @@ use super::{
     matrix_bytes, rounded, stream,
 };
 use crate::{
-    Acts, Compute, PoolConfig, Tier, Weights,
+    Acts, Amx, Compute, PoolConfig, Tier, Weights,
     kv::{KV_PAGE, KvCache, KvShape, PageTable},
     ops::{
         RopeTable, Token,
@@ -89,6 +90,17 @@ impl SimDevice {
     /// A device of `budget` bytes that computes with the kernels of `tier`. Equal names get
     /// disjoint addresses all the same.
     pub fn new(name: &str, budget: u64, tier: Tier) -> SimDevice {
+        SimDevice::with(name, budget, Compute::new(tier, PoolConfig::new(1)))
+    }
+
+    /// The same with AMX tiles, so that it rounds as a CPU does that uses them: no device has
+    /// any, but results that differ from the CPU's by rounding alone must then be the CPU's.
+    pub fn with_amx(name: &str, budget: u64, tier: Tier, amx: Amx) -> SimDevice {
+        let compute = Compute::with_amx(tier, amx, PoolConfig::new(1));
+        SimDevice::with(name, budget, compute)
+    }
+
+    fn with(name: &str, budget: u64, compute: Compute) -> SimDevice {
         use std::sync::atomic::{AtomicU64, Ordering};
         static SPACES: AtomicU64 = AtomicU64::new(1);
         // No address here is ever one of the host's: user space ends far below.
@@ -102,7 +114,7 @@ impl SimDevice {
                     ..Heap::default()
                 }),
             }),
-            compute: Compute::new(tier, PoolConfig::new(1)),
+            compute,
         }
     }
 
@@ -437,6 +449,7 @@ impl Device for SimDevice {
 
     fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
         self.step("ffn")?;
+        let _hidden = self.alloc(4 * m * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
         let (mut acts, mut hidden) = (Acts::new(), Acts::new());
         let forms = self.compute.forms(m, [&*gate, &*up]);
@@ -475,6 +488,7 @@ impl Device for SimDevice {
         x: &Buffer,
     ) -> Result<()> {
         self.step("experts")?;
+        let _hidden = self.alloc(4 * m * routing.used * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
         let routing = Routing {
             used: routing.used,

@@ -18,22 +18,44 @@ pub const LANDING: usize = PIECE * PIECES;
 
 /// Tokens below which nothing is streamed by itself: the overheads that [`Rates`] names are
 /// guesses, and with so few tokens they are all that counts.
-pub const FEWEST: usize = 32;
+pub const FEWEST: usize = 64;
 
-/// Bytes per second from the file's pages to a device: a PCIe 5.0 link of 16 lanes copies 50 to
-/// 55 GB/s from pinned memory, and filling that takes its part.
-const UPLOAD: f64 = 40e9;
-/// Operations per second of a device with 512 tokens, decoding included: an H100 makes 313e12
-/// on qwen3-8b and 116e12 on the experts of qwen3-30b-a3b.
-const DEVICE: f64 = 100e12;
-/// Seconds that a hop costs besides: launches, and waiting for the result.
-const HOP: f64 = 200e-6;
-/// Bytes per second that a thread of the CPU reads.
-const MEMORY: f64 = 10e9;
+/// A device helps with experts if the two take no more than this part of the time.
+const WORTH_IT: f64 = 0.9;
+
+/// How fast things are.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Rates {
+    /// Bytes per second from the file's pages to a device.
+    pub upload: f64,
+    /// Operations per second of a device with 512 tokens, decoding included.
+    pub device: f64,
+    /// Seconds that a hop costs besides: launches, and waiting for the result.
+    pub hop: f64,
+    /// Bytes per second that a thread of the CPU reads.
+    pub memory: f64,
+    /// Bytes per second that it copies.
+    pub copy: f64,
+    /// Tokens whose products on tiles take as long as decoding an expert for them.
+    pub decoding: f64,
+}
+
+/// A PCIe 5.0 link of 16 lanes copies 50 to 55 GB/s from pinned memory, and filling that takes
+/// its part. An H100 makes 313e12 operations a second on qwen3-8b and 116e12 on the experts of
+/// qwen3-30b-a3b; 14 threads of the machine that it is in read 140 GB/s.
+pub const RATES: Rates = Rates {
+    upload: 40e9,
+    device: 100e12,
+    hop: 200e-6,
+    memory: 10e9,
+    copy: 5e9,
+    decoding: 20.0,
+};
 
 /// What the CPU multiplies with.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Cpu {
+    pub rates: Rates,
     pub tier: Tier,
     /// AMX tiles multiply large batches.
     pub tiles: bool,
@@ -42,17 +64,20 @@ pub struct Cpu {
 
 impl Cpu {
     /// Operations per second with large batches. Per thread, of records under `docs/bench`: tiles
-    /// make 0.46e12 on dense matrices (qwen3-8b) and 0.28e12 on experts (qwen3-30b-a3b), AVX-512
-    /// 0.18e12 (qwen3-1.7b). Experts get few tokens each, for which decoding costs as much as
-    /// multiplying; that is taken to be so on every tier.
-    fn rate(&self, experts: bool) -> f64 {
+    /// make 0.46e12 on dense matrices (qwen3-8b), AVX-512 0.18e12 (qwen3-1.7b).
+    fn rate(&self) -> f64 {
         let thread = match self.tier {
             _ if self.tiles => 0.46e12,
             Tier::Scalar => 0.002e12,
             Tier::Avx2 => 0.06e12,
             Tier::Avx512 => 0.18e12,
         };
-        thread * self.threads as f64 * if experts { 0.6 } else { 1.0 }
+        thread * self.threads as f64
+    }
+
+    /// Seconds to read so many bytes.
+    fn reading(&self, bytes: f64) -> f64 {
+        bytes / (self.rates.memory * self.threads as f64)
     }
 }
 
@@ -72,38 +97,83 @@ pub struct Work {
 }
 
 impl Work {
-    /// The part of the matrices that `m` tokens use, if they choose evenly.
-    fn used(&self, m: usize) -> f64 {
-        self.experts.map_or(1.0, |(count, used)| {
-            1.0 - (1.0 - used as f64 / count as f64).powf(m as f64)
-        })
+    /// How many tokens each matrix gets that `m` tokens use, if they choose evenly.
+    fn evenly(&self, m: usize) -> Vec<f64> {
+        let Some((count, used)) = self.experts else {
+            return vec![m as f64];
+        };
+        let part = 1.0 - (1.0 - used as f64 / count as f64).powf(m as f64);
+        let chosen = (count as f64 * part).round().max(1.0);
+        vec![(m * used) as f64 / chosen; chosen as usize]
     }
 
-    /// Operations of a token.
-    fn operations(&self) -> f64 {
-        let part = self
-            .experts
-            .map_or(1.0, |(count, used)| used as f64 / count as f64);
-        2.0 * self.weights as f64 * part
+    fn stack(&self) -> f64 {
+        self.experts.map_or(1.0, |(count, _)| count as f64)
     }
 
-    /// Seconds that `m` tokens take when the matrices are brought to a device.
-    pub fn streamed(&self, m: usize) -> f64 {
-        let moved = self.bytes as f64 * self.used(m) + (4 * self.values) as f64 * m as f64;
-        HOP * self.hops as f64 + moved / UPLOAD + self.operations() * m as f64 / DEVICE
+    /// Seconds that a matrix and its tokens keep the link and the device busy.
+    fn streamed(&self, tokens: f64, rates: &Rates) -> f64 {
+        let operations = 2.0 * self.weights as f64 / self.stack();
+        self.bytes as f64 / self.stack() / rates.upload + operations * tokens / rates.device
     }
 
-    /// Seconds that they take on the CPU.
-    pub fn on_cpu(&self, m: usize, cpu: &Cpu) -> f64 {
-        let read = self.bytes as f64 * self.used(m) / (MEMORY * cpu.threads as f64);
-        let multiplied = self.operations() * m as f64 / cpu.rate(self.experts.is_some());
-        read.max(multiplied)
+    /// Seconds that they keep the CPU busy.
+    fn on_cpu(&self, tokens: f64, cpu: &Cpu) -> f64 {
+        let operations = 2.0 * self.weights as f64 / self.stack();
+        // Vectors decode while they multiply.
+        let decoding = match self.experts {
+            Some(_) if cpu.tiles => cpu.rates.decoding,
+            _ => 0.0,
+        };
+        let read = cpu.reading(self.bytes as f64 / self.stack());
+        read.max(operations * (tokens + decoding) / cpu.rate())
     }
 
-    /// The fewest tokens, [`FEWEST`] at least, from which a device is faster; `None` if it is
-    /// not up to 65536.
-    pub fn fewest_tokens(&self, cpu: &Cpu) -> Option<usize> {
-        let faster = |m: usize| self.streamed(m) < self.on_cpu(m, cpu);
+    /// Seconds that hops and the values that they move take.
+    fn hops(&self, m: usize, rates: &Rates) -> f64 {
+        rates.hop * self.hops as f64 + (4 * self.values) as f64 * m as f64 / rates.upload
+    }
+
+    /// How many of the matrices, with these tokens each and the most tokens first, a device had
+    /// best take while the CPU computes the others; and the seconds that this takes. Staging
+    /// memory is filled by the CPU.
+    fn best_split(&self, m: usize, tokens: &[f64], cpu: &Cpu) -> (usize, f64) {
+        let filling = self.bytes as f64 / self.stack() / (cpu.rates.copy * cpu.threads as f64);
+        let mut here: f64 = tokens.iter().map(|&t| self.on_cpu(t, cpu)).sum();
+        let mut there = self.hops(m, &cpu.rates);
+        let mut best = (0, here);
+        for (taken, &t) in (1..).zip(tokens) {
+            here += filling - self.on_cpu(t, cpu);
+            there += self.streamed(t, &cpu.rates);
+            if here.max(there) < best.1 {
+                best = (taken, here.max(there));
+            }
+        }
+        best
+    }
+
+    /// The experts that a device had best take of a batch of `m` tokens, ascending, while the CPU
+    /// computes the others; `counts` are the tokens of each, most first.
+    pub fn split(&self, m: usize, counts: &[(u32, usize)], cpu: &Cpu) -> Vec<u32> {
+        let tokens: Vec<f64> = counts.iter().map(|c| c.1 as f64).collect();
+        let (taken, _) = self.best_split(m, &tokens, cpu);
+        let mut chosen: Vec<u32> = counts[..taken].iter().map(|c| c.0).collect();
+        chosen.sort_unstable();
+        chosen
+    }
+
+    /// The fewest tokens, [`FEWEST`] at least, from which a device is faster if it takes all, or
+    /// where `shared` is set helps; `None` if it is not up to 65536.
+    pub fn fewest_tokens(&self, cpu: &Cpu, shared: bool) -> Option<usize> {
+        let faster = |m: usize| {
+            let tokens = self.evenly(m);
+            let here: f64 = tokens.iter().map(|&t| self.on_cpu(t, cpu)).sum();
+            let all: f64 = tokens.iter().map(|&t| self.streamed(t, &cpu.rates)).sum();
+            match shared {
+                true => self.best_split(m, &tokens, cpu).1 < WORTH_IT * here,
+                false => all + self.hops(m, &cpu.rates) < here,
+            }
+        };
         let (mut low, mut high) = (FEWEST, 1 << 16);
         if !faster(high) {
             return None;
@@ -242,36 +312,29 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_slower_cpu_streams_earlier_and_experts_later_than_dense_matrices() {
-        let cpu = |tier, tiles, threads| Cpu {
+    fn cpu(tier: Tier, tiles: bool, threads: usize) -> Cpu {
+        Cpu {
+            rates: RATES,
             tier,
             tiles,
             threads,
-        };
-        let amx = cpu(Tier::Avx512, true, 14);
-        let avx512 = cpu(Tier::Avx512, false, 14);
-        let few = cpu(Tier::Avx2, false, 4);
-        for work in [experts(), network()] {
-            let from = [amx, avx512, few].map(|c| work.fewest_tokens(&c).unwrap());
-            assert!(from[0] >= from[1] && from[1] >= from[2], "{from:?}");
-            assert!(from[2] >= FEWEST);
         }
-        let of = |w: Work| w.fewest_tokens(&amx).unwrap();
-        assert!(of(experts()) > 4 * of(network()));
     }
 
     #[test]
-    fn the_crossover_is_where_the_predictions_cross() {
-        let cpu = Cpu {
-            tier: Tier::Avx512,
-            tiles: true,
-            threads: 14,
-        };
-        let work = experts();
-        let from = work.fewest_tokens(&cpu).unwrap();
-        assert!(work.streamed(from) < work.on_cpu(from, &cpu));
-        assert!(work.streamed(from - 1) >= work.on_cpu(from - 1, &cpu));
+    fn a_slower_cpu_streams_earlier_and_experts_later_than_dense_matrices() {
+        let amx = cpu(Tier::Avx512, true, 14);
+        let avx512 = cpu(Tier::Avx512, false, 14);
+        let few = cpu(Tier::Avx2, false, 4);
+        for (work, shared) in [(experts(), false), (experts(), true), (network(), false)] {
+            let from = [amx, avx512, few].map(|c| work.fewest_tokens(&c, shared).unwrap());
+            assert!(from[0] >= from[1] && from[1] >= from[2], "{from:?}");
+            assert!(from[2] >= FEWEST);
+        }
+        let of = |w: Work, shared| w.fewest_tokens(&amx, shared).unwrap();
+        assert!(of(experts(), false) > 4 * of(network(), false));
+        // The two together are sooner worth it than the device alone.
+        assert!(of(experts(), true) < of(experts(), false));
         // What is small is never worth a hop.
         let small = Work {
             bytes: 18,
@@ -280,6 +343,24 @@ mod tests {
             hops: 1,
             experts: None,
         };
-        assert_eq!(small.fewest_tokens(&cpu), None);
+        assert_eq!(small.fewest_tokens(&amx, false), None);
+    }
+
+    #[test]
+    fn a_split_gives_the_device_what_has_most_tokens_and_balances() {
+        let (work, amx) = (experts(), cpu(Tier::Avx512, true, 14));
+        let counts: Vec<(u32, usize)> = (0..128).map(|e| (127 - e, 160 - e as usize)).collect();
+        let chosen = work.split(1000, &counts, &amx);
+        assert!(chosen.is_sorted() && chosen.len() > 10 && chosen.len() < 120);
+        // Those with most tokens have the highest numbers here.
+        assert_eq!(chosen[0] as usize, 128 - chosen.len());
+        let tokens: Vec<f64> = counts.iter().map(|c| c.1 as f64).collect();
+        let (taken, time) = work.best_split(1000, &tokens, &amx);
+        assert_eq!(taken, chosen.len());
+        let alone: f64 = tokens.iter().map(|&t| work.on_cpu(t, &amx)).sum();
+        let all: f64 = tokens.iter().map(|&t| work.streamed(t, &RATES)).sum();
+        assert!(time < 0.95 * alone && time < 0.95 * all);
+        // A few tokens of few experts are not worth it.
+        assert!(work.split(4, &[(3, 4), (9, 4)], &amx).is_empty());
     }
 }
