@@ -6,7 +6,7 @@ use tegula_lab::{Record, Series};
 
 use crate::bench::Name;
 
-/// How much faster a sparse side was than its dense one.
+/// How much faster a sparse side was than its dense (or staged) one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gain {
     /// Of the sparse side.
@@ -32,7 +32,7 @@ pub fn gains(series: &[Series]) -> Vec<Gain> {
                 kernels: name.kernels.clone(),
                 ..other.clone()
             };
-            other.side == "dense" && like == *name
+            other.side != "sparse" && like == *name
         };
         if let Some((dense, dense_ms)) = all.iter().find(twin) {
             out.push(Gain {
