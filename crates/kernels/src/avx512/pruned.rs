@@ -5,6 +5,9 @@
 //! that all rows of a task multiply. Sums are made in the order of the dense kernel, so that a
 //! page of which nothing was dropped gives its results bit for bit.
 
+// Rows and vectors are indices of small arrays that live in registers.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use crate::{
