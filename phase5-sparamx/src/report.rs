@@ -142,8 +142,9 @@ super-blocks (scales and bitmaps of up to 16 groups of 32 inputs, then their val
 - The kernels need AVX-512 VBMI2 (and BF16 for `S-BF16`); elsewhere strips are made dense for \
 each product, which is right and slow.
 - GPUs get sparse matrices as dense ones.
-- Sparse attention over the KV cache is not built; nor is a reader of SparAMX's own files: its \
-positions are re-created for check 5.1 alone.
+- A sparse KV cache holds 16-bit values and lies on the CPU; \
+within a finished page of 64 positions it can't be cut.
+- There is no reader of SparAMX's own files: its positions are re-created for check 5.1 alone.
 ";
 
 #[cfg(test)]

@@ -171,6 +171,9 @@ pub struct CpuArgs {
     /// Leave matrices as they are in the file; slower
     #[arg(long)]
     no_repack: bool,
+    /// Don't pack matrices without their zeros where that takes a tenth of their bytes away
+    #[arg(long)]
+    no_sparse_pack: bool,
     /// On several memory nodes: distribute threads over all of them, isolate them on the node
     /// where the program started, or leave it to numactl
     #[arg(long, value_name = "distribute|isolate|numactl")]
@@ -270,6 +273,7 @@ impl CpuArgs {
             mmap: !self.no_mmap,
             mlock: self.mlock,
             repack: !self.no_repack,
+            sparse_pack: !self.no_sparse_pack,
             tier: require_tier(tier)?,
             amx: amx(self.amx, tier)?,
             threads,

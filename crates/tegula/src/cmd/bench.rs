@@ -126,6 +126,9 @@ pub struct BenchArgs {
     /// Leave matrices as they are in the file
     #[arg(long)]
     no_repack: bool,
+    /// Don't pack matrices without their zeros
+    #[arg(long)]
+    no_sparse_pack: bool,
     /// On several memory nodes: distribute threads over all of them, isolate them on the node
     /// where the program started, or leave it to numactl
     #[arg(long, value_name = "distribute|isolate|numactl")]
@@ -403,6 +406,7 @@ fn engine(
     let load = LoadOptions {
         mmap: !args.no_mmap,
         repack: !args.no_repack,
+        sparse_pack: !args.no_sparse_pack,
         tier: setting.tier,
         amx: setting.amx,
         threads,
