@@ -8,7 +8,6 @@ use tegula_engine::{
 };
 use tegula_gguf::{
     Bytes, GgmlType, Gguf, Metadata,
-    quantize::{FileType, QuantizeOptions, quantize},
     sparse::{self, Sparse, Sparsify, densify, pack_tensor, sparsify},
     tokenizer::EncodeOptions,
     writer::GgufWriter,
@@ -23,7 +22,7 @@ use tegula_lab::{Check, Env, Need, Outcome};
 use crate::{
     bench::{self, Name, dense_rows},
     prune::{PruneOptions, calibrate, leftovers, prune},
-    sparamx,
+    quality, sparamx,
 };
 
 /// Tasks 5.1 to 5.10.
@@ -92,18 +91,18 @@ pub fn checks() -> Vec<Check> {
             id: "5.10",
             title: "quality by method, sparsity and format, at equal bytes",
             requires: &[Need::Shared],
-            run: |env| quality(env).into(),
+            run: |env| quality::check(env).into(),
         },
     ]
 }
 
-type Result<T> = std::result::Result<T, String>;
+pub(crate) type Result<T> = std::result::Result<T, String>;
 
-fn text(e: impl std::fmt::Display) -> String {
+pub(crate) fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
+pub(crate) fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     match condition {
         true => Ok(()),
         false => Err(otherwise()),
@@ -111,16 +110,16 @@ fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
 }
 
 /// A directory that is gone when the check ends.
-struct Scratch(std::path::PathBuf);
+pub(crate) struct Scratch(std::path::PathBuf);
 
 impl Scratch {
-    fn new(what: &str) -> Result<Scratch> {
+    pub fn new(what: &str) -> Result<Scratch> {
         let dir = std::env::temp_dir().join(format!("tegula-phase5-{what}-{}", std::process::id()));
         fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
         Ok(Scratch(dir))
     }
 
-    fn file(&self, name: &str) -> std::path::PathBuf {
+    pub fn file(&self, name: &str) -> std::path::PathBuf {
         self.0.join(name)
     }
 }
@@ -298,9 +297,11 @@ fn embedded(env: &Env) -> std::path::PathBuf {
         .join("crates/tegula/assets/ferrous-moe-21m-Q4_0.gguf")
 }
 
-fn load(path: &Path, threads: usize) -> Result<Arc<Model>> {
+pub(crate) fn load(path: &Path, threads: usize) -> Result<Arc<Model>> {
     let options = LoadOptions {
         threads,
+        // Dense files are compared with sparse ones: they are to stay dense.
+        sparse_pack: false,
         ..LoadOptions::new(Source::Path(path.to_owned()))
     };
     Model::load(&options, &mut |_| ())
@@ -687,7 +688,7 @@ fn speed() -> Result<Outcome> {
 /// Windows of held-out text that are scored.
 const WINDOWS: usize = 24;
 
-fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
+pub(crate) fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
     let options = EncodeOptions {
         add_special: true,
         parse_special: false,
@@ -703,7 +704,7 @@ fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
 }
 
 /// Ids that a model continues a prompt with, best first.
-fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
+pub(crate) fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
     let options = EncodeOptions {
         add_special: true,
         parse_special: false,
@@ -723,131 +724,4 @@ fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
         ids = vec![best];
     }
     Ok(out)
-}
-
-/// Perplexities of a real model by method, sparsity and format, beside formats that take as
-/// many bytes.
-fn quality(env: &Env) -> Result<Outcome> {
-    let scratch = Scratch::new("quality")?;
-    let source = env.model("ferrous-7m-bf16.gguf")?;
-    let read = |name| fs::read_to_string(env.model(name)?).map_err(text);
-    let (held_out, calibration) = (read("heldout.txt")?, read("calib.txt")?);
-    let threads = default_threads();
-    let norms = calibrate(
-        load(&source, threads)?,
-        &calibration,
-        512,
-        40,
-        &mut |_, _| ControlFlow::Continue(()),
-    );
-    let norms = norms.map_err(text)?.all();
-    let gguf = Gguf::open(&source).map_err(text)?;
-    // Bytes of the model's tensors, and perplexity.
-    let rate = |path: &Path| -> Result<(u64, f64)> {
-        let bytes = Gguf::open(path)
-            .map_err(text)?
-            .tensors()
-            .iter()
-            .map(|t| t.bytes)
-            .sum();
-        Ok((bytes, score(&load(path, threads)?, &held_out)?))
-    };
-    let mut dense = BTreeMap::new();
-    for ty in [
-        FileType::Q3_K_M,
-        FileType::Q4_0,
-        FileType::Q4_K_M,
-        FileType::Q8_0,
-    ] {
-        let path = scratch.file("dense.gguf");
-        let options = QuantizeOptions::new(ty);
-        quantize(&gguf, &path, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
-        dense.insert(ty.name(), rate(&path)?);
-    }
-    dense.insert("BF16", rate(&source)?);
-    let mut facts = BTreeMap::new();
-    let show =
-        |(bytes, ppl): (u64, f64)| format!("{:.2} MB, perplexity {ppl:.3}", bytes as f64 / 1e6);
-    for (name, &rated) in &dense {
-        facts.insert(format!("dense {name}"), show(rated));
-    }
-    let mut wins = Vec::new();
-    let mut wanda_50 = f64::NAN;
-    for (method, norms) in [("magnitude", None), ("wanda", Some(&norms))] {
-        for sparsity in [0.3, 0.5, 0.7] {
-            let pruned = scratch.file("pruned.gguf");
-            let options = PruneOptions {
-                sparsity,
-                norms: norms.cloned(),
-                dense: true,
-                least_saving: 0.1,
-                ..PruneOptions::default()
-            };
-            prune(&gguf, &pruned, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
-            let pruned = Gguf::open(&pruned).map_err(text)?;
-            for (ty, file) in [
-                (GgmlType::S8, FileType::Q8_0),
-                (GgmlType::S4, FileType::Q4_0),
-            ] {
-                let (twin, path) = (scratch.file("twin.gguf"), scratch.file("sparse.gguf"));
-                let options = QuantizeOptions::new(file);
-                let quantized =
-                    quantize(&pruned, &twin, &options, &mut |_| ControlFlow::Continue(()));
-                quantized.map_err(text)?;
-                let twin_file = Gguf::open(&twin).map_err(text)?;
-                let options = Sparsify {
-                    wanted: &|t| t.name != "token_embd.weight",
-                    least_saving: 0.0,
-                    pattern: None,
-                };
-                let packed = sparsify(&twin_file, &path, &options, &mut |_| {
-                    ControlFlow::Continue(())
-                });
-                packed.map_err(text)?;
-                let rated = rate(&path)?;
-                if sparsity == 0.5 {
-                    let other = rate(&twin)?.1;
-                    let near = (other.ln() - rated.1.ln()).abs();
-                    holds(near < 0.01, || {
-                        format!("{ty} {method}: {} as dense {other}", rated.1)
-                    })?;
-                    let [a, b] =
-                        [&path, &twin].map(|p| load(p, threads).and_then(|m| greedy(&m, 32)));
-                    holds(a? == b?, || {
-                        format!("{ty} {method}: other tokens than dense")
-                    })?;
-                    if ty == GgmlType::S8 {
-                        match method {
-                            "wanda" => holds(rated.1 < wanda_50, || {
-                                format!("wanda {} is no better than magnitude {wanda_50}", rated.1)
-                            })?,
-                            _ => wanda_50 = rated.1,
-                        }
-                    }
-                }
-                let name = format!("{ty} {method} {:.0} %", 100.0 * sparsity);
-                let beats = |d: &(u64, f64)| d.0 >= rated.0 && d.1 > rated.1;
-                let better = |d: &&(u64, f64)| d.0 <= rated.0 && d.1 <= rated.1;
-                if dense.values().filter(|d| d.0 < dense["BF16"].0).any(beats)
-                    && dense.values().find(better).is_none()
-                {
-                    wins.push(name.clone());
-                }
-                facts.insert(name, show(rated));
-            }
-        }
-    }
-    facts.insert(
-        "at equal bytes".into(),
-        match wins.is_empty() {
-            true => "no sparse file is better than a dense one of no more bytes: without \
-                     retraining, quantise instead"
-                .to_owned(),
-            false => format!(
-                "better than any dense file of no more bytes: {}",
-                wins.join(", ")
-            ),
-        },
-    );
-    Ok(Outcome::Passed { facts })
 }

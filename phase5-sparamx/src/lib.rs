@@ -5,6 +5,7 @@
 pub mod bench;
 mod checks;
 pub mod prune;
+pub mod quality;
 pub mod report;
 pub mod sparamx;
 

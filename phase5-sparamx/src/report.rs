@@ -51,7 +51,9 @@ pub fn gains(series: &[Series]) -> Vec<Gain> {
 /// # Errors
 /// Names a record that can't be read.
 pub fn page(root: &Path) -> Result<String, String> {
-    let mut out = PLAN.to_owned();
+    let mut out = crate::quality::page(root)?;
+    out += "\n";
+    out += PLAN;
     out += "\n## Speed\n";
     let records = records(root)?;
     if records.is_empty() {

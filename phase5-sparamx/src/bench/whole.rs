@@ -155,6 +155,8 @@ pub fn measure(
         write(&path, shape, ty, &layer)?;
         let load = LoadOptions {
             threads: plan.threads,
+            // The dense side is to stay so.
+            sparse_pack: false,
             amx: Amx::acquire().ok(),
             ..LoadOptions::new(Source::Path(path.clone()))
         };
