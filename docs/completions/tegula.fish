@@ -57,6 +57,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand run" -l ubatch-size -d 'To
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l cache-type-k -d 'Type of the cached keys (-ctk): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l cache-type-v -d 'Type of the cached values (-ctv): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l flash-attn -d 'Flash attention (-fa): on or auto; there is no other' -r
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l sparse-kv -d 'Drop the smallest keys and values of every full page of 64 positions, such shares of each head\'s; the cache takes so much less memory: K=0.3,V=0.5, or a number for both' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -s t -l threads -d 'Threads [default: the physical cores that this process may use]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l threads-batch -d 'Threads for prompts (-tb); one pool does both, so it must equal -t' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l isa -d 'Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU\'s best]' -r
@@ -100,6 +101,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-escape -d 'Take
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
@@ -124,6 +126,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l ubatch-size -d 'T
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l cache-type-k -d 'Type of the cached keys (-ctk): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l cache-type-v -d 'Type of the cached values (-ctv): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l flash-attn -d 'Flash attention (-fa): on or auto; there is no other' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l sparse-kv -d 'Drop the smallest keys and values of every full page of 64 positions, such shares of each head\'s; the cache takes so much less memory: K=0.3,V=0.5, or a number for both' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -s t -l threads -d 'Threads [default: the physical cores that this process may use]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l threads-batch -d 'Threads for prompts (-tb); one pool does both, so it must equal -t' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l isa -d 'Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU\'s best]' -r
@@ -162,6 +165,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l offline -d 'Fetch
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
@@ -228,6 +232,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand serve" -l offline -d 'Fetc
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
@@ -261,6 +266,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -s b -l batch-size 
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l ubatch-size -d 'Tokens that run through the layers together (-ub)' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l cache-type-k -d 'Types of the cached keys (-ctk): f16, bf16, q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l cache-type-v -d 'Types of the cached values (-ctv): f16, bf16, q8_0' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l sparse-kv -d 'Shares of keys and values that full pages of the cache lose, such as K=0.3,V=0.5; may be repeated, with off: none' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l flash-attn -d 'Flash attention (-fa): on or auto; there is no other' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s t -l threads -d 'Threads [default: the physical cores that this process may use]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l isa -d 'Instruction sets: scalar, avx2, avx512 [default: the CPU\'s best]' -r
@@ -287,6 +293,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -l op-offload -d 'B
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-repack -d 'Leave matrices as they are in the file'
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l profile -d 'Also tell where the time goes, per kind of operation (last repetition)'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-warmup -d 'No repetition before those that count'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l interleave -d 'Let the settings of --isa and --amx take turns, as with peers'
@@ -302,6 +309,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l ubatch-size
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l cache-type-k -d 'Type of the cached keys (-ctk): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l cache-type-v -d 'Type of the cached values (-ctv): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l flash-attn -d 'Flash attention (-fa): on or auto; there is no other' -r
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l sparse-kv -d 'Drop the smallest keys and values of every full page of 64 positions, such shares of each head\'s; the cache takes so much less memory: K=0.3,V=0.5, or a number for both' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -s t -l threads -d 'Threads [default: the physical cores that this process may use]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l threads-batch -d 'Threads for prompts (-tb); one pool does both, so it must equal -t' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l isa -d 'Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU\'s best]' -r
@@ -326,6 +334,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l json -d 'Pr
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
@@ -341,6 +350,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand logits" -l ubatch-size -d 
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l cache-type-k -d 'Type of the cached keys (-ctk): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l cache-type-v -d 'Type of the cached values (-ctv): f16, bf16 or q8_0' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l flash-attn -d 'Flash attention (-fa): on or auto; there is no other' -r
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l sparse-kv -d 'Drop the smallest keys and values of every full page of 64 positions, such shares of each head\'s; the cache takes so much less memory: K=0.3,V=0.5, or a number for both' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -s t -l threads -d 'Threads [default: the physical cores that this process may use]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l threads-batch -d 'Threads for prompts (-tb); one pool does both, so it must equal -t' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l isa -d 'Highest instruction set to use: scalar, avx2 or avx512 [default: the CPU\'s best]' -r
@@ -366,6 +376,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand logits" -l json -d 'Print 
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
@@ -413,6 +424,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand explain" -l offline -d 'Fe
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l mlock -d 'Lock the model in memory'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-repack -d 'Leave matrices as they are in the file; slower'
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'

@@ -85,7 +85,12 @@ impl Cost {
             v: context.v_type,
         };
         let end = (position + tokens) as f64;
-        self.bytes += shape.bytes(1) as f64 / KV_PAGE as f64 * end;
+        let dense = shape.bytes(1);
+        let page = context
+            .sparsity
+            .map_or(Ok(dense), |s| shape.pruned_bytes(s, 1));
+        // What can't be pruned isn't run.
+        self.bytes += page.unwrap_or(dense) as f64 / KV_PAGE as f64 * end;
         // Each token sees all before it and itself.
         let seen = m * (position as f64 + (m + 1.0) / 2.0);
         let heads = (config.layers * config.heads * config.head_dim) as f64;

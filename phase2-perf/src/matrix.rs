@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 use tegula_engine::{ContextOptions, Model};
+use tegula_kernels::kv::{KvType, pruned::KvSparsity};
 use tegula_lab::{Date, without_places};
 
 /// A loaded model, and what rows say of it.
@@ -172,8 +173,8 @@ impl Group<'_> {
         Row {
             batch: context.batch,
             ubatch: context.ubatch,
-            type_k: context.k_type.name().to_owned(),
-            type_v: context.v_type.name().to_owned(),
+            type_k: cache_type(context.k_type, context.sparsity.map(|s| s.k())),
+            type_v: cache_type(context.v_type, context.sparsity.map(|s| s.v())),
             test: test.to_string(),
             n_prompt: test.prompt,
             n_gen: test.generate,
@@ -246,25 +247,35 @@ fn token_ms(run: &Sample) -> impl Iterator<Item = f64> + '_ {
     run.token_ns.iter().map(|&ns| ns as f64 / 1e6)
 }
 
-/// Every combination of batches and cache types.
+/// A type of the cache, and what its full pages lose.
+fn cache_type(ty: KvType, dropped: Option<f32>) -> String {
+    match dropped {
+        Some(share) => format!("{}-{:.0}%", ty.name(), 100.0 * share),
+        None => ty.name().to_owned(),
+    }
+}
+
+/// Every combination of batches, cache types and shares that a cache loses.
 pub fn contexts(
     batches: &[usize],
     ubatches: &[usize],
-    k_types: &[tegula_kernels::kv::KvType],
-    v_types: &[tegula_kernels::kv::KvType],
+    k_types: &[KvType],
+    v_types: &[KvType],
+    sparsities: &[Option<KvSparsity>],
 ) -> Vec<ContextOptions> {
     let mut all = Vec::new();
     for &batch in batches {
         for &ubatch in ubatches {
             for &k_type in k_types {
                 for &v_type in v_types {
-                    all.push(ContextOptions {
+                    all.extend(sparsities.iter().map(|&sparsity| ContextOptions {
                         batch,
                         ubatch,
                         k_type,
                         v_type,
+                        sparsity,
                         ..ContextOptions::default()
-                    });
+                    }));
                 }
             }
         }

@@ -8,21 +8,21 @@ use tegula_engine::{
 };
 use tegula_gguf::{
     Bytes, GgmlType, Gguf, Metadata,
-    quantize::{FileType, QuantizeOptions, quantize},
     sparse::{self, Sparse, Sparsify, densify, pack_tensor, sparsify},
     tokenizer::EncodeOptions,
     writer::GgufWriter,
 };
 use tegula_kernels::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
+    kv::pruned::KvSparsity,
     ops::moe::{MoeScratch, RouteOptions},
 };
-use tegula_lab::{Check, Env, Need, Outcome, unbuilt};
+use tegula_lab::{Check, Env, Need, Outcome};
 
 use crate::{
     bench::{self, Name, dense_rows},
     prune::{PruneOptions, calibrate, leftovers, prune},
-    sparamx,
+    quality, sparamx,
 };
 
 /// Tasks 5.1 to 5.10.
@@ -77,8 +77,8 @@ pub fn checks() -> Vec<Check> {
         Check {
             id: "5.8",
             title: "sparse attention over finished blocks of the KV cache",
-            requires: &[Need::Unbuilt("sparse attention")],
-            run: unbuilt,
+            requires: &[],
+            run: |env| sparse_attention(env).into(),
         },
         Check {
             id: "5.9",
@@ -91,18 +91,18 @@ pub fn checks() -> Vec<Check> {
             id: "5.10",
             title: "quality by method, sparsity and format, at equal bytes",
             requires: &[Need::Shared],
-            run: |env| quality(env).into(),
+            run: |env| quality::check(env).into(),
         },
     ]
 }
 
-type Result<T> = std::result::Result<T, String>;
+pub(crate) type Result<T> = std::result::Result<T, String>;
 
-fn text(e: impl std::fmt::Display) -> String {
+pub(crate) fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
+pub(crate) fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     match condition {
         true => Ok(()),
         false => Err(otherwise()),
@@ -110,16 +110,16 @@ fn holds(condition: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
 }
 
 /// A directory that is gone when the check ends.
-struct Scratch(std::path::PathBuf);
+pub(crate) struct Scratch(std::path::PathBuf);
 
 impl Scratch {
-    fn new(what: &str) -> Result<Scratch> {
+    pub fn new(what: &str) -> Result<Scratch> {
         let dir = std::env::temp_dir().join(format!("tegula-phase5-{what}-{}", std::process::id()));
         fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
         Ok(Scratch(dir))
     }
 
-    fn file(&self, name: &str) -> std::path::PathBuf {
+    pub fn file(&self, name: &str) -> std::path::PathBuf {
         self.0.join(name)
     }
 }
@@ -297,9 +297,11 @@ fn embedded(env: &Env) -> std::path::PathBuf {
         .join("crates/tegula/assets/ferrous-moe-21m-Q4_0.gguf")
 }
 
-fn load(path: &Path, threads: usize) -> Result<Arc<Model>> {
+pub(crate) fn load(path: &Path, threads: usize) -> Result<Arc<Model>> {
     let options = LoadOptions {
         threads,
+        // Dense files are compared with sparse ones: they are to stay dense.
+        sparse_pack: false,
         ..LoadOptions::new(Source::Path(path.to_owned()))
     };
     Model::load(&options, &mut |_| ())
@@ -530,6 +532,108 @@ fn experts() -> Result<Outcome> {
     ]))
 }
 
+/// Shares of K and V whose perplexity is told.
+const SHARES: [(f32, f32); 7] = [
+    (0.0, 0.0),
+    (0.3, 0.0),
+    (0.0, 0.3),
+    (0.3, 0.5),
+    (0.5, 0.5),
+    (0.7, 0.7),
+    (0.9, 0.9),
+];
+
+/// With nothing dropped the dense cache, bit for bit; deterministic; memory and perplexity by
+/// what is dropped.
+fn sparse_attention(env: &Env) -> Result<Outcome> {
+    let held_out = env.model("heldout.txt").ok();
+    let (text_name, path) = match held_out {
+        Some(path) => ("heldout.txt", path),
+        None => (
+            "docs/ARCHITECTURE.md",
+            env.root.join("docs/ARCHITECTURE.md"),
+        ),
+    };
+    let words = fs::read_to_string(path).map_err(text)?;
+    let threads = [1, 2, 5].map(|threads| load(&embedded(env), threads));
+    let models = threads.into_iter().collect::<Result<Vec<_>>>()?;
+    let tokenizer = models[0].tokenizer();
+    let encode = EncodeOptions {
+        add_special: true,
+        parse_special: false,
+    };
+    let ids = tokenizer.encode(&words, encode);
+    let context = |model: &Arc<Model>, shares: Option<(f32, f32)>, ubatch| {
+        let options = ContextOptions {
+            context: 512,
+            ubatch,
+            sparsity: shares.and_then(|(k, v)| KvSparsity::new(k, v)),
+            ..ContextOptions::default()
+        };
+        Context::new(Arc::clone(model), &options).map_err(text)
+    };
+    let logits = |mut ctx: Context| -> Result<Vec<f32>> {
+        let out = ctx
+            .decode(&Batch::all_logits(0, &ids[..300]))
+            .map_err(text)?;
+        Ok((0..out.len())
+            .flat_map(|i| out.logits(i).to_vec())
+            .collect())
+    };
+    let dense = logits(context(&models[0], None, 512)?)?;
+    let same = logits(context(&models[0], Some((0.0, 0.0)), 512)?)? == dense;
+    holds(same, || "nothing is dropped, and logits differ".into())?;
+    let want = logits(context(&models[0], Some((0.3, 0.5)), 512)?)?;
+    holds(want != dense, || "dropping values changes nothing".into())?;
+    for (model, ubatch) in models.iter().zip([64, 100, 7]) {
+        let same = logits(context(model, Some((0.3, 0.5)), ubatch)?)? == want;
+        holds(same, || {
+            let threads = model.compute().pool.threads();
+            format!("{threads} threads, steps of {ubatch} tokens: other logits")
+        })?;
+    }
+    let fast = load(&embedded(env), default_threads())?;
+    let rate = |shares: Option<(f32, f32)>| -> Result<f64> {
+        let mut ctx = context(&fast, shares, 512)?;
+        let scored = perplexity(&mut ctx, &ids, 512, WINDOWS, &mut |_, _, _| ());
+        Ok(scored.map_err(text)?.ppl())
+    };
+    let base = rate(None)?;
+    let mut facts = BTreeMap::from([
+        (
+            "nothing dropped".to_owned(),
+            "logits of the dense cache, bit for bit".to_owned(),
+        ),
+        (
+            "threads and steps".to_owned(),
+            "logits equal bit for bit".to_owned(),
+        ),
+        (
+            "perplexity, dense".to_owned(),
+            format!("{base:.4} ({text_name}, windows of 512)"),
+        ),
+    ]);
+    for (k, v) in SHARES {
+        let ppl = rate(Some((k, v)))?;
+        let large = ContextOptions {
+            context: 16384,
+            sparsity: KvSparsity::new(k, v),
+            ..ContextOptions::default()
+        };
+        let ctx = Context::new(Arc::clone(&fast), &large).map_err(text)?;
+        let share = ctx.kv_bytes() as f64 / ctx.dense_kv_bytes() as f64;
+        holds((k, v) != (0.0, 0.0) || ppl == base, || {
+            format!("nothing is dropped, and the perplexity is {ppl}, not {base}")
+        })?;
+        let percent = |x: f32| format!("{:.0} %", 100.0 * x);
+        facts.insert(
+            format!("perplexity, K {} and V {} dropped", percent(k), percent(v)),
+            format!("{ppl:.4}; {share:.2} of the memory of 16,384 positions"),
+        );
+    }
+    Ok(Outcome::Passed { facts })
+}
+
 /// The least gains that issue and study ask for: type, percent, gain.
 const FLOORS: [(GgmlType, u32, f64); 6] = [
     (GgmlType::S_BF16, 50, 1.60),
@@ -584,7 +688,7 @@ fn speed() -> Result<Outcome> {
 /// Windows of held-out text that are scored.
 const WINDOWS: usize = 24;
 
-fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
+pub(crate) fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
     let options = EncodeOptions {
         add_special: true,
         parse_special: false,
@@ -600,7 +704,7 @@ fn score(model: &Arc<Model>, text_: &str) -> Result<f64> {
 }
 
 /// Ids that a model continues a prompt with, best first.
-fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
+pub(crate) fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
     let options = EncodeOptions {
         add_special: true,
         parse_special: false,
@@ -620,131 +724,4 @@ fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
         ids = vec![best];
     }
     Ok(out)
-}
-
-/// Perplexities of a real model by method, sparsity and format, beside formats that take as
-/// many bytes.
-fn quality(env: &Env) -> Result<Outcome> {
-    let scratch = Scratch::new("quality")?;
-    let source = env.model("ferrous-7m-bf16.gguf")?;
-    let read = |name| fs::read_to_string(env.model(name)?).map_err(text);
-    let (held_out, calibration) = (read("heldout.txt")?, read("calib.txt")?);
-    let threads = default_threads();
-    let norms = calibrate(
-        load(&source, threads)?,
-        &calibration,
-        512,
-        40,
-        &mut |_, _| ControlFlow::Continue(()),
-    );
-    let norms = norms.map_err(text)?.all();
-    let gguf = Gguf::open(&source).map_err(text)?;
-    // Bytes of the model's tensors, and perplexity.
-    let rate = |path: &Path| -> Result<(u64, f64)> {
-        let bytes = Gguf::open(path)
-            .map_err(text)?
-            .tensors()
-            .iter()
-            .map(|t| t.bytes)
-            .sum();
-        Ok((bytes, score(&load(path, threads)?, &held_out)?))
-    };
-    let mut dense = BTreeMap::new();
-    for ty in [
-        FileType::Q3_K_M,
-        FileType::Q4_0,
-        FileType::Q4_K_M,
-        FileType::Q8_0,
-    ] {
-        let path = scratch.file("dense.gguf");
-        let options = QuantizeOptions::new(ty);
-        quantize(&gguf, &path, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
-        dense.insert(ty.name(), rate(&path)?);
-    }
-    dense.insert("BF16", rate(&source)?);
-    let mut facts = BTreeMap::new();
-    let show =
-        |(bytes, ppl): (u64, f64)| format!("{:.2} MB, perplexity {ppl:.3}", bytes as f64 / 1e6);
-    for (name, &rated) in &dense {
-        facts.insert(format!("dense {name}"), show(rated));
-    }
-    let mut wins = Vec::new();
-    let mut wanda_50 = f64::NAN;
-    for (method, norms) in [("magnitude", None), ("wanda", Some(&norms))] {
-        for sparsity in [0.3, 0.5, 0.7] {
-            let pruned = scratch.file("pruned.gguf");
-            let options = PruneOptions {
-                sparsity,
-                norms: norms.cloned(),
-                dense: true,
-                least_saving: 0.1,
-                ..PruneOptions::default()
-            };
-            prune(&gguf, &pruned, &options, &mut |_| ControlFlow::Continue(())).map_err(text)?;
-            let pruned = Gguf::open(&pruned).map_err(text)?;
-            for (ty, file) in [
-                (GgmlType::S8, FileType::Q8_0),
-                (GgmlType::S4, FileType::Q4_0),
-            ] {
-                let (twin, path) = (scratch.file("twin.gguf"), scratch.file("sparse.gguf"));
-                let options = QuantizeOptions::new(file);
-                let quantized =
-                    quantize(&pruned, &twin, &options, &mut |_| ControlFlow::Continue(()));
-                quantized.map_err(text)?;
-                let twin_file = Gguf::open(&twin).map_err(text)?;
-                let options = Sparsify {
-                    wanted: &|t| t.name != "token_embd.weight",
-                    least_saving: 0.0,
-                    pattern: None,
-                };
-                let packed = sparsify(&twin_file, &path, &options, &mut |_| {
-                    ControlFlow::Continue(())
-                });
-                packed.map_err(text)?;
-                let rated = rate(&path)?;
-                if sparsity == 0.5 {
-                    let other = rate(&twin)?.1;
-                    let near = (other.ln() - rated.1.ln()).abs();
-                    holds(near < 0.01, || {
-                        format!("{ty} {method}: {} as dense {other}", rated.1)
-                    })?;
-                    let [a, b] =
-                        [&path, &twin].map(|p| load(p, threads).and_then(|m| greedy(&m, 32)));
-                    holds(a? == b?, || {
-                        format!("{ty} {method}: other tokens than dense")
-                    })?;
-                    if ty == GgmlType::S8 {
-                        match method {
-                            "wanda" => holds(rated.1 < wanda_50, || {
-                                format!("wanda {} is no better than magnitude {wanda_50}", rated.1)
-                            })?,
-                            _ => wanda_50 = rated.1,
-                        }
-                    }
-                }
-                let name = format!("{ty} {method} {:.0} %", 100.0 * sparsity);
-                let beats = |d: &(u64, f64)| d.0 >= rated.0 && d.1 > rated.1;
-                let better = |d: &&(u64, f64)| d.0 <= rated.0 && d.1 <= rated.1;
-                if dense.values().filter(|d| d.0 < dense["BF16"].0).any(beats)
-                    && dense.values().find(better).is_none()
-                {
-                    wins.push(name.clone());
-                }
-                facts.insert(name, show(rated));
-            }
-        }
-    }
-    facts.insert(
-        "at equal bytes".into(),
-        match wins.is_empty() {
-            true => "no sparse file is better than a dense one of no more bytes: without \
-                     retraining, quantise instead"
-                .to_owned(),
-            false => format!(
-                "better than any dense file of no more bytes: {}",
-                wins.join(", ")
-            ),
-        },
-    );
-    Ok(Outcome::Passed { facts })
 }

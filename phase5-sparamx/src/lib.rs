@@ -5,11 +5,12 @@
 pub mod bench;
 mod checks;
 pub mod prune;
+pub mod quality;
 pub mod report;
 pub mod sparamx;
 
 pub use checks::checks;
-use tegula_lab::{Bench, Phase};
+use tegula_lab::{Bench, Env, Need, Phase, Series};
 
 /// The phase, as the master task list describes it.
 pub fn phase() -> Phase {
@@ -19,11 +20,40 @@ pub fn phase() -> Phase {
         goal: "SparAMX's unstructured sparsity in GGUF, right at any shape and faster \
                than its dense twin; and the truth about quality at equal bytes.",
         checks: checks(),
-        benches: vec![Bench {
-            title: "sparse products beside dense ones",
-            requires: &[],
-            run: bench::run,
-        }],
+        benches: benches(),
         tables: Vec::new(),
     }
+}
+
+type Measure = fn(&Env) -> Result<Vec<Series>, String>;
+
+const fn on(title: &'static str, requires: &'static [Need], run: Measure) -> Bench {
+    Bench {
+        title,
+        requires,
+        run,
+    }
+}
+
+fn benches() -> Vec<Bench> {
+    let mut all = vec![
+        on("sparse products beside dense ones", &[], bench::run),
+        on(
+            "attention to a pruned cache of 16,384 positions beside a dense one",
+            &[],
+            bench::attention::run,
+        ),
+    ];
+    #[cfg(feature = "amx")]
+    all.push(on(
+        "register kernels beside SparAMX's staged algorithm",
+        &[Need::Amx, Need::Avx512],
+        bench::staged::run,
+    ));
+    all.push(on(
+        "whole models of random weights, sparse and dense",
+        &[],
+        bench::whole::run,
+    ));
+    all
 }

@@ -92,6 +92,10 @@ pub fn pages(root: &Path) -> Result<BTreeMap<String, String>> {
         }
         pages.insert(format!("docs/{name}"), text);
     }
+    let drawing = phase5_sparamx::quality::drawing(root).map_err(anyhow::Error::msg)?;
+    if let Some(svg) = drawing {
+        pages.insert(phase5_sparamx::quality::DRAWING.to_owned(), svg);
+    }
     let readme = fs::read_to_string(root.join("README.md")).context("README.md")?;
     let summary = phase2_perf::report::summary(root).map_err(anyhow::Error::msg)?;
     pages.insert("README.md".to_owned(), between_marks(&readme, &summary)?);

@@ -7,7 +7,7 @@ use crate::{
 };
 use std::sync::Arc;
 use tegula_kernels::{
-    kv::{KV_PAGE, KvCache, KvError, KvShape, KvType, PageTable},
+    kv::{KV_PAGE, KvCache, KvError, KvShape, KvType, PageTable, pruned::KvSparsity},
     ops::Token,
 };
 
@@ -27,6 +27,16 @@ pub struct ContextOptions {
     pub room: usize,
     pub k_type: KvType,
     pub v_type: KvType,
+    /// What finished pages of the cache lose; the whole cache must be on the CPU then.
+    pub sparsity: Option<KvSparsity>,
+}
+
+impl ContextOptions {
+    /// Pages that a pruned cache needs for positions that are not packed yet: the last one of
+    /// every sequence, and those that one step fills.
+    pub fn dense_pages(&self) -> usize {
+        2 * self.sequences + self.ubatch.div_ceil(KV_PAGE)
+    }
 }
 
 impl Default for ContextOptions {
@@ -39,6 +49,7 @@ impl Default for ContextOptions {
             room: 0,
             k_type: KvType::F16,
             v_type: KvType::F16,
+            sparsity: None,
         }
     }
 }
@@ -168,7 +179,12 @@ impl Context {
         }
         let pages = options.context.div_ceil(KV_PAGE) * options.room;
         let offload = &model.plan().offload;
-        let cache = KvCache::with_layers(shape, pages, |i| offload.kv[i] == Device::Cpu)?;
+        let here = |i: usize| offload.kv[i] == Device::Cpu;
+        let cache = match options.sparsity {
+            None => KvCache::with_layers(shape, pages, here)?,
+            Some(_) if !(0..c.layers).all(here) => return Err(Error::SparseCacheElsewhere),
+            Some(sparsity) => KvCache::pruned(shape, sparsity, pages, options.dense_pages())?,
+        };
         let lanes = if offload.is_cpu_only() {
             Vec::new()
         } else {
@@ -214,14 +230,13 @@ impl Context {
 
     /// Bytes that the cache takes when it is full.
     pub fn kv_bytes(&self) -> usize {
-        let here = self.model.plan().offload.kv.iter();
-        let here = here.filter(|d| **d == Device::Cpu).count();
-        let shape = KvShape {
-            layers: here,
-            ..*self.cache.shape()
-        };
         let devices = self.lanes.iter().map(Lane::cache_bytes).sum::<usize>();
-        shape.bytes(self.cache.pages()) + devices
+        self.cache.bytes() + devices
+    }
+
+    /// Bytes that a dense cache of as many pages would take.
+    pub fn dense_kv_bytes(&self) -> usize {
+        self.cache.shape().bytes(self.cache.pages())
     }
 
     /// Pages of the cache, and how many of them no sequence holds.
@@ -248,22 +263,25 @@ impl Context {
         Ok(&self.sequence(sequence)?.tokens)
     }
 
-    /// Forgets a sequence's tokens from position `len` on.
+    /// Forgets a sequence's tokens from position `len` on. A sparse cache has no dense values
+    /// of finished pages: of the page that `len` is in all tokens go, if it was finished. What
+    /// is left, [`Context::tokens`] says.
     pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
         self.sequence(sequence)?;
         let s = &mut self.sequences[sequence];
         self.cache.truncate(&mut s.table, len);
-        s.tokens.truncate(len);
+        s.tokens.truncate(s.table.len());
         Ok(())
     }
 
-    /// Makes `to` a copy of the first `len` tokens of `from`. Memory is shared until one of
-    /// them writes.
+    /// Makes `to` a copy of the first `len` tokens of `from`, or of fewer where
+    /// [`Context::truncate`] would leave fewer. Memory is shared until one of them writes.
     pub fn copy(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         self.sequence(to)?;
         let source = self.sequence(from)?;
-        let tokens = source.tokens[..len.min(source.tokens.len())].to_vec();
+        let mut tokens = source.tokens.clone();
         let table = self.cache.share(&self.sequences[from].table, len);
+        tokens.truncate(table.len());
         self.truncate(to, 0)?;
         self.sequences[to] = Sequence { table, tokens };
         Ok(())
@@ -272,7 +290,8 @@ impl Context {
     /// Appends the tokens to their sequences and runs them. A token's result depends on its
     /// sequence alone, not on what else is in the batch.
     ///
-    /// On error no sequence has changed.
+    /// On error no sequence has changed, but that a sparse cache may have lost tokens, as
+    /// [`Context::truncate`] says.
     pub fn decode(&mut self, batch: &Batch) -> Result<Outputs> {
         self.run(batch, Want::Logits)
     }
@@ -296,7 +315,7 @@ impl Context {
             if let Err(error) = self.step(part, want, &mut outputs) {
                 for (s, len) in self.sequences.iter_mut().zip(before) {
                     self.cache.truncate(&mut s.table, len);
-                    s.tokens.truncate(len);
+                    s.tokens.truncate(s.table.len());
                 }
                 return Err(error);
             }
@@ -390,6 +409,9 @@ impl Context {
             },
         )?;
         outputs.rows += wanted.len();
+        for s in &mut self.sequences {
+            self.cache.settle(&mut s.table);
+        }
         Ok(())
     }
 }

@@ -70,6 +70,12 @@ pub enum Error {
     #[error(transparent)]
     Device(#[from] DeviceError),
 
+    /// A sparse cache that would lie on a device.
+    #[error(
+        "a sparse KV cache (--sparse-kv) must be on the CPU: keep the layers there (-ngl 0) or the cache (-nkvo)"
+    )]
+    SparseCacheElsewhere,
+
     /// The KV cache could not be made or extended.
     #[error(transparent)]
     Kv(#[from] KvError),

@@ -9,10 +9,11 @@ use crate::{
     tensor_split::{Cut, TensorSplit},
 };
 use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Instant};
-use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks};
+use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks, sparse};
 use tegula_kernels::{
     Amx, Compute, PoolConfig, Tier, Weights,
     device::{self, Device, RawMatrix},
+    weights::WeightsError,
 };
 
 /// Where a model comes from.
@@ -35,6 +36,8 @@ pub struct LoadOptions {
     pub huge_pages: bool,
     /// Repack matrices where it pays.
     pub repack: bool,
+    /// Pack matrices that have many zeros without them.
+    pub sparse_pack: bool,
     /// Keep the packed matrices in this file and map them from it; it is written when it is
     /// not there or does not fit.
     pub packed_cache: Option<PathBuf>,
@@ -74,6 +77,7 @@ impl LoadOptions {
             mlock: false,
             huge_pages: true,
             repack: true,
+            sparse_pack: true,
             packed_cache: None,
             tier: Tier::detect_max(),
             amx: None,
@@ -119,6 +123,7 @@ impl LoadOptions {
             tier,
             amx: self.amx,
             repack: self.repack,
+            sparse_pack: self.sparse_pack,
             mmap: self.mmap,
             packed_cache: self.packed_cache.is_some(),
             threads: self.threads,
@@ -391,6 +396,8 @@ impl Loader<'_> {
                 }
                 false => sparse,
             }
+        } else if place.is_some_and(|p| p.encoding == Encoding::Sparse16) {
+            self.without_zeros(tensor, n, k, experts)?
         } else if let Some(strips) = self.cache.and_then(|c| c.strips(name)) {
             Weights::from_strips(tensor.ty, n, k, experts, strips).map_err(refused)?
         } else {
@@ -417,6 +424,29 @@ impl Loader<'_> {
             tensor: tensor.name.clone(),
             source,
         })
+    }
+
+    /// A dense matrix without its zeros, on large pages.
+    fn without_zeros(
+        &self,
+        tensor: &TensorInfo,
+        n: usize,
+        k: usize,
+        experts: usize,
+    ) -> Result<Weights> {
+        let bytes = self.gguf.bytes(tensor);
+        let refused = |source: WeightsError| Error::Weights {
+            file: self.file(),
+            tensor: tensor.name.clone(),
+            source,
+        };
+        let ty = tensor.ty.sparse().unwrap_or(tensor.ty);
+        let packed = sparse::pack_tensor(ty, &tensor.shape, None, &bytes);
+        let packed = packed.map_err(|e| refused(e.into()))?;
+        bytes.release();
+        let pool = &self.compute.pool;
+        let sparse = Weights::sparse(ty, n, k, experts, Bytes::from_vec(packed), pool);
+        Ok(sparse.map_err(refused)?.pack(pool))
     }
 
     /// A matrix as devices take it, with the bytes that it is made of.

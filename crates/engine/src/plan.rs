@@ -8,7 +8,7 @@ use crate::{
     stream::{self, Stream},
 };
 use serde::Serialize;
-use tegula_gguf::{Gguf, TensorInfo};
+use tegula_gguf::{Gguf, TensorInfo, sparse};
 use tegula_kernels::{Amx, Kernels, Tier, strip};
 
 /// What decides the placement besides the model.
@@ -19,6 +19,8 @@ pub struct PlanFlags {
     pub amx: Option<Amx>,
     /// Repack matrices to strips where it pays.
     pub repack: bool,
+    /// Pack matrices that have many zeros without them.
+    pub sparse_pack: bool,
     /// The file is mapped, not read.
     pub mmap: bool,
     /// Strips are mapped from a file that was written by an earlier load.
@@ -53,7 +55,7 @@ pub enum Encoding {
     Raw,
     /// Strips of 16 interleaved rows.
     Strip16,
-    /// The file's strips of 16 rows without their zeros.
+    /// Strips of 16 rows without their zeros, the file's or packed.
     Sparse16,
     /// Plain f32.
     F32,
@@ -280,6 +282,9 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         if let Some(placement) = unit.and_then(|unit| on_device(tensor, unit)) {
             return placement;
         }
+        let streams = unit
+            .filter(|unit| stream::is_streamed(*unit, &tensor.name))
+            .and_then(|unit| offload.streams.get(unit));
         if role == Role::TiedEmbedding && offload.output != Device::Cpu {
             role = Role::Embedding;
         }
@@ -297,6 +302,36 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             false => Encoding::Raw,
         };
         let raw = (file, as_it_is, tensor.bytes);
+        let without_zeros = match multiplied {
+            true => without_zeros(gguf, tensor, flags),
+            false => None,
+        };
+        if let Some(worth) = without_zeros {
+            let packed = TensorInfo {
+                ty: tensor.ty.sparse().unwrap_or(tensor.ty),
+                ..tensor.clone()
+            };
+            let (kernel, tiles) = self::kernels(&packed, flags);
+            return Placement {
+                tensor: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                ty: tensor.ty.name().to_owned(),
+                device: Device::Cpu,
+                buffer: Buffer::Packed,
+                encoding: Encoding::Sparse16,
+                kernel,
+                bytes: worth.bytes,
+                parts: Vec::new(),
+                reason: format!(
+                    "{:.0} % of the weights are zero: packed without them, {:.2} of the bytes",
+                    100.0 * worth.zeros,
+                    worth.bytes as f64 / tensor.bytes as f64
+                ),
+                streams,
+                role,
+                tiles,
+            };
+        }
         let ((buffer, encoding, bytes), kernel, reason) = match role {
             Role::Unused => (
                 raw,
@@ -359,9 +394,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             bytes,
             parts: Vec::new(),
             reason: reason.to_owned(),
-            streams: unit
-                .filter(|unit| stream::is_streamed(*unit, &tensor.name))
-                .and_then(|unit| offload.streams.get(unit)),
+            streams,
             role,
             tiles,
         }
@@ -380,6 +413,24 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         devices: offload.devices.clone(),
         offload,
     }
+}
+
+/// The least share of its bytes that a matrix must lose to be packed without zeros.
+pub const LEAST_SAVING: f64 = 0.1;
+
+/// What a dense matrix is without its zeros, if that is worth it and kernels take it so.
+fn without_zeros(gguf: &Gguf, tensor: &TensorInfo, flags: &PlanFlags) -> Option<sparse::Worth> {
+    // The packed file holds dense strips alone.
+    if !(flags.repack && flags.sparse_pack) || flags.packed_cache {
+        return None;
+    }
+    let packed = tensor.ty.sparse().filter(|_| !tensor.ty.is_sparse())?;
+    if !(Kernels::for_tier(flags.tier).matmul.sparse)(packed) {
+        return None;
+    }
+    // A shape that can't be sparse is none of this function's business.
+    let worth = sparse::worth(tensor.ty, &tensor.shape, gguf.data(tensor), LEAST_SAVING);
+    worth.ok().flatten()
 }
 
 /// What multiplies a matrix, and whether tiles do.

@@ -125,6 +125,8 @@ pub fn generate_constrained(
     // At least the last token must run: its logits are wanted.
     let common = common.min(prompt.len() - 1);
     ctx.truncate(sequence, common)?;
+    // A sparse cache may have to forget more.
+    let common = ctx.tokens(sequence)?.len();
     let rest = &prompt[common..];
     let mut timings = Timings {
         prompt_tokens: rest.len(),

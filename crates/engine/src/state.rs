@@ -133,6 +133,9 @@ impl Context {
             hash.update(self.model().gguf().data(t));
         }
         hash.update(format!("{:?}", self.cache.shape()).as_bytes());
+        if let Some(sparsity) = self.cache.sparsity() {
+            hash.update(sparsity.to_string().as_bytes());
+        }
         hash.finalize()
     }
 }

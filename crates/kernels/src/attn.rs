@@ -6,7 +6,10 @@
 use crate::{
     acts::TILE_GROUP,
     amx::Amx,
-    kv::{KV_PAGE, KvType},
+    kv::{
+        KV_PAGE, KvType,
+        pruned::{Half, Halves},
+    },
     mem::AlignedVec,
     scalar,
     tier::Tier,
@@ -38,6 +41,8 @@ pub struct ChunkArgs<'a> {
     pub visible: &'a [usize],
     /// K and V pages of the chunk, one or two.
     pub pages: &'a [(&'a [u8], &'a [u8])],
+    /// Where the first pages of `pages` are pruned: how, and how many of them.
+    pub pruned: Option<(Halves, usize)>,
     /// Scratch `[rows][CHUNK]`.
     pub scores: &'a mut [f32],
     /// Receives `Σ p·v`, `[rows][dim]`; rows that see nothing keep zeros.
@@ -57,10 +62,53 @@ impl ChunkArgs<'_> {
         assert!(self.max.len() == rows && self.sum.len() == rows);
         let reach = self.pages.len() * KV_PAGE;
         assert!(reach <= CHUNK && self.visible.iter().all(|&n| n <= reach));
-        for (k, v) in self.pages {
+        let pruned = self.pruned.map_or(0, |(_, count)| count);
+        for (k, v) in &self.pages[pruned..] {
             assert!(k.len() >= self.k_type.page_bytes(self.dim));
             assert!(v.len() >= self.v_type.page_bytes(self.dim));
         }
+        if let Some((halves, count)) = &self.pruned {
+            let of = |half: &Half| (half.ty, half.dim);
+            assert_eq!(of(&halves.k), (self.k_type, self.dim));
+            assert_eq!(of(&halves.v), (self.v_type, self.dim));
+            for (k, v) in &self.pages[..*count] {
+                assert!(k.len() >= halves.k.bytes() && v.len() >= halves.v.bytes());
+            }
+        }
+    }
+
+    /// Calls `chunk`, which knows no pruned pages, with these unpacked.
+    ///
+    /// # Safety
+    /// As `chunk` asks for.
+    pub(crate) unsafe fn unpacked(&mut self, chunk: unsafe fn(&mut ChunkArgs<'_>)) {
+        let Some((halves, count)) = self.pruned else {
+            // SAFETY: the caller's.
+            return unsafe { chunk(self) };
+        };
+        self.check();
+        let unpack = |half: &Half, packed: &[u8]| {
+            let mut dense = vec![0; half.ty.page_bytes(half.dim)];
+            half.unpack(packed, &mut dense);
+            dense
+        };
+        let dense: Vec<_> = self.pages[..count]
+            .iter()
+            .map(|(k, v)| (unpack(&halves.k, k), unpack(&halves.v, v)))
+            .collect();
+        let first = dense.iter().map(|(k, v)| (&k[..], &v[..]));
+        let pages: Vec<_> = first.chain(self.pages[count..].iter().copied()).collect();
+        let mut args = ChunkArgs {
+            pages: &pages,
+            pruned: None,
+            scores: &mut *self.scores,
+            acc: &mut *self.acc,
+            max: &mut *self.max,
+            sum: &mut *self.sum,
+            ..*self
+        };
+        // SAFETY: the caller's.
+        unsafe { chunk(&mut args) }
     }
 }
 
@@ -145,6 +193,12 @@ pub struct AttnOps {
     /// # Safety
     /// The CPU has the table's tier.
     pub chunk: unsafe fn(args: &mut ChunkArgs<'_>),
+    /// Unpacks a pruned page.
+    ///
+    /// # Safety
+    /// The CPU has the table's tier; the packed page is whole; `out` has the bytes of a dense
+    /// one.
+    pub unpack: unsafe fn(half: &Half, packed: &[u8], out: &mut [u8]),
     /// Many tokens on tiles, where their use was asked for.
     pub(crate) tiles: Option<TileAttention>,
 }
@@ -159,6 +213,10 @@ impl AttnOps {
         };
         AttnOps {
             chunk,
+            unpack: match tier {
+                Tier::Avx512 => crate::avx512::pruned::unpack,
+                _ => |half, packed, out| half.unpack(packed, out),
+            },
             #[cfg(feature = "amx")]
             tiles: amx.and_then(|amx| crate::amx::attention(amx, tier)),
             #[cfg(not(feature = "amx"))]

@@ -13,6 +13,7 @@ use crate::{
     acts::Q8Dest,
     attn::{CHUNK, ChunkArgs},
     float::FloatOps,
+    kv::pruned::Half,
     scalar, sparse,
     strip::{
         self, ROWS,
@@ -404,6 +405,22 @@ pub fn chunk(args: &ChunkArgs<'_>) -> Result<(), Mismatch> {
     equal(args.acc, &acc, within, what("acc", dim))
 }
 
+/// Checks what a pruned page was unpacked to.
+///
+/// # Errors
+/// The first byte that is not scalar's.
+pub fn unpack(half: &Half, packed: &[u8], out: &[u8]) -> Result<(), Mismatch> {
+    let mut want = vec![0; out.len()];
+    half.unpack(packed, &mut want);
+    let floats = |bytes: &[u8]| -> Vec<f32> { bytes.iter().map(|&b| f32::from(b)).collect() };
+    equal(
+        &floats(out),
+        &floats(&want),
+        |_| 0.0,
+        |i| format!("unpacked {half:?}: byte {i}"),
+    )
+}
+
 /// Rows as [`attention`](crate::attn) on tiles keeps them from chunk to chunk.
 #[cfg(feature = "check-kernels")]
 struct Running {
@@ -488,6 +505,7 @@ fn tile_chunk(before: Running, args: &TileChunk<'_>) -> Result<(), Mismatch> {
                 q: &q,
                 visible: &visible,
                 pages,
+                pruned: None,
                 scores: &mut scores,
                 acc: &mut part.acc,
                 max: &mut part.max,
@@ -583,6 +601,7 @@ mod shims {
             },
             attn: AttnOps {
                 chunk: chunk::<TABLE>,
+                unpack: unpack::<TABLE>,
                 tiles: inner.attn.tiles.map(|tiles| TileAttention {
                     chunk: tile_chunk::<TABLE>,
                     ..tiles
@@ -662,6 +681,12 @@ mod shims {
         // SAFETY: see above.
         unsafe { (inner::<TABLE>().attn.chunk)(args) };
         hold::<TABLE>(super::chunk(args));
+    }
+
+    unsafe fn unpack<const TABLE: usize>(half: &Half, packed: &[u8], out: &mut [u8]) {
+        // SAFETY: see above.
+        unsafe { (inner::<TABLE>().attn.unpack)(half, packed, out) };
+        hold::<TABLE>(super::unpack(half, packed, out));
     }
 
     unsafe fn tile_chunk<const TABLE: usize>(args: &mut TileChunk<'_>) {

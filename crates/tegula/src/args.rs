@@ -24,7 +24,7 @@ use tegula_engine::{
 use tegula_gguf::Gguf;
 use tegula_kernels::{
     Amx, AmxUnavailable, Numa, Tier,
-    kv::{KV_PAGE, KvShape, KvType},
+    kv::{KV_PAGE, KvShape, KvType, pruned::KvSparsity},
 };
 
 /// The model inside the program: 21 M parameters, 12 MB.
@@ -171,6 +171,9 @@ pub struct CpuArgs {
     /// Leave matrices as they are in the file; slower
     #[arg(long)]
     no_repack: bool,
+    /// Don't pack matrices without their zeros where that takes a tenth of their bytes away
+    #[arg(long)]
+    no_sparse_pack: bool,
     /// On several memory nodes: distribute threads over all of them, isolate them on the node
     /// where the program started, or leave it to numactl
     #[arg(long, value_name = "distribute|isolate|numactl")]
@@ -270,6 +273,7 @@ impl CpuArgs {
             mmap: !self.no_mmap,
             mlock: self.mlock,
             repack: !self.no_repack,
+            sparse_pack: !self.no_sparse_pack,
             tier: require_tier(tier)?,
             amx: amx(self.amx, tier)?,
             threads,
@@ -371,6 +375,54 @@ pub struct CacheArgs {
     flash_attn: bool,
 }
 
+/// The same, with a cache that may be sparse.
+#[derive(Args, Clone, Debug)]
+pub struct SparseCacheArgs {
+    #[command(flatten)]
+    cache: CacheArgs,
+    /// Drop the smallest keys and values of every full page of 64 positions, such shares of each
+    /// head's; the cache takes so much less memory: K=0.3,V=0.5, or a number for both
+    #[arg(long, value_name = "K=X,V=Y", value_parser = sparse_kv)]
+    sparse_kv: Option<KvSparsity>,
+}
+
+impl SparseCacheArgs {
+    /// A context of the model for `size` tokens; 0: for as many as it was trained with.
+    pub fn context(&self, model: &Arc<Model>, size: usize) -> anyhow::Result<Context> {
+        let options = ContextOptions {
+            sparsity: self.sparse_kv,
+            ..self.cache.options(size)
+        };
+        context(model, &options)
+    }
+}
+
+/// Shares of keys and values to drop: `K=0.3,V=0.5`, one of them, or a number for both.
+pub fn sparse_kv(s: &str) -> Result<KvSparsity, String> {
+    let number = |s: &str| s.trim().parse::<f32>().ok();
+    let parse = || {
+        if let Some(both) = number(s) {
+            return Some((both, both));
+        }
+        let (mut k, mut v) = (None, None);
+        for part in s.split(',') {
+            let (name, share) = part.split_once('=')?;
+            let to = match name.trim() {
+                "K" | "k" => &mut k,
+                "V" | "v" => &mut v,
+                _ => return None,
+            };
+            if to.replace(number(share)?).is_some() {
+                return None;
+            }
+        }
+        Some((k.unwrap_or(0.0), v.unwrap_or(0.0)))
+    };
+    parse()
+        .and_then(|(k, v)| KvSparsity::new(k, v))
+        .ok_or_else(|| "expected shares from 0 to below 1, such as K=0.3,V=0.5".to_owned())
+}
+
 /// A type of the KV cache by its name.
 pub fn kv_type(s: &str) -> Result<KvType, String> {
     KvType::parse(s).ok_or_else(|| "expected f16, bf16 or q8_0".to_owned())
@@ -386,11 +438,6 @@ pub fn flash_attn(s: &str) -> Result<bool, String> {
 }
 
 impl CacheArgs {
-    /// A context of the model for `size` tokens; 0: for as many as it was trained with.
-    pub fn context(&self, model: &Arc<Model>, size: usize) -> anyhow::Result<Context> {
-        context(model, &self.options(size))
-    }
-
     /// The engine's options for one sequence of `size` tokens.
     pub fn options(&self, size: usize) -> ContextOptions {
         debug_assert!(self.flash_attn);
@@ -402,6 +449,7 @@ impl CacheArgs {
             room: 0,
             k_type: self.cache_type_k,
             v_type: self.cache_type_v,
+            sparsity: None,
         }
     }
 }
@@ -420,7 +468,11 @@ pub fn context(model: &Arc<Model>, options: &ContextOptions) -> anyhow::Result<C
         k: options.k_type,
         v: options.v_type,
     };
-    let page = shape.bytes(1) as u64;
+    let page = match options.sparsity {
+        Some(sparsity) => shape.pruned_bytes(sparsity, 1),
+        None => Ok(shape.bytes(1)),
+    };
+    let page = page.map_err(|e| Refusal::Usage(format!("--sparse-kv: {e} (-ctk, -ctv)")))? as u64;
     let sequences = match options.room {
         0 => options.sequences,
         room => room,

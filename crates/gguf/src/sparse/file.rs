@@ -161,6 +161,93 @@ pub fn pack_tensor(
     Ok(out)
 }
 
+/// What a dense tensor would be without its zeros.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Worth {
+    /// Share of its weights that are zero.
+    pub zeros: f64,
+    /// Bytes as a sparse tensor.
+    pub bytes: u64,
+}
+
+/// Places of a tensor that are looked at first, then more of them, before all of it is.
+const LOOKS: [usize; 2] = [2, 32];
+/// Bytes of each.
+const LOOK: usize = 2048;
+
+/// Whether a dense tensor's bytes fall by the share `least_saving` if it is packed, and to how
+/// many. Most tensors are known by a few thousand of their weights not to be worth it; only one
+/// that may be is counted as a whole, by all processors.
+///
+/// # Errors
+/// [`SparseError::Shape`] for a tensor that can't be sparse.
+pub fn worth(
+    ty: GgmlType,
+    shape: &[u64],
+    data: &[u8],
+    least_saving: f64,
+) -> Result<Option<Worth>, SparseError> {
+    let (Some(sparse), false) = (ty.sparse(), ty.is_sparse()) else {
+        return Ok(None);
+    };
+    let header = Header::new(sparse, shape, None)?;
+    let weights = shape.iter().product::<u64>() as f64;
+    // The values that may stay, were all of them in place.
+    let heads = super::head_bytes(sparse) as f64 / (super::GROUP * ROWS) as f64;
+    let value = match sparse {
+        GgmlType::S_BF16 => 2.0,
+        GgmlType::S8 => 1.0,
+        _ => 0.5,
+    };
+    let dense = data.len() as f64 / weights;
+    let needed = 1.0 - (dense * (1.0 - least_saving) - heads) / value;
+    for (looks, share) in LOOKS.into_iter().zip([0.5, 0.9]) {
+        let block = ty.block_bytes();
+        let blocks = (LOOK / block).min(data.len() / block);
+        let last = data.len() / block - blocks;
+        let places = (0..looks).map(|i| i * last / (looks - 1) * block);
+        let (zeros, seen) = places
+            .map(|at| count_zeros(ty, &data[at..at + blocks * block]))
+            .fold((0, 0), |(a, b), (zeros, seen)| (a + zeros, b + seen));
+        if (zeros as f64) < share * needed * seen as f64 {
+            return Ok(None);
+        }
+    }
+    let (header, lengths) = measure(&header, data)?;
+    let bytes = tensor_bytes(&header, &lengths);
+    let worth = bytes as f64 <= data.len() as f64 * (1.0 - least_saving);
+    Ok(worth.then_some(Worth {
+        zeros: 1.0 - header.values as f64 / weights,
+        bytes,
+    }))
+}
+
+/// Weights of whole blocks that a sparse tensor would not store, and all of them.
+fn count_zeros(ty: GgmlType, blocks: &[u8]) -> (usize, usize) {
+    let zeros = match ty {
+        GgmlType::BF16 => blocks
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .filter(|b| **b == [0; 2])
+            .count(),
+        GgmlType::Q8_0 => {
+            let blocks = blocks.as_chunks::<34>().0.iter();
+            blocks
+                .map(|b| b[2..].iter().filter(|q| **q == 0).count())
+                .sum()
+        }
+        _ => {
+            let blocks = blocks.as_chunks::<18>().0.iter();
+            let nibbles = |q: &u8| usize::from(q & 15 == 8) + usize::from(q >> 4 == 8);
+            blocks
+                .map(|b| b[2..].iter().map(nibbles).sum::<usize>())
+                .sum()
+        }
+    };
+    (zeros, blocks.len() / ty.block_bytes() * ty.block_len())
+}
+
 /// The data of a tensor as rows of its dense type: its own, or what a sparse one unpacks to.
 ///
 /// # Errors

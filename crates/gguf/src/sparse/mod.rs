@@ -45,7 +45,9 @@ mod strip;
 
 use std::{fmt, ops::Range, str::FromStr};
 
-pub use file::{Converted, SparseProgress, Sparsify, dense_data, densify, pack_tensor, sparsify};
+pub use file::{
+    Converted, SparseProgress, Sparsify, Worth, dense_data, densify, pack_tensor, sparsify, worth,
+};
 pub use strip::{check_strip, pack_strip, packed_strip, unpack_strip};
 
 use crate::GgmlType;

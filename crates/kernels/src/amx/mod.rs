@@ -14,7 +14,7 @@ mod matmul;
 #[cfg(feature = "amx")]
 pub(crate) mod panel;
 #[cfg(feature = "amx")]
-mod tile;
+pub(crate) mod tile;
 
 use std::arch::x86_64::__cpuid_count;
 #[cfg(feature = "amx")]

@@ -3,4 +3,5 @@
 pub(crate) mod attention;
 pub(crate) mod float;
 pub(crate) mod matmul;
+pub(crate) mod pruned;
 pub(crate) mod sparse;

@@ -18,7 +18,7 @@ use crate::{
 ///
 /// # Safety
 /// As [`Vector`]; the page has the type's layout and the indices are inside it.
-trait Format {
+pub(crate) trait Format {
     /// Dimensions that share a scale; 0 without scales.
     const SCALED: usize;
     /// K at dimensions `d` and `d + 1` (`d` even) of `LANES` positions from `slot`.
@@ -29,8 +29,8 @@ trait Format {
     unsafe fn v2<V: Vector>(page: *const u8, dim: usize, slot: usize, d: usize) -> (V, V);
 }
 
-struct F16;
-struct Bf16;
+pub(crate) struct F16;
+pub(crate) struct Bf16;
 struct Q8;
 
 impl Format for F16 {
@@ -105,11 +105,11 @@ impl Format for Q8 {
 }
 
 /// Vectors of positions or dimensions that are in flight per row.
-const WIDTH: usize = 4;
+pub(crate) const WIDTH: usize = 4;
 
 /// Scores of `R` rows at `WIDTH * LANES` positions from `slot` of one page.
 #[inline(always)]
-unsafe fn score_block<V: Vector, F: Format, const R: usize>(
+pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     page: *const u8,
     dim: usize,
     slot: usize,
@@ -222,7 +222,7 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
 /// Turns the first `visible` scores into `e^(s - max)` and zeroes the others; returns the
 /// maximum and the sum.
 #[inline(always)]
-unsafe fn softmax_part<V: Vector>(scores: &mut [f32], visible: usize) -> (f32, f32) {
+pub(crate) unsafe fn softmax_part<V: Vector>(scores: &mut [f32], visible: usize) -> (f32, f32) {
     unsafe {
         scores[visible..].fill(f32::NEG_INFINITY);
         let mut max = V::splat(f32::NEG_INFINITY);
@@ -267,6 +267,10 @@ unsafe fn all_rows<V: Vector, K: Format, W: Format, const R: usize>(args: &mut C
 #[inline(always)]
 pub(crate) unsafe fn chunk<V: Vector, const R: usize>(args: &mut ChunkArgs<'_>) {
     use crate::kv::KvType::{BF16, F16 as Half, Q8_0};
+    if args.pruned.is_some() {
+        // SAFETY: the caller's.
+        return unsafe { args.unpacked(chunk::<V, R>) };
+    }
     if !args.dim.is_multiple_of(V::LANES) {
         // SAFETY: the scalar kernel needs no tier.
         return unsafe { crate::scalar::attention::chunk(args) };

@@ -18,8 +18,12 @@
 mod interleaved;
 mod rowwise;
 #[cfg(feature = "amx")]
+mod staged;
+#[cfg(feature = "amx")]
 mod tiles;
 
+#[cfg(feature = "amx")]
+pub use staged::{StagedInputs, StagedMatrix, StagedType, multiply_staged};
 #[cfg(feature = "amx")]
 pub use tiles::{ByteInputs, ByteMatrix, multiply_bytes};
 

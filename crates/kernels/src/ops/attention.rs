@@ -5,7 +5,10 @@ use crate::{
     acts::TILE_GROUP,
     attn::{CHUNK, ChunkArgs, TILE_CHUNK, TileAttention, TileChunk, TileScratch},
     disjoint::DisjointMut,
-    kv::{KV_PAGE, KvCache, PageTable},
+    kv::{
+        KV_PAGE, KvCache, PageTable,
+        pruned::{Half, PackScratch},
+    },
     mem::AlignedVec,
     profile::Op,
 };
@@ -70,14 +73,23 @@ struct Scratch {
     /// Weighted values on tiles, rows of `[dim]`.
     sums: AlignedVec<f32>,
     tiles: TileScratch,
+    /// Pruned pages made dense, for tiles, and memory for packing some.
+    unpacked: [Vec<u8>; 2 * TILE_PAGES],
+    packing: PackScratch,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+/// Pages of a chunk at most.
+const TILE_PAGES: usize = TILE_CHUNK / KV_PAGE;
+
 /// K and V of the pages of one chunk.
-type Pages<'a> = [(&'a [u8], &'a [u8]); TILE_CHUNK / KV_PAGE];
+type Pages<'a> = [(&'a [u8], &'a [u8]); TILE_PAGES];
+
+/// What packing a value costs, in values of a sum.
+const PACK_COST: usize = 16;
 
 impl Block {
     /// Chunks that its last token sees.
@@ -100,7 +112,8 @@ struct Call<'a> {
 
 impl Compute {
     /// Writes K and V (`[m][kv_heads][dim]`) of `tokens` into a layer of the cache. The
-    /// positions must be filled or reserved in their tables.
+    /// positions must be filled or reserved in their tables. A cache that prunes has those
+    /// pages packed, too, whose last position is among them.
     ///
     /// # Panics
     /// When lengths disagree or a position is beyond its table.
@@ -117,6 +130,7 @@ impl Compute {
         let (heads, dim) = (cache.shape().heads, cache.shape().dim);
         assert!(k.len() == tokens.len() * heads * dim && v.len() == k.len());
         assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
+        let at = layer;
         let mut layer = cache.layer_mut(layer);
         let writer = layer.writer();
         let write = |head: usize, range: Range<usize>| {
@@ -136,6 +150,31 @@ impl Compute {
         // Each task writes one head of its pages: nobody else touches them.
         self.for_each(heads * runs.len(), cost, &|task| {
             write(task % heads, runs[task / heads].clone());
+        });
+        self.kv_pack(cache, at, tables, tokens);
+    }
+
+    /// Packs the pages that these tokens have filled.
+    fn kv_pack(&self, cache: &mut KvCache, layer: usize, tables: &[&PageTable], tokens: &[Token]) {
+        let (heads, dim) = (cache.shape().heads, cache.shape().dim);
+        let Some(packing) = cache.packing(layer) else {
+            return;
+        };
+        let last = |t: &&Token| t.position % KV_PAGE == KV_PAGE - 1;
+        let full: Vec<(u32, u32)> = tokens
+            .iter()
+            .filter(last)
+            .map(|t| {
+                let table = tables[t.sequence];
+                (table.page(t.position), table.packed(t.position / KV_PAGE))
+            })
+            .collect();
+        self.for_each(heads * full.len(), KV_PAGE * dim * PACK_COST, &|task| {
+            let (from, to) = full[task / heads];
+            SCRATCH.with_borrow_mut(|scratch| {
+                // SAFETY: a page is filled once, and each task has a head of its own.
+                unsafe { packing.pack(from, to, task % heads, &mut scratch.packing) };
+            });
         });
     }
 
@@ -184,7 +223,7 @@ impl Compute {
         if let Some(tiles) = self.table.attn.tiles_for(dim, tokens.len()) {
             return self.on_tiles(&call, tiles, &out);
         }
-        let blocks = blocks(tokens, (TASK_ROWS / group).max(1));
+        let blocks = call.blocks((TASK_ROWS / group).max(1));
         let units = blocks.len() * kv_heads;
         let longest = blocks.iter().map(Block::chunks).max().unwrap_or(0);
         if longest == 1 || units >= 2 * self.pool.threads() {
@@ -215,7 +254,7 @@ impl Compute {
         let rows = [256, 128, 64]
             .into_iter()
             .find(|&rows| units(rows) >= wanted);
-        let mut blocks = blocks(call.tokens, (rows.unwrap_or(32) / call.group()).max(1));
+        let mut blocks = call.blocks((rows.unwrap_or(32) / call.group()).max(1));
         // The longest first, so that no thread is left alone with one.
         blocks.sort_by_key(|b| std::cmp::Reverse(b.reach));
         self.pool.run(blocks.len() * kv_heads, &|unit| {
@@ -284,13 +323,18 @@ impl Compute {
     }
 }
 
-/// Cuts a batch into runs of at most `limit` neighbours of one sequence.
-fn blocks(tokens: &[Token], limit: usize) -> Vec<Block> {
+/// Cuts a batch into runs of at most `limit` neighbours of one sequence, and where `together`
+/// doesn't hold of the run's first and the next one.
+fn blocks(tokens: &[Token], limit: usize, together: impl Fn(&Token, &Token) -> bool) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     for (i, token) in tokens.iter().enumerate() {
         let reach = token.position + 1;
         match blocks.last_mut() {
-            Some(b) if b.count < limit && tokens[b.first].sequence == token.sequence => {
+            Some(b)
+                if b.count < limit
+                    && tokens[b.first].sequence == token.sequence
+                    && together(&tokens[b.first], token) =>
+            {
                 b.count += 1;
                 b.reach = b.reach.max(reach);
             }
@@ -327,6 +371,14 @@ impl Scratch {
 }
 
 impl Call<'_> {
+    /// Cuts the batch into blocks of at most `limit` tokens. In a cache that prunes, these see
+    /// the same page as it is, and so the same pages packed.
+    fn blocks(&self, limit: usize) -> Vec<Block> {
+        let prunes = self.cache.halves().is_some();
+        let page = |t: &Token| t.position / KV_PAGE;
+        blocks(self.tokens, limit, |a, b| !prunes || page(a) == page(b))
+    }
+
     fn group(&self) -> usize {
         self.heads / self.cache.shape().heads
     }
@@ -392,7 +444,22 @@ impl Call<'_> {
     ) {
         let chunk = (chunk, TILE_CHUNK);
         self.see(&mut scratch.visible, block, chunk);
-        let (pages, count) = self.pages(block, head, chunk);
+        let (mut pages, count, packed) = self.pages(block, head, chunk);
+        if let Some(halves) = self.cache.halves() {
+            let unpack = |half: &Half, page: &[u8], out: &mut Vec<u8>| {
+                out.resize(half.ty.page_bytes(half.dim), 0);
+                // SAFETY: the table was made for a tier that the CPU has; what the cache holds
+                // was packed by it, or checked.
+                unsafe { (self.compute.table.attn.unpack)(half, page, out) };
+            };
+            let room = scratch.unpacked.chunks_exact_mut(2);
+            for ((k, v), room) in pages[..packed].iter_mut().zip(room) {
+                let [k_room, v_room] = room else { continue };
+                unpack(&halves.k, k, k_room);
+                unpack(&halves.v, v, v_room);
+                (*k, *v) = (k_room, v_room);
+            }
+        }
         let rows = scratch.visible.len();
         let (max, sum) = scratch.stats.split_at_mut(rows);
         let mut args = TileChunk {
@@ -420,28 +487,41 @@ impl Call<'_> {
         }
     }
 
-    /// K and V of the pages of a chunk of `size`, and how many there are.
+    /// K and V of the pages of a chunk of `size`, how many there are, and how many of them,
+    /// the first ones, are packed.
     fn pages(
         &self,
         block: Block,
         head: usize,
         (chunk, size): (usize, usize),
-    ) -> (Pages<'_>, usize) {
-        let table = self.tables[self.tokens[block.first].sequence];
+    ) -> (Pages<'_>, usize, usize) {
+        let Token { sequence, position } = self.tokens[block.first];
+        let table = self.tables[sequence];
         let first = chunk * size / KV_PAGE;
-        let last = (first + size / KV_PAGE).min(table.pages().len());
-        let mut pages = Pages::default();
-        for (slot, &page) in pages.iter_mut().zip(&table.pages()[first..last]) {
-            *slot = self.cache.head(self.layer, page, head);
+        let mut last = (first + size / KV_PAGE).min(table.pages().len());
+        let mut packed = 0;
+        if self.cache.halves().is_some() {
+            // Pages behind the block's own are nobody's, and may be packed already.
+            let own = position / KV_PAGE;
+            last = last.min(own + 1);
+            packed = own.min(last) - first;
         }
-        (pages, last - first)
+        let mut pages = Pages::default();
+        for (i, slot) in (first..last).zip(&mut pages) {
+            *slot = match i < first + packed {
+                true => self.cache.packed_head(self.layer, table.packed(i), head),
+                false => self.cache.head(self.layer, table.pages()[i], head),
+            };
+        }
+        (pages, last - first, packed)
     }
 
     /// One chunk for all rows of the block; leaves `acc` and `stats`.
     fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
         let chunk = (chunk, CHUNK);
         self.see(&mut scratch.visible, block, chunk);
-        let (pages, count) = self.pages(block, head, chunk);
+        let (pages, count, packed) = self.pages(block, head, chunk);
+        let halves = self.cache.halves().filter(|_| packed > 0);
         let rows = scratch.visible.len();
         let (max, sum) = scratch.stats.split_at_mut(rows);
         let mut args = ChunkArgs {
@@ -451,6 +531,7 @@ impl Call<'_> {
             q: &scratch.q,
             visible: &scratch.visible,
             pages: &pages[..count],
+            pruned: halves.map(|halves| (*halves, packed)),
             scores: &mut scratch.scores,
             acc: &mut scratch.acc,
             max,

@@ -49,6 +49,10 @@ pub(crate) fn v_at(ty: KvType, page: &[u8], dim: usize, slot: usize, d: usize) -
 
 /// Scores, softmax and weighted values of one chunk.
 pub(crate) unsafe fn chunk(args: &mut ChunkArgs<'_>) {
+    if args.pruned.is_some() {
+        // SAFETY: this kernel needs no tier.
+        return unsafe { args.unpacked(chunk) };
+    }
     args.check();
     let dim = args.dim;
     for (row, &visible) in args.visible.iter().enumerate() {

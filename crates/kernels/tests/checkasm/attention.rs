@@ -6,7 +6,10 @@ use tegula_kernels::{
     Compute, Kernels, PoolConfig, Tier,
     attn::{CHUNK, ChunkArgs},
     check,
-    kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
+    kv::{
+        KV_PAGE, KvCache, KvShape, KvType, PageTable,
+        pruned::{Halves, KvSparsity, PackScratch},
+    },
     ops::Token,
 };
 
@@ -14,6 +17,7 @@ const TYPES: [KvType; 3] = [KvType::F16, KvType::BF16, KvType::Q8_0];
 
 pub fn trials(trials: &mut Vec<Trial>) {
     per_tier(trials, "attention_chunk", chunk);
+    per_tier(trials, "attention_pruned", pruned);
     per_tier(trials, "attention_whole", whole);
     per_tier(trials, "attention_independent", independent);
 }
@@ -83,6 +87,7 @@ fn chunk(tier: Tier) -> Result<(), Failed> {
                     q: &q,
                     visible: &visible,
                     pages: &pages,
+                    pruned: None,
                     scores: &mut scores,
                     acc: &mut acc,
                     max: &mut max,
@@ -91,6 +96,97 @@ fn chunk(tier: Tier) -> Result<(), Failed> {
                 // SAFETY: the tier is available, else this trial is ignored.
                 unsafe { (kernels.attn.chunk)(&mut args) };
                 check::chunk(&args)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Chunks whose first pages are pruned: near scalar, and bit for bit what the tier makes of
+/// the same pages unpacked.
+fn pruned(tier: Tier) -> Result<(), Failed> {
+    let kernels = Kernels::for_tier(tier);
+    let mut random = Random::new(5);
+    let types = [KvType::F16, KvType::BF16];
+    for dim in [16, 64, 80, 96, 128, 192, 20] {
+        for (k_type, v_type) in types.into_iter().flat_map(|k| types.map(|v| (k, v))) {
+            for (share, rows, seen) in [
+                ((0.0, 0.5), 1, 2 * KV_PAGE),
+                ((0.3, 0.5), 4, KV_PAGE + 7),
+                ((0.9, 0.0), 6, KV_PAGE + 1),
+                ((0.6, 0.99), 5, KV_PAGE),
+            ] {
+                let shape = KvShape {
+                    layers: 1,
+                    heads: 1,
+                    dim,
+                    k: k_type,
+                    v: v_type,
+                };
+                let sparsity = KvSparsity::new(share.0, share.1).ok_or("shares")?;
+                let halves = Halves::new(&shape, sparsity)?;
+                let count = seen.div_ceil(KV_PAGE);
+                // A chunk of pruned pages alone, or with a dense one behind.
+                let packed = if seen.is_multiple_of(KV_PAGE) {
+                    count
+                } else {
+                    1
+                };
+                let mut given = Vec::new();
+                let mut dense = Vec::new();
+                for i in 0..count {
+                    let page = [(halves.k, k_type), (halves.v, v_type)].map(|(half, ty)| {
+                        let page = page(&mut random, ty, dim);
+                        if i >= packed {
+                            return (Guarded::at_end(&page), page);
+                        }
+                        let mut packed = vec![0; half.bytes()];
+                        half.pack(&page, &mut PackScratch::default(), &mut packed);
+                        let mut unpacked = vec![0xee; page.len()];
+                        half.unpack(&packed, &mut unpacked);
+                        let guarded = Guarded::at_end(&packed);
+                        let mut out = Guarded::at_end(&vec![0xee; page.len()]);
+                        // SAFETY: the tier is available; whole pages.
+                        unsafe { (kernels.attn.unpack)(&half, &guarded, &mut out) };
+                        assert!(*out == unpacked[..], "{half:?}");
+                        (guarded, unpacked)
+                    });
+                    let [(k, k_dense), (v, v_dense)] = page;
+                    given.push((k, v));
+                    dense.push((k_dense, v_dense));
+                }
+                let given: Vec<_> = given.iter().map(|(k, v)| (&**k, &**v)).collect();
+                let dense: Vec<_> = dense.iter().map(|(k, v)| (&k[..], &v[..])).collect();
+                let visible: Vec<_> = (0..rows).map(|r| seen - r.min(3)).collect();
+                let q = Guarded::at_end(&random.normals(rows * dim));
+                let run = |pages: &[(&[u8], &[u8])], pruned| -> Result<_, Failed> {
+                    let mut scores = Guarded::at_end(&vec![f32::NAN; rows * CHUNK]);
+                    let mut acc = Guarded::at_end(&vec![f32::NAN; rows * dim]);
+                    let mut max = Guarded::at_end(&vec![f32::NAN; rows]);
+                    let mut sum = Guarded::at_end(&vec![f32::NAN; rows]);
+                    let mut args = ChunkArgs {
+                        k_type,
+                        v_type,
+                        dim,
+                        q: &q,
+                        visible: &visible,
+                        pages,
+                        pruned,
+                        scores: &mut scores,
+                        acc: &mut acc,
+                        max: &mut max,
+                        sum: &mut sum,
+                    };
+                    // SAFETY: the tier is available, else this trial is ignored.
+                    unsafe { (kernels.attn.chunk)(&mut args) };
+                    check::chunk(&args)?;
+                    Ok([acc.to_vec(), max.to_vec(), sum.to_vec()])
+                };
+                let got = run(&given, Some((halves, packed)))?;
+                if got != run(&dense, None)? {
+                    let what = format!("dim {dim} {k_type:?}/{v_type:?} {sparsity}, {rows} rows");
+                    return Err(format!("{what}: not as unpacked").into());
+                }
             }
         }
     }

@@ -33,7 +33,10 @@ use tegula_engine::{
     plan::{Placement, TileUse},
     threads::default_threads,
 };
-use tegula_kernels::{Amx, Numa, Tier, kv::KvType};
+use tegula_kernels::{
+    Amx, Numa, Tier,
+    kv::{KvType, pruned::KvSparsity},
+};
 use tegula_lab::{Env, Host, Need, Record};
 
 /// The commit that the program is built from, and whether with changes.
@@ -102,6 +105,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TYPE", value_delimiter = ',', default_value = "f16",
           value_parser = args::kv_type)]
     cache_type_v: Vec<KvType>,
+    /// Shares of keys and values that full pages of the cache lose, such as K=0.3,V=0.5; may be
+    /// repeated, with off: none
+    #[arg(long, value_name = "K=X,V=Y", value_parser = sparse_kv, action = clap::ArgAction::Append)]
+    sparse_kv: Vec<SparseKv>,
     /// Flash attention (-fa): on or auto; there is no other
     #[arg(long, value_name = "on|off|auto", value_delimiter = ',', default_value = "auto",
           value_parser = args::flash_attn, action = clap::ArgAction::Append)]
@@ -123,6 +130,9 @@ pub struct BenchArgs {
     /// Leave matrices as they are in the file
     #[arg(long)]
     no_repack: bool,
+    /// Don't pack matrices without their zeros
+    #[arg(long)]
+    no_sparse_pack: bool,
     /// On several memory nodes: distribute threads over all of them, isolate them on the node
     /// where the program started, or leave it to numactl
     #[arg(long, value_name = "distribute|isolate|numactl")]
@@ -180,6 +190,17 @@ pub struct BenchArgs {
     /// The same as -o json
     #[arg(long, conflicts_with = "output")]
     json: bool,
+}
+
+/// What `--sparse-kv` may say here.
+#[derive(Clone, Copy, Debug)]
+struct SparseKv(Option<KvSparsity>);
+
+fn sparse_kv(s: &str) -> Result<SparseKv, String> {
+    match s {
+        "off" => Ok(SparseKv(None)),
+        s => args::sparse_kv(s).map(|shares| SparseKv(Some(shares))),
+    }
 }
 
 /// A list of numbers and ranges.
@@ -389,6 +410,7 @@ fn engine(
     let load = LoadOptions {
         mmap: !args.no_mmap,
         repack: !args.no_repack,
+        sparse_pack: !args.no_sparse_pack,
         tier: setting.tier,
         amx: setting.amx,
         threads,
@@ -447,7 +469,12 @@ fn groups(
     printer: &mut Printer,
 ) -> anyhow::Result<()> {
     let (batches, ubatches) = (all(&args.batch_size), all(&args.ubatch_size));
-    for context in contexts(&batches, &ubatches, &args.cache_type_k, &args.cache_type_v) {
+    let sparsities: Vec<_> = match args.sparse_kv.as_slice() {
+        [] => vec![None],
+        given => given.iter().map(|s| s.0).collect(),
+    };
+    let (k, v) = (&args.cache_type_k, &args.cache_type_v);
+    for context in contexts(&batches, &ubatches, k, v, &sparsities) {
         let group = Group {
             engines,
             peers,
@@ -555,6 +582,8 @@ impl Printer {
         if !args.peer.is_empty() {
             columns.insert(3, column("engine", 18, |r| r.engine.clone()));
         }
+        // f16-30%
+        let cache_width = if args.sparse_kv.is_empty() { 6 } else { 8 };
         let optional = [
             (
                 all(&args.batch_size) != [2048],
@@ -565,12 +594,12 @@ impl Printer {
                 column("n_ubatch", 8, |r| r.ubatch.to_string()),
             ),
             (
-                args.cache_type_k != [KvType::F16],
-                column("type_k", 6, |r| r.type_k.clone()),
+                args.cache_type_k != [KvType::F16] || !args.sparse_kv.is_empty(),
+                column("type_k", cache_width, |r| r.type_k.clone()),
             ),
             (
-                args.cache_type_v != [KvType::F16],
-                column("type_v", 6, |r| r.type_v.clone()),
+                args.cache_type_v != [KvType::F16] || !args.sparse_kv.is_empty(),
+                column("type_v", cache_width, |r| r.type_v.clone()),
             ),
             (
                 args.no_repack,

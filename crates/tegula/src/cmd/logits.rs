@@ -1,7 +1,7 @@
 //! `logits`: what the model makes of the last position of a prompt.
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, PromptArgs},
+    args::{CpuArgs, ModelArgs, PromptArgs, SparseCacheArgs},
     exit::Refusal,
     facts, output,
 };
@@ -34,7 +34,7 @@ pub struct LogitsArgs {
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
     #[command(flatten)]
-    cache: CacheArgs,
+    cache: SparseCacheArgs,
     #[command(flatten)]
     cpu: CpuArgs,
 }

@@ -1,7 +1,7 @@
 //! `perplexity`: how well the model predicts a text, counted as llama.cpp counts it.
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, read_text},
+    args::{CpuArgs, ModelArgs, SparseCacheArgs, read_text},
     facts, output,
     progress::{Progress, Unit},
 };
@@ -38,7 +38,7 @@ pub struct PerplexityArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    cache: CacheArgs,
+    cache: SparseCacheArgs,
     #[command(flatten)]
     cpu: CpuArgs,
 }

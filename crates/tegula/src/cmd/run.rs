@@ -1,7 +1,7 @@
 //! `run`: continues a text.
 
 use crate::{
-    args::{self, CacheArgs, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, check_biases},
+    args::{self, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, SparseCacheArgs, check_biases},
     constrain::{ConstraintArgs, guide},
     exit::Refusal,
     facts, interrupt, output,
@@ -46,7 +46,7 @@ pub struct RunArgs {
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
     #[command(flatten)]
-    cache: CacheArgs,
+    cache: SparseCacheArgs,
     #[command(flatten)]
     cpu: CpuArgs,
     /// Go on behind end-of-generation tokens
@@ -267,6 +267,10 @@ fn engine(
 /// Runs a token so that pages, threads and caches are there when the clock starts.
 pub fn warm_up(ctx: &mut Context) -> anyhow::Result<()> {
     let held = ctx.tokens(0)?.len();
+    // A sparse cache may not be able to forget the token alone.
+    if ctx.options().sparsity.is_some() && held > 0 {
+        return Ok(());
+    }
     if held < ctx.options().context {
         let token = ctx.model().tokenizer().bos().unwrap_or(0);
         ctx.decode(&Batch::prompt(0, &[token]))?;
@@ -456,8 +460,15 @@ fn describe(model: &Model, ctx: &Context) {
             say!("{buffer:?}: {}", output::bytes(bytes));
         }
     }
+    let sparse = match (ctx.options().sparsity, ctx.dense_kv_bytes()) {
+        (Some(sparsity), dense) => format!(
+            ", pruned by {sparsity} (dense: {})",
+            output::bytes(dense as u64)
+        ),
+        (None, _) => String::new(),
+    };
     say!(
-        "KV cache: {} for {} tokens",
+        "KV cache: {} for {} tokens{sparse}",
         output::bytes(ctx.kv_bytes() as u64),
         ctx.options().context
     );

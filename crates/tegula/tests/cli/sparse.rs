@@ -1,6 +1,6 @@
 //! Sparse models from end to end: pruned, packed, unpacked, run, inspected, refused.
 
-use crate::{fails, json, path, small_model, stdout};
+use crate::{fails, json, path, small_model, stdout, tegula, text};
 use std::fs;
 
 const SHAPE: &str = "qwen3";
@@ -109,4 +109,94 @@ fn what_cant_be_is_refused() {
     let bits = damaged(&|b| b[find(b"TGSPARSE") + 192..][..64].fill(0xff));
     assert!(bits.contains("strip 0: "), "{bits}");
     assert!(damaged(&|b| b.truncate(b.len() - 4000)).contains("truncated"));
+}
+
+#[test]
+fn a_sparse_cache_runs_shrinks_and_is_refused_where_it_cannot_be() {
+    let prompt = "abc abc abd ".repeat(40);
+    let run = |more: &[&str]| {
+        let base = ["run", "-p", &prompt, "-n", "8", "--temp", "0", "--json"];
+        json(&[&base[..], more].concat())["tokens"].clone()
+    };
+    let dense = run(&[]);
+    assert_eq!(run(&["--sparse-kv", "0"]), dense);
+    let sparse = run(&["--sparse-kv", "K=0.3,V=0.5"]);
+    assert_eq!(
+        run(&["--sparse-kv", "V=0.5,K=0.3", "-t", "1", "-ub", "7"]),
+        sparse
+    );
+
+    let said = tegula(&["run", "-p", "a", "-n", "1", "-v", "--sparse-kv", "0.5"]);
+    let said = text(&said.stderr);
+    assert!(said.contains("pruned by K=0.5,V=0.5 (dense: "), "{said}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let long = dir.path().join("text");
+    fs::write(&long, "A vector owns its buffer. ".repeat(200)).unwrap();
+    let rate = |more: &[&str]| {
+        let base = ["perplexity", "-f", path(&long), "-c", "256", "--json"];
+        json(&[&base[..], more].concat())["ppl"].as_f64().unwrap()
+    };
+    assert_eq!(rate(&["--sparse-kv", "0"]), rate(&[]));
+    assert!(rate(&["--sparse-kv", "0.97"]) > rate(&[]));
+
+    let table = stdout(&[
+        "bench",
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "--sparse-kv",
+        "off",
+        "--sparse-kv",
+        "K=0.3,V=0.5",
+    ]);
+    assert!(
+        table.contains("f16-30%") && table.contains("f16-50%"),
+        "{table}"
+    );
+
+    for wrong in ["1", "-0.1", "K=0.3,K=0.4", "Q=0.3", "K", ""] {
+        let flag = format!("--sparse-kv={wrong}");
+        let error = fails(2, &["run", "-p", "x", &flag]);
+        assert!(error.contains("from 0 to below 1"), "{wrong}: {error}");
+    }
+    let error = fails(2, &["run", "-p", "x", "--sparse-kv", "0.5", "-ctk", "q8_0"]);
+    assert!(error.contains("q8_0") && error.contains("f16"), "{error}");
+    fails(2, &["serve", "--sparse-kv", "0.5"]);
+}
+
+#[test]
+fn zeros_are_packed_away_at_load_and_explained() {
+    let (dir, model) = small_model(SHAPE, "BF16");
+    let pruned = dir.path().join("pruned.gguf");
+    let pruned = path(&pruned);
+    stdout(&[
+        "prune",
+        path(&model),
+        pruned,
+        "--sparsity",
+        "0.6",
+        "--dense",
+    ]);
+    let packed = stdout(&["explain", pruned]);
+    let kept = stdout(&["explain", pruned, "--no-sparse-pack"]);
+    assert!(!kept.contains("are zero"), "{kept}");
+    // Where the CPU multiplies them so.
+    if packed.contains("sparse16") {
+        assert!(packed.contains("60 % of the weights are zero"), "{packed}");
+        let rest = stdout(&["explain", pruned, "--isa", "avx2"]);
+        assert!(!rest.contains("sparse16"), "{rest}");
+    }
+    let run = |more: &[&str]| {
+        let base = [
+            "run", pruned, "-p", "abc", "-n", "12", "--temp", "0", "--json",
+        ];
+        json(&[&base[..], more].concat())["tokens"].clone()
+    };
+    assert_eq!(run(&[]), run(&["--no-sparse-pack"]));
 }

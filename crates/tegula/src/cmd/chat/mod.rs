@@ -5,7 +5,7 @@ mod input;
 mod thinking;
 
 use crate::{
-    args::{CacheArgs, CpuArgs, ModelArgs, SamplingArgs, check_biases, read_text},
+    args::{CpuArgs, ModelArgs, SamplingArgs, SparseCacheArgs, check_biases, read_text},
     cmd::run::{Stdout, print_timings, warm_up},
     constrain::{ConstraintArgs, guide},
     exit::{self, Refusal},
@@ -71,7 +71,7 @@ pub struct ChatArgs {
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
     #[command(flatten)]
-    cache: CacheArgs,
+    cache: SparseCacheArgs,
     #[command(flatten)]
     cpu: CpuArgs,
     /// Neither read nor write the history

@@ -1,7 +1,13 @@
 //! Sparse products beside dense ones: the same zero-filled weights, in turns, in one process.
 //!
 //! Each side has as many copies of its matrix as make a gigabyte, so that weights come from
-//! memory and not from a cache, and each turn multiplies all of them once.
+//! memory and not from a cache, and each turn multiplies all of them once. Beside them: the
+//! staged algorithm, attention to a pruned cache, and whole models.
+
+pub mod attention;
+#[cfg(feature = "amx")]
+pub mod staged;
+pub mod whole;
 
 use std::{
     fmt,
@@ -22,19 +28,20 @@ use tegula_lab::{Env, Series};
 /// What a series was measured on: `sparse|layer|S8|50|14336x4096|1|avx512|dense|bytes`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Name {
-    /// `layer`, or `experts` for a fused network of them.
+    /// `layer`, `experts` for a fused network of them, `staged` beside the staged algorithm,
+    /// `attention`, or `model` for a step of a whole one.
     pub kind: String,
-    /// The sparse type.
+    /// The sparse type; of attention the cache's.
     pub ty: GgmlType,
-    /// Percent of weights that are zero.
+    /// Percent of weights, or of keys and values, that are zero.
     pub percent: u32,
-    /// Outputs and inputs of the matrix.
+    /// Outputs and inputs of the matrix, or what else is multiplied.
     pub shape: String,
     /// Tokens.
     pub m: usize,
     /// What multiplied: a tier's name, `+amx` behind it with tiles.
     pub kernels: String,
-    /// `dense` or `sparse`.
+    /// `sparse`, or what it is compared with: `dense`, `staged`.
     pub side: String,
     /// Bytes of weights that a run reads.
     pub bytes: u64,
@@ -96,7 +103,7 @@ impl Plan {
         Plan {
             set: 1 << 30,
             turns: 31,
-            time: Duration::from_secs(6),
+            time: Duration::from_secs(4),
             threads: default_threads(),
         }
     }
@@ -114,8 +121,12 @@ const LAYERS: [(GgmlType, u32, usize, usize); 8] = [
     (GgmlType::S8, 50, 1024, 4096),
 ];
 
-/// Larger batches of S8 at 50 %.
-const BATCHES: [usize; 6] = [2, 4, 8, 16, 64, 512];
+/// Larger batches, at 50 %.
+const BATCHES: [(GgmlType, &[usize]); 3] = [
+    (GgmlType::S_BF16, &[16, 64]),
+    (GgmlType::S8, &[2, 4, 8, 16, 64, 512]),
+    (GgmlType::S4, &[16, 64]),
+];
 
 /// Takes all measurements.
 ///
@@ -146,12 +157,13 @@ pub fn measure(plan: &Plan) -> Result<Vec<Series>, String> {
     for (ty, percent, n, k) in LAYERS {
         let sets = Sets::new(plan, &plain, ty, percent, (n, k))?;
         all.extend(sets.run(plan, &plain, 1));
-        if (ty, percent, n) == (GgmlType::S8, 50, 14336) {
+        if (percent, n) == (50, 14336) {
             let tiles = Amx::acquire().ok();
             let tiles = tiles.map(|amx| {
                 Compute::with_amx(Tier::detect_max(), amx, PoolConfig::new(plan.threads))
             });
-            for m in BATCHES {
+            let batches = BATCHES.iter().filter(|(of, _)| *of == ty);
+            for &m in batches.flat_map(|(_, batches)| *batches) {
                 let compute = tiles.as_ref().filter(|_| m > 8).unwrap_or(&plain);
                 all.extend(sets.run(plan, compute, m));
             }
