@@ -73,6 +73,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand run" -l main-gpu -d 'The G
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l stop -d 'End before this text; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l prompt-cache -d 'Keep the prompt\'s state in FILE and use what it has in common with the prompt' -r -F
@@ -103,6 +104,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-repack -d 'Leav
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l ignore-eos -d 'Go on behind end-of-generation tokens'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l no-warmup -d 'Don\'t run a token before the clock starts'
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l reference -d 'Run the f32 reference instead of the engine'
@@ -139,6 +142,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l main-gpu -d 'The 
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l temp -d 'Temperature; 0: always the most likely token' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l top-k -d 'Keep the K most likely; 0: all' -r
@@ -164,6 +168,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-repack -d 'Lea
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l no-history -d 'Neither read nor write the history'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -s v -l verbose -d 'Show statistics of each answer'
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -s h -l help -d 'Print help'
@@ -208,6 +214,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand serve" -l main-gpu -d 'The
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l temp -d 'Temperature; 0: always the most likely token' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l top-k -d 'Keep the K most likely; 0: all' -r
@@ -228,6 +235,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-repack -d 'Le
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -s v -l verbose -d 'Say a line about each request'
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -s h -l help -d 'Print help'
 complete -c tegula -n "__fish_tegula_using_subcommand pull" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
@@ -251,6 +260,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -l main-gpu -d 'The
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s b -l batch-size -d 'Tokens that are submitted together' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l ubatch-size -d 'Tokens that run through the layers together (-ub)' -r
@@ -279,6 +289,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -l config -d 'Confi
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-mmap -d 'Read the file instead of mapping it'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-repack -d 'Leave matrices as they are in the file'
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros'
@@ -313,6 +325,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l main-gpu -d
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
@@ -324,6 +337,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-repack -
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -s h -l help -d 'Print help'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -s m -l model -d 'The same as MODEL' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -s p -l prompt -d 'The prompt; escapes such as \\n are understood' -r
@@ -351,6 +366,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand logits" -l main-gpu -d 'Th
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
@@ -363,6 +379,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-repack -d 'L
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -s h -l help -d 'Print help'
 complete -c tegula -n "__fish_tegula_using_subcommand tokenize" -s m -l model -d 'The same as MODEL' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand tokenize" -s p -l prompt -d 'The text' -r
@@ -399,6 +417,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand explain" -l main-gpu -d 'T
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l device -d 'GPUs to use (-dev), by name, or none [default: all]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
@@ -408,6 +427,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-repack -d '
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-sparse-pack -d 'Don\'t pack matrices without their zeros where that takes a tenth of their bytes away'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l cpu-moe -d 'Keep all experts on the CPU'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-kv-offload -d 'Keep the KV cache on the CPU (-nkvo)'
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l op-offload -d 'Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the default'
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l no-op-offload -d 'Multiply weights on the CPU there, whatever the batch'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l json -d 'Print one JSON document'
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c tegula -n "__fish_tegula_using_subcommand doctor" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F

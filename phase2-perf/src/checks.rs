@@ -10,7 +10,7 @@ use std::{
 
 use tegula_engine::{ContextOptions, LoadOptions, Model, Source};
 use tegula_kernels::{Amx, Features};
-use tegula_lab::{Check, Env, Host, Need, Outcome, Record, unbuilt};
+use tegula_lab::{Check, Env, Host, Outcome, Record};
 
 use crate::{
     bench::{Options, Test},
@@ -24,7 +24,6 @@ use crate::{
 
 /// Tasks 2.1 to 2.6.
 pub fn checks() -> Vec<Check> {
-    const GPU: Need = Need::Unbuilt("crates/cuda and the placement of layers on GPUs");
     vec![
         Check {
             id: "2.1",
@@ -51,8 +50,8 @@ pub fn checks() -> Vec<Check> {
         Check {
             id: "2.4",
             title: "GPU and hybrid runs are no slower with `--amx`, and beat the peers",
-            requires: &[GPU, Need::Gpus(1)],
-            run: unbuilt,
+            requires: &[],
+            run: |env| gpus_win(env).into(),
         },
         Check {
             id: "2.5",
@@ -257,20 +256,24 @@ fn complete(env: &Env) -> Result<Vec<BenchRecord>, String> {
 /// The batches of this row run on tiles.
 fn given_to_amx(row: &Row) -> bool {
     let together = row.n_prompt.min(row.batch).min(row.ubatch);
-    row.n_gen == 0 && row.amx_from.is_some_and(|n| together >= n)
+    row.gpus.is_empty() && row.n_gen == 0 && row.amx_from.is_some_and(|n| together >= n)
 }
 
-/// Passed if every claim is at least `bound`; what is noisy claims nothing.
-fn judge<'a>(pairs: impl Iterator<Item = (&'a BenchRecord, Pair<'a>)>, lacks: &str) -> Outcome {
+/// A pair in the record that it is from, what to call it besides, and the least ratio that is
+/// no loss.
+type Claim<'a> = (&'a BenchRecord, Pair<'a>, &'static str, f64);
+
+/// Passed if no claim is a loss; what is noisy claims nothing.
+fn judge<'a>(claims: impl Iterator<Item = Claim<'a>>, lacks: &str) -> Outcome {
     let mut facts = Vec::new();
     let mut losses = Vec::new();
-    for (record, pair) in pairs.filter(|(_, pair)| pair.no_claim().is_none()) {
+    for (record, pair, what, least) in claims.filter(|(_, pair, ..)| pair.no_claim().is_none()) {
         let ratio = pair.median();
         let cell = format!(
-            "{} {} on {}",
+            "{} {}{what} on {}",
             pair.ours.model, pair.ours.test, record.record.host.cpu
         );
-        if ratio < 1.0 {
+        if ratio < least {
             losses.push(format!("{cell}: {ratio:.2} times {}", pair.theirs.engine));
         }
         facts.push((cell, format!("{ratio:.2}")));
@@ -289,7 +292,7 @@ fn amx_wins(env: &Env) -> Result<Outcome, String> {
         pairs(record)
             .into_iter()
             .filter(own)
-            .map(move |pair| (record, pair))
+            .map(move |pair| (record, pair, "", 1.0))
     });
     Ok(judge(
         cells,
@@ -313,13 +316,43 @@ fn peers_lose(env: &Env) -> Result<Outcome, String> {
         has("llama-bench") && has("ik-llama-bench") && tested(true) && tested(false)
     };
     let cells = records.iter().filter(against).flat_map(|record| {
+        let on_cpu = |pair: &Pair| pair.ours.gpus.is_empty();
         best_pairs(record)
             .into_iter()
-            .map(move |pair| (record, pair))
+            .filter(on_cpu)
+            .map(move |pair| (record, pair, "", 1.0))
     });
     Ok(judge(
         cells,
         "a record of `tegula bench` with `--peer llama-bench=…` and `--peer ik-llama-bench=…`",
+    ))
+}
+
+/// With everything on a GPU `--amx` changes nothing, so that half of the ratios are below 1.
+const NO_SLOWER: f64 = 0.97;
+
+/// Rows with weights on GPUs, with `--amx` beside those without it, and beside peers. A record
+/// counts if it has both.
+fn gpus_win(env: &Env) -> Result<Outcome, String> {
+    let records = complete(env)?;
+    let mut claims = Vec::new();
+    for record in &records {
+        let on_gpu = |pair: &Pair| !pair.ours.gpus.is_empty();
+        let own = |pair: &Pair| pair.theirs.engine == "tegula" && on_gpu(pair);
+        let own: Vec<Pair> = pairs(record).into_iter().filter(own).collect();
+        let peers: Vec<Pair> = best_pairs(record).into_iter().filter(on_gpu).collect();
+        if !own.is_empty() && !peers.is_empty() {
+            claims.extend(
+                own.into_iter()
+                    .map(|pair| (record, pair, " with --amx", NO_SLOWER)),
+            );
+            claims.extend(peers.into_iter().map(|pair| (record, pair, "", 1.0)));
+        }
+    }
+    Ok(judge(
+        claims.into_iter(),
+        "a record of `tegula bench --amx=off,on --interleave --peer llama-bench=…` from a machine \
+         with a GPU, with llama.cpp built for it",
     ))
 }
 
@@ -434,6 +467,54 @@ mod tests {
             failed.detail(),
             "m.gguf pp512 on : 0.80 times ik-llama-bench"
         );
+    }
+
+    #[test]
+    fn gpus_are_judged_apart_with_and_without_amx_and_beside_peers() {
+        let dir = tempfile::tempdir().unwrap();
+        let on_gpu = |mut row: Row| {
+            row.gpus = vec!["CUDA0".to_owned()];
+            row
+        };
+        let rows = |amx: f64, peer: f64| {
+            record(vec![
+                on_gpu(prompt("tegula", "avx512, CUDA0", 1000.0)),
+                on_gpu(prompt("tegula", "avx512, amx, CUDA0", amx)),
+                on_gpu(prompt("llama-bench", "", peer)),
+            ])
+        };
+        let judged = |record: BenchRecord| {
+            let dir = tempfile::tempdir_in(dir.path()).unwrap();
+            let env = env(dir.path(), &[record]);
+            // Nothing here is a claim about CPUs.
+            assert_eq!(amx_wins(&env).unwrap().status(), "blocked");
+            assert_eq!(peers_lose(&env).unwrap().status(), "blocked");
+            gpus_win(&env).unwrap()
+        };
+        // A hair slower is noise.
+        assert_eq!(
+            judged(rows(990.0, 800.0)).detail(),
+            "m.gguf pp512 on : 1.25; m.gguf pp512 with --amx on : 0.99"
+        );
+        assert_eq!(judged(rows(990.0, 800.0)).status(), "passed");
+        assert_eq!(
+            judged(rows(900.0, 800.0)).detail(),
+            "m.gguf pp512 with --amx on : 0.90 times tegula"
+        );
+        assert_eq!(
+            judged(rows(1000.0, 1250.0)).detail(),
+            "m.gguf pp512 on : 0.80 times llama-bench"
+        );
+        let mut alone = rows(1000.0, 800.0);
+        alone.rows.pop();
+        assert_eq!(judged(alone).status(), "blocked");
+        let on_cpu = record(vec![
+            prompt("tegula", "avx512", 100.0),
+            prompt("tegula", "avx512, amx", 200.0),
+            prompt("llama-bench", "", 50.0),
+        ]);
+        let env = env(&dir.path().join("cpu"), &[on_cpu]);
+        assert_eq!(gpus_win(&env).unwrap().status(), "blocked");
     }
 
     #[test]

@@ -69,6 +69,9 @@ pub struct Row {
     /// From how many tokens that run together tiles multiply some matrix, with AMX.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub amx_from: Option<usize>,
+    /// GPUs that hold weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<String>,
     pub threads: usize,
     pub batch: usize,
     pub ubatch: usize,
@@ -139,8 +142,11 @@ impl Row {
         self.summary = Summary::of(&self.samples_ts);
     }
 
-    /// Sets the shares of the machine's limits.
+    /// Sets the shares of the CPU's limits, which say nothing of what GPUs do.
     pub fn set_limits(&mut self, probe: &Probe) {
+        if !self.gpus.is_empty() {
+            return;
+        }
         let rate = self.summary.median_ts;
         let bandwidth = self.bytes_per_token.zip(probe.memory());
         self.bandwidth_share = bandwidth.map(|(bytes, limit)| bytes * rate / limit);
@@ -164,7 +170,7 @@ impl Row {
             self.model.clone(),
             self.threads,
             (self.n_depth, self.n_prompt, self.n_gen),
-            (self.batch, self.ubatch),
+            (self.batch, self.ubatch, self.gpus.clone()),
             (self.type_k.clone(), self.type_v.clone()),
         )
     }
@@ -452,11 +458,19 @@ pub(crate) mod tests {
             samples: vec![giga],
             ..Default::default()
         };
-        row.set_limits(&Probe {
+        let probe = Probe {
             threads: 14,
             bandwidth: vec![rate("memory", 100.0)],
             compute: vec![rate("avx512 vnni int8", 1000.0)],
-        });
+        };
+        // A GPU's rate is no share of the CPU's.
+        let mut on_gpu = Row {
+            gpus: vec!["CUDA0".to_owned()],
+            ..row.clone()
+        };
+        on_gpu.set_limits(&probe);
+        assert_eq!((on_gpu.bandwidth_share, on_gpu.peak_share), (None, None));
+        row.set_limits(&probe);
         assert!((row.bandwidth_share.unwrap() - 0.5).abs() < 1e-6);
         assert!((row.peak_share.unwrap() - 0.1).abs() < 1e-6);
         assert_eq!(row.peak.as_deref(), Some("avx512 vnni int8"));

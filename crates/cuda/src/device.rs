@@ -4,8 +4,9 @@
 use crate::{
     blas::Blas,
     driver::{Gpu, Recorded},
-    launch::{Kv, Q8, Where, launch},
+    launch::{Kv, PlaneTable, Q8, Where, launch},
     modules::{Modules, Unit},
+    streaming::Stage,
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -15,8 +16,8 @@ use std::{
 use tegula_gguf::{GgmlType, blocks::grids};
 use tegula_kernels::{
     device::{
-        Budget, Buffer, DeviceError, DeviceInfo, Ended, LIBRARY_WORKSPACE, Memory, Places,
-        Recording, Result,
+        Budget, Buffer, DeviceError, DeviceInfo, Ended, LIBRARY_WORKSPACE, Matrix, Memory, Places,
+        Recording, Result, planes,
     },
     kv::{KvShape, KvType},
 };
@@ -105,6 +106,8 @@ struct Library {
 pub struct CudaDevice {
     library: OnceLock<Result<Library, String>>,
     state: Mutex<State>,
+    /// Where weights that stream pass through; made with the first slot for them.
+    pub(crate) stage: Mutex<Option<Stage>>,
     pub(crate) modules: Modules,
     pub(crate) grids: Buffer,
     pub(crate) pool: Arc<Pool>,
@@ -189,6 +192,7 @@ impl CudaDevice {
         let books = codebooks();
         let device = CudaDevice {
             library: OnceLock::new(),
+            stage: Mutex::new(None),
             state: Mutex::new(State {
                 ring: Ring {
                     start: pool.gpu.pinned(RING)?,
@@ -227,6 +231,57 @@ impl CudaDevice {
             total,
             free,
         })
+    }
+
+    /// How a file's blocks become a matrix's planes.
+    pub(crate) fn plane_table(&self, matrix: &Matrix) -> PlaneTable {
+        let (ty, planes) = (matrix.ty, planes(matrix.ty));
+        let mut table = PlaneTable {
+            to: self.mat(matrix).planes,
+            at: [0; 5],
+            len: [0; 5],
+            count: planes.len() as i32,
+            block: ty.block_bytes() as i32,
+        };
+        for (i, plane) in planes.iter().enumerate() {
+            table.at[i] = plane.at as i32;
+            table.len[i] = plane.len as i32;
+        }
+        table
+    }
+
+    /// Waits once, then copies the beginnings of several buffers.
+    pub(crate) fn read_starts(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        let bytes: usize = parts.iter().map(|p| p.1.len().next_multiple_of(64)).sum();
+        if bytes > PIECE {
+            let mut parts = parts.iter_mut();
+            return parts.try_for_each(|(from, to)| self.read_at(from, 0, to));
+        }
+        let mut state = self.state();
+        let gpu = &self.pool.gpu;
+        if state.ring.at + bytes > RING {
+            gpu.sync()?;
+            state.ring.at = 0;
+        }
+        // SAFETY: all fit behind `at`, which nothing reads or writes, one behind another.
+        let start = unsafe { state.ring.start.add(state.ring.at) };
+        let mut at = 0;
+        for (from, to) in &*parts {
+            assert!(to.len() <= from.bytes(), "a copy behind a buffer's end");
+            // SAFETY: as above.
+            unsafe { gpu.copy_out(start.add(at), from.address(), to.len())? };
+            at += to.len().next_multiple_of(64);
+        }
+        gpu.sync()?;
+        // Everything before has been waited for.
+        state.ring.at = 0;
+        at = 0;
+        for (_, to) in parts {
+            // SAFETY: as above, and the copies are done.
+            unsafe { ptr::copy_nonoverlapping(start.add(at), to.as_mut_ptr(), to.len()) };
+            at += to.len().next_multiple_of(64);
+        }
+        Ok(())
     }
 
     /// Copies to a buffer through the ring.
@@ -418,16 +473,6 @@ impl CudaDevice {
             head_bytes: (page / shape.heads) as i32,
             page_bytes: page as i32,
         }
-    }
-
-    /// The index of the largest of `n` values in each of `m` rows; `out` is u32.
-    ///
-    /// # Errors
-    /// When the device refuses.
-    pub fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()> {
-        let (x, out, n) = (x.address(), out.address(), n as i32);
-        let (unit, name) = (Unit::Rows, c"argmax");
-        launch!(self, unit, name, [m, 1, 1], 1024, 0, x, n, out)
     }
 
     /// Loads every kernel, to see that the device takes them all.

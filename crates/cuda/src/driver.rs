@@ -56,18 +56,24 @@ pub(crate) fn count() -> Result<usize> {
     check("CUDA", "asking for the driver's version", unsafe {
         sys::cuDriverGetVersion(&raw mut version)
     })?;
-    if version < 12_000 {
-        let (major, minor) = (version / 1000, version % 1000 / 10);
-        return Err(DeviceError::Unusable(format!(
-            "the NVIDIA driver is too old: it knows CUDA {major}.{minor}, and 12.0 is needed"
-        )));
-    }
+    new_enough(version)?;
     let mut count = 0;
     // SAFETY: writes one integer.
     check("CUDA", "counting devices", unsafe {
         sys::cuDeviceGetCount(&raw mut count)
     })?;
     Ok(count.max(0) as usize)
+}
+
+/// Refuses drivers that don't know CUDA 12, by the version that they state.
+fn new_enough(version: i32) -> Result<()> {
+    if version >= 12_000 {
+        return Ok(());
+    }
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    Err(DeviceError::Unusable(format!(
+        "the NVIDIA driver is too old: it knows CUDA {major}.{minor}, and 12.0 is needed"
+    )))
 }
 
 /// Whether the stream's operations are recorded instead of issued.
@@ -81,7 +87,16 @@ enum Capture {
     Broken,
 }
 
-/// One GPU's context with a stream of its own.
+/// One of a GPU's streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stream {
+    /// Everything but what says otherwise.
+    Work,
+    /// Copies beside it.
+    Copies,
+}
+
+/// One GPU's context with streams of its own.
 pub(crate) struct Gpu {
     pub name: String,
     pub description: String,
@@ -92,6 +107,7 @@ pub(crate) struct Gpu {
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    copies: sys::CUstream,
 }
 
 // SAFETY: handles of the driver may be used from any thread once the context is current
@@ -106,7 +122,7 @@ impl Gpu {
         let mut device = 0;
         let mut text = [0 as std::ffi::c_char; 256];
         let mut context = ptr::null_mut();
-        let mut stream = ptr::null_mut();
+        let (mut stream, mut copies) = (ptr::null_mut(), ptr::null_mut());
         let (mut major, mut minor, mut shared) = (0, 0, 0);
         use sys::CUdevice_attribute_enum as A;
         // SAFETY: every call writes to a place of its own of the right size; the name is
@@ -145,10 +161,9 @@ impl Gpu {
             )?;
             ck("opening it", sys::cuCtxSetCurrent(context))?;
             let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-            ck(
-                "making a stream",
-                sys::cuStreamCreate(&raw mut stream, flags),
-            )?;
+            for stream in [&raw mut stream, &raw mut copies] {
+                ck("making a stream", sys::cuStreamCreate(stream, flags))?;
+            }
         }
         // SAFETY: the driver terminated it.
         let description = unsafe { CStr::from_ptr(text.as_ptr()) };
@@ -161,6 +176,7 @@ impl Gpu {
             ordinal: device,
             context,
             stream,
+            copies,
         })
     }
 
@@ -270,22 +286,94 @@ impl Gpu {
     }
 
     pub fn sync(&self) -> Result<()> {
+        self.sync_on(Stream::Work)
+    }
+
+    fn raw(&self, stream: Stream) -> sys::CUstream {
+        match stream {
+            Stream::Work => self.stream,
+            Stream::Copies => self.copies,
+        }
+    }
+
+    /// Waits for one of the streams.
+    pub fn sync_on(&self, stream: Stream) -> Result<()> {
         self.current()?;
         self.not_recorded();
         // SAFETY: the stream lives as long as this.
         self.check("waiting for it", unsafe {
-            sys::cuStreamSynchronize(self.stream)
+            sys::cuStreamSynchronize(self.raw(stream))
         })
+    }
+
+    /// An event that nothing has recorded, so it has passed.
+    pub fn event(&self) -> Result<Event> {
+        self.current()?;
+        let mut event = ptr::null_mut();
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: writes a handle.
+        let result = unsafe { sys::cuEventCreate(&raw mut event, flags) };
+        self.check("making an event", result)?;
+        Ok(Event(event))
+    }
+
+    /// The event passes when what was issued to the stream so far is done.
+    pub fn record(&self, stream: Stream, event: &Event) -> Result<()> {
+        self.current()?;
+        self.not_recorded();
+        // SAFETY: both live.
+        let result = unsafe { sys::cuEventRecord(event.0, self.raw(stream)) };
+        self.check("recording an event", result)
+    }
+
+    /// What is issued to the stream from now on waits for the event.
+    pub fn wait_on(&self, stream: Stream, event: &Event) -> Result<()> {
+        self.current()?;
+        self.not_recorded();
+        // SAFETY: both live.
+        let result = unsafe { sys::cuStreamWaitEvent(self.raw(stream), event.0, 0) };
+        self.check("ordering its streams", result)
+    }
+
+    /// Whether an event has passed.
+    pub fn has_passed(&self, event: &Event) -> Result<bool> {
+        self.current()?;
+        // SAFETY: it lives.
+        match unsafe { sys::cuEventQuery(event.0) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => self.check("copying to it", result).map(|()| true),
+        }
+    }
+
+    /// Waits until an event has passed.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        self.current()?;
+        // SAFETY: it lives.
+        self.check("copying to it", unsafe { sys::cuEventSynchronize(event.0) })
+    }
+
+    /// # Safety
+    /// `src` is valid until the stream has been waited for; `dst` has room.
+    pub unsafe fn copy_in_on(
+        &self,
+        stream: Stream,
+        dst: u64,
+        src: *const u8,
+        bytes: usize,
+    ) -> Result<()> {
+        self.current()?;
+        self.not_recorded();
+        let stream = self.raw(stream);
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast(), bytes, stream) };
+        self.check("copying to it", result)
     }
 
     /// # Safety
     /// `src` is valid until the stream has been waited for; `dst` has room.
     pub unsafe fn copy_in(&self, dst: u64, src: *const u8, bytes: usize) -> Result<()> {
-        self.current()?;
-        self.not_recorded();
         // SAFETY: the caller's promise.
-        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(dst, src.cast(), bytes, self.stream) };
-        self.check("copying to it", result)
+        unsafe { self.copy_in_on(Stream::Work, dst, src, bytes) }
     }
 
     /// # Safety
@@ -471,8 +559,10 @@ impl Drop for Gpu {
         if self.current().is_ok() {
             // SAFETY: nothing uses the stream any more; the context was retained once.
             unsafe {
-                sys::cuStreamSynchronize(self.stream);
-                sys::cuStreamDestroy_v2(self.stream);
+                for stream in [self.stream, self.copies] {
+                    sys::cuStreamSynchronize(stream);
+                    sys::cuStreamDestroy_v2(stream);
+                }
                 sys::cuDevicePrimaryCtxRelease_v2(self.ordinal);
             }
         }
@@ -489,5 +579,35 @@ impl Drop for Recorded {
     fn drop(&mut self) {
         // SAFETY: destroyed once; the driver waits for a launch under way.
         unsafe { sys::cuGraphExecDestroy(self.0) };
+    }
+}
+
+/// A place in the order of a stream.
+pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: a handle of the driver, used under a lock of its owner's.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once; the driver waits until it has passed.
+        unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_drivers_are_refused_with_what_they_know() {
+        assert_eq!(new_enough(12_000), Ok(()));
+        assert_eq!(new_enough(13_010), Ok(()));
+        let error = new_enough(11_080).unwrap_err();
+        assert!(matches!(error, DeviceError::Unusable(_)));
+        assert_eq!(
+            error.to_string(),
+            "the NVIDIA driver is too old: it knows CUDA 11.8, and 12.0 is needed"
+        );
     }
 }

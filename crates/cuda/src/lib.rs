@@ -11,6 +11,7 @@ mod launch;
 mod modules;
 mod operations;
 mod products;
+mod streaming;
 
 pub use device::CudaDevice;
 pub use modules::{UNITS, Unit};

@@ -174,9 +174,38 @@ fn load(gpu: &Gpu, unit: Unit) -> Result<sys::CUmodule> {
         Ok(Err(result)) => format!("the one compiled here: {result:?}"),
         Err(why) => why,
     };
-    Err(DeviceError::Unusable(format!(
-        "{}: no image of kernels `{}` for compute capability {major}.{minor}: the shipped PTX: {refused}; {why}",
-        gpu.name,
+    Err(no_image(&gpu.name, unit, gpu.arch, &refused, &why))
+}
+
+/// No kernels for a GPU: neither the shipped ones nor any that could be made here.
+fn no_image(
+    gpu: &str,
+    unit: Unit,
+    (major, minor): (i32, i32),
+    shipped: &str,
+    compiled: &str,
+) -> DeviceError {
+    DeviceError::Unusable(format!(
+        "{gpu}: no image of kernels `{}` for compute capability {major}.{minor}: the shipped PTX: \
+         {shipped}; {compiled}",
         unit.name()
-    )))
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_image_is_said_with_both_reasons() {
+        let unit = Unit::Mul(GgmlType::I8);
+        let shipped = unit.shipped().unwrap_err();
+        let error = no_image("CUDA0", unit, (9, 0), shipped, "NVRTC is not installed");
+        assert!(matches!(error, DeviceError::Unusable(_)));
+        assert_eq!(
+            error.to_string(),
+            "CUDA0: no image of kernels `mul_I8` for compute capability 9.0: the shipped PTX: none \
+             is shipped; NVRTC is not installed"
+        );
+    }
 }

@@ -2,15 +2,16 @@
 
 use crate::{
     device::{CudaDevice, FEW, PIECE, failed, is_float, on_tensor_cores, where_of},
-    launch::{HeadsOf, PlaneTable, Q8, launch},
+    launch::{HeadsOf, Q8, launch},
     modules::Unit,
     products::Into,
 };
 use std::ffi::CStr;
+use tegula_gguf::GgmlType;
 use tegula_kernels::{
     device::{
         Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, Matrix, Network,
-        Places, Product, RawMatrix, Recording, Result, matrix_bytes, planes,
+        Places, Product, RawMatrix, Recording, Result, matrix_bytes, stream::Feeder,
     },
     kv::{KV_PAGE, KvShape},
     ops::{RopeStyle, moe::RouteOptions},
@@ -97,6 +98,10 @@ impl Device for CudaDevice {
         self.read_at(src, at, dst)
     }
 
+    fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        self.read_starts(parts)
+    }
+
     fn sync(&self) -> Result<()> {
         self.pool.gpu.sync()
     }
@@ -112,17 +117,7 @@ impl Device for CudaDevice {
             experts,
             buffer,
         };
-        let mut table = PlaneTable {
-            to: self.mat(&loaded).planes,
-            at: [0; 5],
-            len: [0; 5],
-            count: planes(ty).len() as i32,
-            block: ty.block_bytes() as i32,
-        };
-        for (i, plane) in planes(ty).iter().enumerate() {
-            table.at[i] = plane.at as i32;
-            table.len[i] = plane.len as i32;
-        }
+        let table = self.plane_table(&loaded);
         let piece = PIECE / ty.block_bytes() * ty.block_bytes();
         let staging = self.alloc(piece.min(matrix.bytes().len()))?;
         for (i, part) in matrix.bytes().chunks(piece).enumerate() {
@@ -134,6 +129,26 @@ impl Device for CudaDevice {
             launch!(self, unit, name, grid, 256, 0, raw, first, len, table)?;
         }
         Ok(loaded)
+    }
+
+    fn slot(&self, bytes: usize) -> Result<Matrix> {
+        self.new_slot(Matrix {
+            ty: GgmlType::F32,
+            n: 0,
+            k: 0,
+            experts: 0,
+            buffer: self.alloc(bytes)?,
+        })
+    }
+
+    fn stream(
+        &self,
+        from: &RawMatrix,
+        chosen: Option<&[u32]>,
+        feeder: &mut dyn Feeder,
+        slot: &mut Matrix,
+    ) -> Result<()> {
+        self.stream_in(from, chosen, feeder, slot)
     }
 
     fn rms_norm(
@@ -406,6 +421,13 @@ impl Device for CudaDevice {
         let (x, rows, out, k) = (x.address(), rows.address(), out.address(), k as i32);
         let (unit, name, grid) = (Unit::Rows, c"gather", [count, 1, 1]);
         launch!(self, unit, name, grid, 256, 0, x, rows, k, out)
+    }
+
+    fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()> {
+        self.overwritten(out.address());
+        let (x, out, n) = (x.address(), out.address(), n as i32);
+        let (unit, name) = (Unit::Rows, c"argmax");
+        launch!(self, unit, name, [m, 1, 1], 1024, 0, x, n, out)
     }
 
     fn begin(&self, key: &[u64]) -> Result<Recording> {

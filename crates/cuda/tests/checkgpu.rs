@@ -10,7 +10,7 @@ use tegula_kernels::{
     Tier,
     device::{
         Buffer, Device, DeviceRouting, Ended, HeadOptions, Heads, LIBRARY_FROM, Matrix, Network,
-        Places, Product, RawMatrix, Recording, sim::SimDevice,
+        Places, Product, RawMatrix, Recording, matrix_bytes, sim::SimDevice, stream::Feeder,
     },
     kv::{KvShape, KvType},
     ops::{RopeStyle, moe::RouteOptions},
@@ -254,6 +254,104 @@ fn many(gpu: &CudaDevice) -> Result<(), Failed> {
         })?;
     }
     Ok(())
+}
+
+/// Fills pieces, and finds nothing else to do a few times.
+struct Plain(usize);
+
+impl Feeder for Plain {
+    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
+        to.copy_from_slice(&parts.concat());
+    }
+
+    fn meanwhile(&mut self) -> bool {
+        self.0 = self.0.saturating_sub(1);
+        self.0 > 0
+    }
+}
+
+/// Matrices that are brought to slots while others there are multiplied: more pieces than there
+/// are, and slots that are filled again at once.
+fn streaming(gpu: &CudaDevice) -> Result<(), Failed> {
+    let (n, k) = (4600, 4096);
+    both(gpu, "large matrices, one behind another", EXACT, |d| {
+        let rng = &mut Rng(14);
+        let all: Vec<_> = (0..2)
+            .map(|i| raw(rng, GgmlType::Q8_0, n + i, k, 1))
+            .collect();
+        let bytes = matrix_bytes(GgmlType::Q8_0, n as u64 + 1, k as u64, 1).unwrap();
+        let mut slot = d.0.slot(bytes as usize).unwrap();
+        let x = d.put(&rng.floats(k));
+        let out: Vec<_> = (0..6).map(|i| d.poisoned(n + i % 2)).collect();
+        for (i, out) in out.iter().enumerate() {
+            let feeder = &mut Plain(if i % 2 == 0 { 0 } else { 100 });
+            d.0.stream(&all[i % 2], None, feeder, &mut slot).unwrap();
+            let product = Product {
+                w: &slot,
+                out,
+                bias: None,
+                add: false,
+            };
+            d.0.matmul(&[product], &x, 1).unwrap();
+        }
+        let each = out.iter().enumerate();
+        each.flat_map(|(i, out)| d.get(out, n + i % 2)).collect()
+    })?;
+    for ty in [
+        GgmlType::Q4_0,
+        GgmlType::Q4_K,
+        GgmlType::Q6_K,
+        GgmlType::BF16,
+    ] {
+        for m in [3, 40] {
+            let bound = if m > 8 { ROUNDED } else { 2e-3 };
+            both(
+                gpu,
+                &format!("{ty} experts that stream, {m} tokens"),
+                bound,
+                |d| {
+                    let rng = &mut Rng(15);
+                    let (experts, used, ff) = (9, 3, 512);
+                    let [gate, up] = [0, 1].map(|_| raw(rng, ty, ff, 256, experts));
+                    let down = raw(rng, ty, 256, ff, experts);
+                    let bytes = matrix_bytes(ty, ff as u64, 256, 5).unwrap() as usize;
+                    let mut slots = [0, 1, 2].map(|_| d.0.slot(bytes).unwrap());
+                    let (input, x) = (d.put(&rng.floats(m * 256)), d.put(&rng.floats(m * 256)));
+                    let ids: Vec<u32> = (0..m as u32)
+                        .flat_map(|t| [t % 5, (t + 2) % 5, (t * 3 + 4) % 5])
+                        .collect();
+                    let routing = DeviceRouting {
+                        ids: d.words(&ids),
+                        weights: d.put(&rng.floats(m * used)),
+                        used,
+                    };
+                    for chosen in [[0, 2, 3, 7, 8], [1, 2, 4, 5, 6]] {
+                        for (raw, slot) in [&gate, &up, &down].into_iter().zip(&mut slots) {
+                            d.0.stream(raw, Some(&chosen), &mut Plain(0), slot).unwrap();
+                        }
+                        let network = Network {
+                            gate: &slots[0],
+                            up: &slots[1],
+                            down: &slots[2],
+                        };
+                        d.0.experts(&network, &input, &routing, m, &x).unwrap();
+                    }
+                    d.get(&x, m * 256)
+                },
+            )?;
+        }
+    }
+    // Several buffers, read at once.
+    both(gpu, "reading at once", 0.0, |d| {
+        let rng = &mut Rng(16);
+        let (a, b) = (d.put(&rng.floats(1000)), d.put(&rng.floats(77)));
+        let (mut x, mut y) = (vec![0; 4 * 999], vec![0; 4 * 77]);
+        d.0.read_all(&mut [(&a, &mut x[..]), (&b, &mut y[..])])
+            .unwrap();
+        x.extend(y);
+        let values = x.as_chunks().0.iter();
+        values.map(|v| f32::from_le_bytes(*v)).collect()
+    })
 }
 
 fn rows(gpu: &CudaDevice) -> Result<(), Failed> {
@@ -645,6 +743,7 @@ fn main() {
     add("routing".to_owned(), Box::new(routing));
     add("forms".to_owned(), Box::new(forms));
     add("many_tokens".to_owned(), Box::new(many));
+    add("streaming".to_owned(), Box::new(streaming));
     add("recordings".to_owned(), Box::new(recordings));
     for (k, v) in [
         (KvType::F16, KvType::F16),

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Model, Result,
-    models::{self, Buffers, Graph, Lane, On, Step},
+    models::{self, Buffers, Graph, Lane, On, Results, Step, Want},
     offload::Device,
 };
 use std::sync::Arc;
@@ -103,6 +103,7 @@ impl Batch {
 pub struct Outputs {
     logits: Vec<f32>,
     hidden: Vec<f32>,
+    best: Vec<u32>,
     rows: usize,
 }
 
@@ -117,10 +118,17 @@ impl Outputs {
         self.rows == 0
     }
 
-    /// Logits of the `i`-th row, `[vocab]`; empty after [`Context::decode_hidden`].
+    /// Logits of the `i`-th row, `[vocab]`; empty after [`Context::decode_hidden`]
+    /// and [`Context::decode_best`].
     pub fn logits(&self, i: usize) -> &[f32] {
         let vocab = self.logits.len() / self.rows;
         &self.logits[i * vocab..(i + 1) * vocab]
+    }
+
+    /// The likeliest token behind the `i`-th row, the lowest of equals: after
+    /// [`Context::decode_best`], and only then.
+    pub fn best(&self, i: usize) -> Option<u32> {
+        self.best.get(i).copied()
     }
 
     /// The normalised last hidden state of the `i`-th row, `[embd]`.
@@ -194,6 +202,7 @@ impl Context {
                     options.ubatch,
                     |layer| offload.attends(layer, d),
                     offload.output == Device::Gpu(d),
+                    offload.streams.slots[d],
                 )
             };
             let devices = model.devices.iter().enumerate();
@@ -284,20 +293,26 @@ impl Context {
     /// On error no sequence has changed, but that a sparse cache may have lost tokens, as
     /// [`Context::truncate`] says.
     pub fn decode(&mut self, batch: &Batch) -> Result<Outputs> {
-        self.run(batch, true)
+        self.run(batch, Want::Logits)
     }
 
     /// The same, but tokens that want logits get hidden states alone: [`Outputs::hidden`].
     pub fn decode_hidden(&mut self, batch: &Batch) -> Result<Outputs> {
-        self.run(batch, false)
+        self.run(batch, Want::Hidden)
     }
 
-    fn run(&mut self, batch: &Batch, logits: bool) -> Result<Outputs> {
+    /// The same, but tokens that want logits get the likeliest token alone: [`Outputs::best`]. A
+    /// device then sends one number instead of a row of logits.
+    pub fn decode_best(&mut self, batch: &Batch) -> Result<Outputs> {
+        self.run(batch, Want::Best)
+    }
+
+    fn run(&mut self, batch: &Batch, want: Want) -> Result<Outputs> {
         self.check(batch)?;
         let before: Vec<_> = self.sequences.iter().map(|s| s.tokens.len()).collect();
         let mut outputs = Outputs::default();
         for part in batch.tokens.chunks(self.options.ubatch) {
-            if let Err(error) = self.step(part, logits, &mut outputs) {
+            if let Err(error) = self.step(part, want, &mut outputs) {
                 for (s, len) in self.sequences.iter_mut().zip(before) {
                     self.cache.truncate(&mut s.table, len);
                     s.tokens.truncate(s.table.len());
@@ -348,7 +363,7 @@ impl Context {
     }
 
     /// One micro-batch.
-    fn step(&mut self, part: &[BatchToken], logits: bool, outputs: &mut Outputs) -> Result<()> {
+    fn step(&mut self, part: &[BatchToken], want: Want, outputs: &mut Outputs) -> Result<()> {
         let mut tokens = Vec::with_capacity(part.len());
         for token in part {
             let s = &mut self.sequences[token.sequence];
@@ -385,10 +400,13 @@ impl Context {
             only: offload.only_device(),
             shared: offload.tensor.as_ref().map_or(Vec::new(), |t| t.all()),
         };
-        Graph::new(step, &model.matrices, &mut self.lanes, on, logits).finish(
+        Graph::new(step, &model.matrices, &mut self.lanes, on, want).finish(
             |graph| models::forward(config.arch, config.layers, graph),
-            &mut outputs.hidden,
-            &mut outputs.logits,
+            Results {
+                hidden: &mut outputs.hidden,
+                logits: &mut outputs.logits,
+                best: &mut outputs.best,
+            },
         )?;
         outputs.rows += wanted.len();
         for s in &mut self.sequences {

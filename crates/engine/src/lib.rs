@@ -17,6 +17,7 @@ pub mod plan;
 pub mod sampler;
 mod session;
 mod state;
+pub mod stream;
 pub mod tensor_split;
 mod text;
 pub mod threads;

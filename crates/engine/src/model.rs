@@ -2,7 +2,7 @@
 
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
-    models::{Attention, Ffn, FfnKind, Layer, Matrices, Network, Output, Placed},
+    models::{Attention, Ffn, FfnKind, Layer, Matrices, Network, Output, Placed, Streamed},
     offload::{self, OffloadFlags, Unit},
     packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
@@ -126,6 +126,7 @@ impl LoadOptions {
             sparse_pack: self.sparse_pack,
             mmap: self.mmap,
             packed_cache: self.packed_cache.is_some(),
+            threads: self.threads,
             offload: self.offload.clone(),
         }
     }
@@ -448,15 +449,14 @@ impl Loader<'_> {
         Ok(sparse.map_err(refused)?.pack(pool))
     }
 
-    /// The same, or what it holds of it, on a device, which takes sparse weights as dense ones.
-    fn device_matrix(
-        &mut self,
-        to: &OnDevice,
+    /// A matrix as devices take it, with the bytes that it is made of.
+    fn raw(
+        &self,
         name: &str,
         k: usize,
         n: usize,
         experts: Option<usize>,
-    ) -> Result<device::Matrix> {
+    ) -> Result<(RawMatrix, Bytes)> {
         let shape = [k, n, experts.unwrap_or(1)];
         let tensor = self.tensor(name, &shape[..if experts.is_some() { 3 } else { 2 }])?;
         let bytes: Bytes = if tensor.ty.is_sparse() {
@@ -472,6 +472,19 @@ impl Loader<'_> {
             tensor: name.to_owned(),
             source,
         })?;
+        Ok((raw, bytes))
+    }
+
+    /// The same, or what it holds of it, on a device, which takes sparse weights as dense ones.
+    fn device_matrix(
+        &mut self,
+        to: &OnDevice,
+        name: &str,
+        k: usize,
+        n: usize,
+        experts: Option<usize>,
+    ) -> Result<device::Matrix> {
+        let (raw, bytes) = self.raw(name, k, n, experts)?;
         let matrix = match to.cut(name) {
             Cut::Whole | Cut::Nothing => to.device.load(&raw)?,
             Cut::Rows(rows) => to.device.load(&raw.rows(rows))?,
@@ -563,8 +576,43 @@ impl Loader<'_> {
         })
     }
 
+    /// What of a layer streams from the file's bytes.
+    fn streamed(&self, c: &ModelConfig, i: usize) -> Result<Streamed> {
+        let plan = &self.plan.offload.streams;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let raw = |part: &str, k, n, experts| {
+            let name = format!("blk.{i}.{part}.weight");
+            Ok::<_, Error>(self.raw(&name, k, n, experts)?.0)
+        };
+        let network = |suffix: &str, ff, experts| {
+            Ok::<_, Error>(Network {
+                gate: raw(&format!("ffn_gate{suffix}"), c.embd, ff, experts)?,
+                up: raw(&format!("ffn_up{suffix}"), c.embd, ff, experts)?,
+                down: raw(&format!("ffn_down{suffix}"), ff, c.embd, experts)?,
+            })
+        };
+        let mut streamed = Streamed::default();
+        if let Some(stream) = plan.get(Unit::Attention(i)) {
+            let qkv = [
+                raw("attn_q", c.embd, q, None)?,
+                raw("attn_k", c.embd, kv, None)?,
+                raw("attn_v", c.embd, kv, None)?,
+            ];
+            let out = raw("attn_output", q, c.embd, None)?;
+            streamed.attention = Some((stream, (qkv, out)));
+        }
+        if let Some(stream) = plan.get(Unit::Ffn(i)) {
+            streamed.ffn = Some((stream, network("", c.ff, None)?));
+        }
+        if let (Some(stream), Some(e)) = (plan.get(Unit::Experts(i)), c.experts) {
+            streamed.experts = Some((stream, network("_exps", e.ff, Some(e.count))?));
+        }
+        Ok(streamed)
+    }
+
     fn layer(&mut self, c: &ModelConfig, i: usize) -> Result<Layer> {
         Ok(Layer {
+            streamed: self.streamed(c, i)?,
             attention: self.placed(
                 Unit::Attention(i),
                 |l, to| l.attention(to, c, i),

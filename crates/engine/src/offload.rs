@@ -8,6 +8,7 @@
 
 use crate::{
     Error, ModelConfig, Result,
+    stream::Streams,
     tensor_split::{Cut, TensorSplit},
 };
 use regex::Regex;
@@ -15,7 +16,10 @@ use serde::{Serialize, Serializer};
 use std::fmt;
 use tegula_gguf::{Gguf, TensorInfo};
 use tegula_kernels::{
-    device::{self, DeviceInfo},
+    device::{
+        self, DeviceInfo,
+        stream::{RATES, Rates},
+    },
     kv::{KV_PAGE, KvShape, KvType},
 };
 
@@ -100,6 +104,12 @@ pub struct OffloadFlags {
     pub ubatch: usize,
     /// Bytes of each device that are left free.
     pub margin: u64,
+    /// Weights on the CPU may stream to a device for batches of many tokens.
+    pub op_offload: bool,
+    /// From how many tokens on they do; where it is `None`, from when it is faster.
+    pub op_offload_min_batch: Option<usize>,
+    /// What that is reckoned from.
+    pub rates: Rates,
 }
 
 impl Default for OffloadFlags {
@@ -118,6 +128,9 @@ impl Default for OffloadFlags {
             v_type: KvType::F16,
             ubatch: 512,
             margin: 512 << 20,
+            op_offload: true,
+            op_offload_min_batch: None,
+            rates: RATES,
         }
     }
 }
@@ -238,7 +251,7 @@ pub(crate) fn unit(name: &str) -> Option<Unit> {
 }
 
 /// Where the units of a model go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Offload {
     pub(crate) attention: Vec<Device>,
     pub(crate) ffn: Vec<Device>,
@@ -251,6 +264,8 @@ pub struct Offload {
     pub refused: Option<String>,
     /// Bytes per token that go between devices and here for layers that are split, both ways.
     pub exchanged: u64,
+    /// What of the weights on the CPU is multiplied on devices all the same.
+    pub streams: Streams,
     /// Why, where it was not the layer's number.
     overridden: Vec<(UnitKey, &'static str)>,
     /// What was chosen, in words; empty without devices.
@@ -280,6 +295,8 @@ pub struct DeviceUse {
     pub kv: u64,
     /// Activations of the largest micro-batch.
     pub activations: u64,
+    /// Where weights that stay on the CPU are brought for a batch.
+    pub streaming: u64,
     /// What may be used: the free memory less a margin.
     pub budget: u64,
     /// Transformer layers whose attention is there.
@@ -287,9 +304,14 @@ pub struct DeviceUse {
 }
 
 impl DeviceUse {
+    /// What decides whether the model fits.
+    pub fn placed(&self) -> u64 {
+        self.weights + self.kv + self.activations
+    }
+
     /// All together.
     pub fn needed(&self) -> u64 {
-        self.weights + self.kv + self.activations
+        self.placed() + self.streaming
     }
 }
 
@@ -352,10 +374,10 @@ impl Offload {
             return Err(Error::Placement(why.clone()));
         }
         for d in &self.devices {
-            if d.needed() > d.budget {
+            if d.placed() > d.budget {
                 return Err(Error::DeviceMemory {
                     device: d.name.clone(),
-                    needed: d.needed(),
+                    needed: d.placed(),
                     available: d.budget,
                 });
             }
@@ -620,6 +642,7 @@ fn place(
         tensor: sizes.tensor.clone(),
         refused: sizes.refused.clone(),
         exchanged: 0,
+        streams: Streams::default(),
         overridden: Vec::new(),
         summary: String::new(),
         devices: Vec::new(),
@@ -726,6 +749,7 @@ fn device_use(
         weights,
         kv: kv_heads as u64 * sizes.kv,
         activations: if weights > 0 { sizes.activations } else { 0 },
+        streaming: 0,
         budget: info.free.saturating_sub(flags.margin),
         layers: count(&o.attention) + if split_heads > 0 { split_layers } else { 0 },
     }

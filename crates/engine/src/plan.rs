@@ -5,6 +5,7 @@ pub use crate::offload::Device;
 use crate::{
     Arch, ModelConfig,
     offload::{self, DeviceUse, Offload, OffloadFlags, Unit, unit},
+    stream::{self, Stream},
 };
 use serde::Serialize;
 use tegula_gguf::{Gguf, TensorInfo, sparse};
@@ -24,6 +25,8 @@ pub struct PlanFlags {
     pub mmap: bool,
     /// Strips are mapped from a file that was written by an earlier load.
     pub packed_cache: bool,
+    /// Of the CPU.
+    pub threads: usize,
     /// What goes to devices.
     pub offload: OffloadFlags,
 }
@@ -94,6 +97,9 @@ pub struct Placement {
     pub parts: Vec<u64>,
     /// Why there and not otherwise.
     pub reason: String,
+    /// On which device it is multiplied all the same, and from how many tokens on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub streams: Option<Stream>,
     #[serde(skip)]
     role: Role,
     /// For matrices, where AMX was asked for: whether its tiles multiply them.
@@ -226,7 +232,10 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
     } else {
         Buffer::Heap
     };
-    let offload = offload::offload(config, gguf, &flags.offload);
+    let mut offload = offload::offload(config, gguf, &flags.offload);
+    let tiles = |tensor: &TensorInfo| matches!(kernels(tensor, flags).1, Some(TileUse::From(_)));
+    stream::decide(config, gguf, flags, &tiles, &mut offload);
+    let offload = offload;
     let on_device = |tensor: &TensorInfo, unit: Unit| match offload.device(unit) {
         Device::Cpu => None,
         device => {
@@ -257,6 +266,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 },
                 parts,
                 reason: offload.reason(unit).to_owned(),
+                streams: None,
                 role: role(config.arch, gguf, tensor),
                 tiles: None,
             })
@@ -293,6 +303,9 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             true => without_zeros(gguf, tensor, flags),
             false => None,
         };
+        let streams = unit
+            .filter(|unit| stream::is_streamed(*unit, &tensor.name))
+            .and_then(|unit| offload.streams.get(unit));
         if let Some(worth) = without_zeros {
             let packed = TensorInfo {
                 ty: tensor.ty.sparse().unwrap_or(tensor.ty),
@@ -314,6 +327,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                     100.0 * worth.zeros,
                     worth.bytes as f64 / tensor.bytes as f64
                 ),
+                streams,
                 role,
                 tiles,
             };
@@ -380,6 +394,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             bytes,
             parts: Vec::new(),
             reason: reason.to_owned(),
+            streams,
             role,
             tiles,
         }

@@ -64,6 +64,17 @@ impl SamplerOptions {
     }
 }
 
+impl SamplerOptions {
+    /// True if the choice is the first of the largest logits, whatever came before.
+    pub fn is_argmax(&self) -> bool {
+        let penalties = self.penalty_last_n > 0
+            && (self.repeat_penalty != 1.0
+                || self.frequency_penalty != 0.0
+                || self.presence_penalty != 0.0);
+        self.temperature <= 0.0 && self.logit_bias.is_empty() && !penalties
+    }
+}
+
 /// A token that may be chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Candidate {

@@ -137,6 +137,12 @@ pub fn generate_constrained(
         &options.stop,
     );
     let mut tokens = Vec::new();
+    // Where only the likeliest token counts, devices keep the logits.
+    let best = constraint.is_none() && options.sampler.is_argmax();
+    let decode = match best {
+        true => Context::decode_best,
+        false => Context::decode,
+    };
     let mut outputs = None;
     let batch = ctx.options().batch;
     for (i, part) in rest.chunks(batch).enumerate() {
@@ -147,7 +153,7 @@ pub fn generate_constrained(
         if (i + 1) * batch < rest.len() {
             step.tokens.iter_mut().for_each(|t| t.logits = false);
         }
-        outputs = Some(ctx.decode(&step)?);
+        outputs = Some(decode(ctx, &step)?);
     }
     timings.prompt_ms = start.elapsed().as_secs_f64() * 1e3;
 
@@ -167,7 +173,10 @@ pub fn generate_constrained(
             }
             None => None,
         };
-        let id = sampler.sample_allowed(row.logits(0), allowed.as_ref());
+        let id = match row.best(0) {
+            Some(id) => id,
+            None => sampler.sample_allowed(row.logits(0), allowed.as_ref()),
+        };
         if tokenizer.is_eog(id) && (!options.ignore_eog || allowed.is_some()) {
             break StopReason::EndOfGeneration;
         }
@@ -186,7 +195,7 @@ pub fn generate_constrained(
             break StopReason::Limit;
         }
         let begin = Instant::now();
-        match ctx.decode(&Batch::prompt(sequence, &[id])) {
+        match decode(ctx, &Batch::prompt(sequence, &[id])) {
             Ok(next) => outputs = Some(next),
             Err(Error::ContextFull { .. }) => break StopReason::ContextFull,
             Err(other) => return Err(other),

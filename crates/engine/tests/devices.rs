@@ -3,14 +3,14 @@
 
 use std::{path::Path, sync::Arc};
 use tegula_engine::{
-    Batch, BatchToken, Context, ContextOptions, Error, LoadOptions, Model, OffloadFlags, Outputs,
-    Source,
+    Batch, BatchToken, Context, ContextOptions, Error, GenerateOptions, Generation, LoadOptions,
+    Model, OffloadFlags, Outputs, SamplerOptions, Source, generate,
     offload::{Device as At, GpuLayers, Split},
     plan::{Buffer, Encoding},
 };
 use tegula_kernels::{
     Amx, Tier,
-    device::{Device, DeviceError, sim::SimDevice},
+    device::{Device, DeviceError, sim::SimDevice, stream::Rates},
     kv::KvType,
 };
 
@@ -377,6 +377,280 @@ fn devices_hold_what_the_plan_says() {
     }
 }
 
+/// Bytes of the tensors whose names contain one of `parts`.
+fn file_bytes(context: &Context, parts: &[&str]) -> u64 {
+    let tensors = context.model().gguf().tensors().iter();
+    let named = |name: &str| parts.iter().any(|p| name.contains(p));
+    tensors.filter(|t| named(&t.name)).map(|t| t.bytes).sum()
+}
+
+#[test]
+fn weights_that_stream_give_the_logits_of_the_cpu() {
+    let want = cpu();
+    let ot = |f: &OffloadFlags, text: &str| f.parse_override(text).unwrap();
+    type Set<'a> = Box<dyn Fn(&mut OffloadFlags) + 'a>;
+    // Which weights stream besides experts.
+    let cases: Vec<(&str, usize, bool, Set<'_>)> = vec![
+        (
+            "experts of routers on the device",
+            1,
+            false,
+            Box::new(|f| f.cpu_moe = usize::MAX),
+        ),
+        (
+            "all layers",
+            1,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(1)),
+        ),
+        (
+            "some layers",
+            2,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(4)),
+        ),
+        (
+            "routers on the other device",
+            2,
+            false,
+            Box::new(move |f| {
+                f.split = Split::None;
+                f.main = 1;
+                f.overrides = vec![ot(f, "ffn_gate_inp=SIM0"), ot(f, "_exps=CPU")];
+            }),
+        ),
+    ];
+    for (name, n, attention, set) in cases {
+        let sims = sims(n, GIB);
+        let options = with(&sims, |f| {
+            f.op_offload_min_batch = Some(6);
+            set(f);
+        });
+        let mut context = context(&options).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let plan = context.model().plan().clone();
+        for (d, sim) in sims.iter().enumerate() {
+            let planned = plan.devices[d].needed();
+            assert!(sim.used() <= planned, "{} of {planned}", sim.used());
+        }
+        let got = work(&mut context).unwrap_or_else(|e| panic!("{name}: {e}"));
+        same(name, &got, &want);
+        // A prompt of 70 tokens in parts of 32, 32 and 6. Behind the last layer's attention no
+        // token is left, or one.
+        let [projections, dense, experts] = plan.offload.streams.layers();
+        assert_eq!(dense, 0);
+        assert_eq!(attention, projections > 0, "{name}");
+        assert!(experts > 0);
+        let all = context.model().config().layers;
+        let but_last = |layers: usize| layers - usize::from(layers == all);
+        let matrices = 3 * but_last(experts) + 3 * projections + but_last(projections);
+        let streams: usize = sims.iter().map(|d| d.copies().streams).sum();
+        assert_eq!(streams, 3 * matrices, "{name}");
+        drop(context);
+        assert!(
+            sims.iter().all(|d| d.used() == 0),
+            "{name}: memory is given back"
+        );
+    }
+}
+
+#[test]
+fn only_experts_that_tokens_use_are_brought() {
+    let sims = sims(1, GIB);
+    let mut context = context(&with(&sims, |f| {
+        f.cpu_moe = usize::MAX;
+        f.op_offload_min_batch = Some(2);
+    }))
+    .unwrap();
+    let all = file_bytes(&context, &["_exps"]);
+    let streamed = |context: &mut Context, ids: &[u32]| {
+        let before = sims[0].copies().streamed;
+        context.decode(&Batch::all_logits(0, ids)).unwrap();
+        sims[0].copies().streamed - before
+    };
+    // 4 of 16 experts a token.
+    let few = streamed(&mut context, &[1, 2]);
+    assert!(few >= all / 4 && few <= all / 2, "{few} of {all}");
+    assert_eq!(streamed(&mut context, &[3]), 0);
+    let ids: Vec<u32> = (1..=30).map(|i| 17 * i).collect();
+    let many = streamed(&mut context, &ids);
+    assert!(many > few && many <= all, "{many} of {all}");
+}
+
+/// Rates by which the embedded model's experts are shared by the CPU and a device.
+const ALIKE: Rates = Rates {
+    upload: 12e9,
+    device: 1e12,
+    hop: 0.0,
+    memory: 10e9,
+    copy: 1e12,
+    decoding: 20.0,
+};
+
+#[test]
+fn experts_are_shared_by_cpu_and_device_and_the_same_in_every_run() {
+    let want = cpu();
+    let run = |threads| {
+        let sims = sims(1, GIB);
+        let mut options = with(&sims, |f| {
+            f.cpu_moe = usize::MAX;
+            f.rates = ALIKE;
+        });
+        options.threads = threads;
+        options.offload.ubatch = 128;
+        let model = Arc::new(Model::load(&options, &mut |_| {}).unwrap());
+        let large = ContextOptions {
+            context: 256,
+            ubatch: 128,
+            sequences: 2,
+            ..ContextOptions::default()
+        };
+        let mut context = Context::new(model, &large).unwrap();
+        let plan = context.model().plan();
+        let stacks = plan
+            .placements
+            .iter()
+            .filter(|p| p.tensor.contains("_exps"));
+        assert!(stacks.clone().count() > 0);
+        for p in stacks {
+            let stream = p.streams.unwrap();
+            assert!(stream.shared && stream.from == 64, "{stream:?}");
+        }
+        let all = file_bytes(&context, &["_exps"]);
+        let got = work(&mut context).unwrap();
+        (got, sims[0].copies(), all)
+    };
+    let (got, copies, all) = run(2);
+    let apart = apart(&got, &want);
+    assert!(apart < ANOTHER_ORDER, "{apart}");
+    // The prompt streams some of the experts, of all layers but the last, which has one token.
+    let streamed = copies.streamed;
+    assert!(
+        streamed > all / 8 && streamed < 5 * all / 6,
+        "{streamed} of {all}"
+    );
+    assert_eq!(copies.streams, 15);
+    same("again", &run(2).0, &got);
+}
+
+#[test]
+fn streaming_leaves_what_is_on_devices_alone_and_fits_beside_it() {
+    let plan = |mib: u64, op_offload, amx, set: fn(&mut OffloadFlags)| {
+        let options = LoadOptions {
+            amx,
+            ..with(&sims(1, mib << 20), |f| {
+                set(f);
+                f.op_offload = op_offload;
+            })
+        };
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        tegula_engine::plan(&config, &gguf, &options.plan_flags())
+    };
+    let amx = Amx::emulate().expect("any x86-64 Linux");
+    let (mut room, mut none) = (0, 0);
+    // A piece's landing place takes 32 MiB.
+    for mib in [8, 11, 14, 40, 46, 64] {
+        for set in [
+            (|_: &mut OffloadFlags| {}) as fn(&mut OffloadFlags),
+            |f| f.cpu_moe = usize::MAX,
+            |f| f.layers = GpuLayers::Count(3),
+        ] {
+            let (with, without) = (plan(mib, true, None, set), plan(mib, false, None, set));
+            for (a, b) in with.placements.iter().zip(&without.placements) {
+                assert_eq!((a.device, a.buffer, a.bytes), (b.device, b.buffer, b.bytes));
+                assert!(b.streams.is_none());
+            }
+            let (a, b) = (&with.devices[0], &without.devices[0]);
+            assert_eq!(a.placed(), b.placed());
+            assert_eq!(b.streaming, 0);
+            if b.placed() <= b.budget {
+                assert!(a.needed() <= a.budget, "{mib} MiB");
+            }
+            assert_eq!(plan(mib, true, Some(amx), set).devices, with.devices);
+            match a.streaming {
+                0 => none += 1,
+                _ => room += 1,
+            }
+        }
+    }
+    assert!(room > 0 && none > 0, "{room} {none}");
+}
+
+#[test]
+fn the_plan_says_what_streams_and_from_when() {
+    let plan = |set: fn(&mut OffloadFlags)| {
+        let options = with(&sims(1, GIB), set);
+        let gguf = options.open().unwrap();
+        let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+        tegula_engine::plan(&config, &gguf, &options.plan_flags())
+    };
+    let set = |f: &mut OffloadFlags| {
+        f.layers = GpuLayers::Count(4);
+        f.op_offload_min_batch = Some(100);
+    };
+    let told = plan(set);
+    for p in &told.placements {
+        let product = ["_exps", "attn_q.", "attn_k.", "attn_v.", "attn_output"];
+        let may = p.device == At::Cpu && product.iter().any(|part| p.tensor.contains(part));
+        let want = may.then_some((At::Gpu(0), 100, false));
+        let told = p.streams.map(|s| (s.device, s.from, s.shared));
+        assert_eq!(told, want, "{}", p.tensor);
+    }
+    let summary = &told.offload.summary;
+    assert!(
+        summary.ends_with("stream to SIM0 in batches of at least 100 tokens"),
+        "{summary}"
+    );
+    // Such small matrices are not worth it for the batches that these tests run.
+    let small = plan(|f| f.layers = GpuLayers::Count(4));
+    let large = |p: &tegula_engine::plan::Placement| p.streams.is_none_or(|s| s.from >= 64);
+    assert!(small.placements.iter().all(large));
+}
+
+#[test]
+fn experts_of_split_layers_stream_to_the_first_device() {
+    let want = cpu();
+    let sims = sims(2, GIB);
+    let mut context = context(&with(&sims, |f| {
+        f.split = Split::Tensor;
+        f.layers = GpuLayers::Count(99);
+        f.cpu_moe = usize::MAX;
+        f.op_offload_min_batch = Some(6);
+    }))
+    .unwrap();
+    let got = work(&mut context).unwrap();
+    let apart = apart(&got, &want);
+    assert!(apart < ANOTHER_ORDER, "{apart}");
+    let streams = [0, 1].map(|d: usize| sims[d].copies().streams);
+    assert!(streams[0] > 0 && streams[1] == 0, "{streams:?}");
+}
+
+#[test]
+fn a_device_that_is_lost_while_weights_stream_leaves_the_context_as_it_was() {
+    let sims = sims(1, GIB);
+    let options = with(&sims, |f| {
+        f.layers = GpuLayers::Count(4);
+        f.op_offload_min_batch = Some(6);
+    });
+    let mut context = context(&options).unwrap();
+    let ids: Vec<u32> = (1..=20).collect();
+    let mut failures = 0;
+    for operations in (0..60).step_by(7) {
+        sims[0].fail_after(operations);
+        let result = context.decode(&Batch::prompt(0, &ids));
+        sims[0].repair();
+        match result {
+            Err(Error::Device(DeviceError::Failed { .. })) => failures += 1,
+            other => assert!(other.is_ok()),
+        }
+        context.truncate(0, 0).unwrap();
+    }
+    assert!(failures > 5);
+    let after = context.decode(&Batch::prompt(0, &ids)).unwrap();
+    let mut fresh = self::context(&options).unwrap();
+    assert!(fresh.decode(&Batch::prompt(0, &ids)).unwrap() == after);
+}
+
 #[test]
 fn a_hybrid_hops_once_each_way_per_layer() {
     let sims = sims(1, GIB);
@@ -386,10 +660,52 @@ fn a_hybrid_hops_once_each_way_per_layer() {
     let before = sims[0].copies();
     context.decode(&Batch::prompt(0, &[4])).unwrap();
     let after = sims[0].copies();
+    // One wait for both of what goes down, and one for the results.
+    assert_eq!(after.waits - before.waits, layers + 1);
     // Experts' input and the router's logits; at the end logits and hidden state.
     assert_eq!(after.reads - before.reads, 2 * layers + 2);
     // The experts' sum; at the beginning x and four arrays of places.
     assert_eq!(after.writes - before.writes, layers + 5);
+}
+
+#[test]
+fn the_likeliest_token_is_the_logits_largest_and_comes_alone() {
+    let ids: Vec<u32> = (1..=70).collect();
+    for (name, set) in [
+        ("cpu", None),
+        ("all", Some((|_| {}) as fn(&mut OffloadFlags))),
+        (
+            "output on the CPU",
+            Some(|f| {
+                f.overrides = vec![f.parse_override("^output=CPU").unwrap()];
+            }),
+        ),
+        ("experts on the CPU", Some(|f| f.cpu_moe = usize::MAX)),
+    ] {
+        let sims = sims(1, GIB);
+        let options = set.map_or_else(options, |set| with(&sims, set));
+        let mut context = context(&options).unwrap();
+        let logits = context.decode(&Batch::all_logits(0, &ids)).unwrap();
+        context.truncate(0, 0).unwrap();
+        let best = context.decode_best(&Batch::all_logits(0, &ids)).unwrap();
+        assert_eq!((best.len(), logits.best(0)), (70, None), "{name}");
+        for i in 0..70 {
+            let row = logits.logits(i);
+            let largest = row.iter().copied().fold(f32::MIN, f32::max);
+            let first = row.iter().position(|v| *v == largest).unwrap() as u32;
+            assert_eq!(best.best(i), Some(first), "{name}, {i}");
+        }
+        // Recorded, too.
+        for id in 1..5 {
+            let before = sims[0].copies();
+            let one = context.decode_best(&Batch::prompt(0, &[id])).unwrap();
+            assert!(one.best(0).is_some());
+            let read = sims[0].copies().read - before.read;
+            if name == "all" {
+                assert_eq!(read, 4);
+            }
+        }
+    }
 }
 
 #[test]
@@ -517,6 +833,68 @@ fn a_device_that_is_lost_leaves_the_context_as_it_was() {
     assert!(fresh.decode(&Batch::prompt(0, &[7])).unwrap() == after);
 }
 
+/// Generates a few tokens and breaks the device when the first text comes.
+fn generated(context: &mut Context, break_it: &mut dyn FnMut()) -> Result<Generation, Error> {
+    let options = GenerateOptions {
+        limit: Some(12),
+        sampler: SamplerOptions::greedy(),
+        ignore_eog: true,
+        ..GenerateOptions::default()
+    };
+    let never = false.into();
+    let ids: Vec<u32> = (1..=20).collect();
+    let mut text = |_: &str| break_it();
+    generate(context, 0, &ids, &options, &never, &mut text)
+}
+
+#[test]
+fn what_breaks_in_the_middle_of_a_generation_is_an_error_and_no_more() {
+    for set in [
+        (|f: &mut OffloadFlags| f.layers = GpuLayers::Count(99)) as fn(&mut OffloadFlags),
+        |f| f.layers = GpuLayers::Count(4),
+    ] {
+        let sims = sims(1, GIB);
+        let mut context = context(&with(&sims, set)).unwrap();
+        let whole = generated(&mut context, &mut || {}).unwrap();
+        assert_eq!(whole.tokens.len(), 12);
+        context.truncate(0, 0).unwrap();
+        // Somebody else takes the memory that operations work in.
+        let mut taken = None;
+        let error = generated(&mut context, &mut || {
+            let free = sims[0].info().unwrap().free;
+            taken.get_or_insert_with(|| sims[0].alloc(free as usize).unwrap());
+        });
+        let error = error.unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                Error::Device(DeviceError::OutOfMemory { free: 0, .. })
+            ),
+            "{error}"
+        );
+        let held = context.tokens(0).unwrap().len();
+        assert!((20..32).contains(&held), "{held}");
+        drop(taken);
+        assert_eq!(
+            generated(&mut context, &mut || {}).unwrap().tokens,
+            whole.tokens
+        );
+        context.truncate(0, 0).unwrap();
+        // It is lost.
+        let error = generated(&mut context, &mut || sims[0].fail_after(5)).unwrap_err();
+        assert!(
+            matches!(&error, Error::Device(DeviceError::Failed { .. })),
+            "{error}"
+        );
+        assert!(generated(&mut context, &mut || {}).is_err());
+        sims[0].repair();
+        assert_eq!(
+            generated(&mut context, &mut || {}).unwrap().tokens,
+            whole.tokens
+        );
+    }
+}
+
 #[test]
 fn states_move_between_placements() {
     for split in [Split::Layer, Split::Tensor] {
@@ -580,5 +958,12 @@ fn dense_models_and_other_caches() {
         let want = run(options());
         assert!(run(with(&sims(1, GIB), |_| {})) == want);
         assert!(run(with(&sims(2, GIB), |f| f.layers = GpuLayers::Count(4))) == want);
+        let sims = sims(1, GIB);
+        let streaming = with(&sims, |f| {
+            f.layers = GpuLayers::Count(4);
+            f.op_offload_min_batch = Some(6);
+        });
+        assert!(run(streaming) == want);
+        assert!(sims[0].copies().streams > 0);
     }
 }

@@ -47,6 +47,8 @@ ops! {
     Attention = "attention",
     /// Sums of rows.
     Add = "sums",
+    /// Weights into the memory that devices copy from.
+    Copy = "weights to devices",
 }
 
 const COUNT: usize = Op::ALL.len();

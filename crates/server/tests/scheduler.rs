@@ -4,10 +4,11 @@ mod common;
 
 use std::{sync::Arc, time::Duration};
 
-use common::{client, collect, model, scheduler, service, submit};
+use common::{client, collect, model, model_on, scheduler, service, submit};
 use serde_json::{Value, json};
 use tegula_engine::{Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
 use tegula_gguf::tokenizer::EncodeOptions;
+use tegula_kernels::{Tier, device::sim::SimDevice};
 use tegula_server::{
     Prepared, Scheduler, Service,
     scheduler::{Event, Failure, Generate, Reason, Refused, SlotState, Task, Work},
@@ -392,4 +393,26 @@ fn the_number_of_waiting_requests_is_bounded_for_each() {
         }
     }
     assert_eq!(scheduler.snapshot().totals.refused, 1);
+}
+
+/// A device that is lost fails the tasks that run; those that come later fail at once, and when
+/// it is back they are answered. Nothing hangs.
+#[test]
+fn a_device_that_is_lost_fails_tasks_and_hangs_nobody() {
+    let sim = Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::detect_max()));
+    let model = model_on(&sim);
+    let service = service(&model, CONTEXT, None);
+    let scheduler = scheduler(&model, 2, 10, CONTEXT);
+    let run = || {
+        let body = json!({"prompt": "An iterator adaptor that", "max_tokens": 100});
+        let answer = submit(&service, &scheduler, completion(&service, &body));
+        collect(answer.unwrap())
+    };
+    sim.fail_after(300);
+    for _ in 0..2 {
+        let error = format!("{:?}", run().unwrap_err());
+        assert!(error.contains("the simulated device is lost"), "{error}");
+    }
+    sim.repair();
+    assert!(run().is_ok());
 }

@@ -89,6 +89,14 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
+/// True where a device failed in the middle of its work.
+fn lost(error: &anyhow::Error) -> bool {
+    let failed = |e: &tegula_engine::Error| {
+        matches!(e, tegula_engine::Error::Device(DeviceError::Failed { .. }))
+    };
+    error.chain().any(|e| e.downcast_ref().is_some_and(failed))
+}
+
 /// Shows what went wrong, if anything, and gives the process its exit code. A reader that
 /// has closed the pipe is content with what it got.
 pub fn report(result: anyhow::Result<()>) -> ExitCode {
@@ -104,7 +112,9 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
     }
     let code = code(&error);
     say!("{}", describe(&error));
-    if code == INTERNAL {
+    if lost(&error) {
+        say!("  the GPU may be lost; the system's log and nvidia-smi may say why");
+    } else if code == INTERNAL {
         say!("  this is a defect in tegula: please report it with the command line");
     }
     ExitCode::from(code)
@@ -135,6 +145,46 @@ mod tests {
         assert_eq!(of(io::Error::from(io::ErrorKind::NotFound).into()), 3);
         assert_eq!(of(Refusal::Requirement(String::new()).into()), 4);
         assert_eq!(of(anyhow::anyhow!("what is this?")), 70);
+    }
+
+    #[test]
+    fn faults_of_devices_are_requirements_or_internal() {
+        use tegula_engine::{Error, LoadOptions, Model, OffloadFlags, offload::Split};
+        use tegula_kernels::{
+            Tier,
+            device::{Device, sim::SimDevice},
+        };
+        let of = |e: Error| code(&anyhow::Error::from(e).context("while testing"));
+        let unusable = DeviceError::Unusable("the driver is too old".into());
+        assert_eq!(of(unusable.into()), 4);
+        let device = std::sync::Arc::new(SimDevice::new("SIM0", 1 << 20, Tier::Scalar));
+        let full = device.alloc(2 << 20).unwrap_err();
+        assert_eq!(of(full.into()), 4);
+        let load = |set: &dyn Fn(&mut OffloadFlags)| {
+            let options = LoadOptions::new(crate::args::embedded());
+            let devices = vec![std::sync::Arc::clone(&device) as _];
+            let mut options = options.with_devices(devices).unwrap();
+            options.threads = 1;
+            set(&mut options.offload);
+            Model::load(&options, &mut |_| {}).unwrap_err()
+        };
+        let all = tegula_engine::offload::GpuLayers::Count(99);
+        let too_large = load(&|f| f.layers = all);
+        assert!(too_large.to_string().contains("-ngl"), "{too_large}");
+        assert_eq!(of(too_large), 4);
+        let shares = load(&|f| f.shares = Some(vec![1.0, 2.0]));
+        assert!(
+            shares.to_string().contains("-ts has 2 shares for 1"),
+            "{shares}"
+        );
+        assert_eq!(of(shares), 2);
+        let main = load(&|f| (f.split, f.main) = (Split::None, 3));
+        assert_eq!(of(main), 2);
+        device.fail_after(0);
+        let error = anyhow::Error::from(Error::from(device.sync().unwrap_err()));
+        assert!(lost(&error));
+        assert_eq!(code(&error), 70);
+        assert!(!lost(&anyhow::anyhow!("what is this?")));
     }
 
     #[test]

@@ -13,14 +13,15 @@ pub fn isa(model: &Model) -> String {
     let table = model.compute().table;
     let mut names = vec![table.tier.to_string()];
     names.extend(table.amx.map(|amx| amx.name().to_owned()));
-    let devices = &model.plan().offload.devices;
-    names.extend(
-        devices
-            .iter()
-            .filter(|d| d.weights > 0)
-            .map(|d| d.name.clone()),
-    );
+    names.extend(gpus(model));
     names.join(", ")
+}
+
+/// The devices that hold weights.
+pub fn gpus(model: &Model) -> Vec<String> {
+    let devices = model.plan().offload.devices.iter();
+    let used = devices.filter(|d| d.weights > 0);
+    used.map(|d| d.name.clone()).collect()
 }
 
 /// Says on stderr what the devices have to say of how they worked, once.

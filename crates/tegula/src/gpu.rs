@@ -40,6 +40,17 @@ pub struct GpuArgs {
     /// Keep the KV cache on the CPU (-nkvo)
     #[arg(long)]
     no_kv_offload: bool,
+    /// Bring weights on the CPU to a GPU for batches of many tokens where that is faster; the
+    /// default
+    #[arg(long, overrides_with = "no_op_offload")]
+    op_offload: bool,
+    /// Multiply weights on the CPU there, whatever the batch
+    #[arg(long, overrides_with = "op_offload")]
+    no_op_offload: bool,
+    /// Tokens from which --op-offload does so [default: from when it is faster, by tensor; see
+    /// explain]
+    #[arg(long, value_name = "N", conflicts_with = "no_op_offload")]
+    op_offload_min_batch: Option<usize>,
     /// MiB that are left free on every GPU
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     fit_target: u64,
@@ -132,6 +143,8 @@ impl GpuArgs {
         };
         flags.kv_on_cpu = self.no_kv_offload;
         flags.margin = self.fit_target << 20;
+        flags.op_offload = !self.no_op_offload;
+        flags.op_offload_min_batch = self.op_offload_min_batch;
         for text in &self.override_tensor {
             let parsed = flags.parse_override(text)?;
             flags.overrides.push(parsed);

@@ -5,6 +5,7 @@ use super::{FfnKind, HostAttention, HostFfn, Network, Output};
 use crate::ModelConfig;
 use tegula_kernels::{
     Acts, Compute, Forms, Weights,
+    device::stream::Feeder,
     kv::{KvCache, PageTable},
     ops::{
         RopeTable, Token,
@@ -65,7 +66,7 @@ impl Step<'_> {
     }
 
     /// `input = rms_norm(x) * w`.
-    fn norm(&mut self, w: &[f32]) {
+    pub fn norm(&mut self, w: &[f32]) {
         let b = &mut *self.buffers;
         b.input.resize(b.x.len(), 0.0);
         self.compute
@@ -100,6 +101,12 @@ impl Step<'_> {
             (&layer.v, &mut b.v[..]),
         ];
         self.compute.matmul_many(&mut products, &b.acts);
+        self.add_biases(layer);
+    }
+
+    /// Adds the biases of the three projections.
+    pub fn add_biases(&mut self, layer: &HostAttention) {
+        let b = &mut *self.buffers;
         let biases = [
             (&layer.q_bias, &mut b.q),
             (&layer.k_bias, &mut b.k),
@@ -189,6 +196,15 @@ impl Step<'_> {
         }
     }
 
+    /// `x += delta (+ bias)`, where `delta = out · attention` was made elsewhere.
+    pub fn add_attention_delta(&mut self, layer: &HostAttention) {
+        let b = &mut *self.buffers;
+        if let Some(bias) = &layer.out_bias {
+            self.compute.add_bias(&mut b.delta, bias);
+        }
+        self.compute.add_assign(&mut b.x, &b.delta);
+    }
+
     /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see
     /// [`Step::add_experts`].
     pub fn norm_ffn(&mut self, layer: &HostFfn) -> Option<Routing> {
@@ -238,6 +254,26 @@ impl Step<'_> {
             .moe_ffn(input, routing, gate, up, down, scratch, &mut b.delta);
     }
 
+    /// The same in parts, one after another, for experts that are computed while others are on
+    /// their way to a device: see [`Parts`].
+    pub fn experts_in_parts<'b>(
+        &'b mut self,
+        experts: &'b Network<Weights>,
+        parts: Vec<Routing>,
+    ) -> Parts<'b> {
+        let b = &mut *self.buffers;
+        b.delta.clear();
+        b.delta.resize(b.input.len(), 0.0);
+        Parts {
+            compute: self.compute,
+            experts,
+            input: &b.input,
+            scratch: &mut b.experts,
+            delta: &mut b.delta,
+            parts: parts.into_iter(),
+        }
+    }
+
     /// Final norm: appends `[m][embd]`.
     pub fn hidden(&mut self, output: &Output<Weights, Vec<f32>>, hidden: &mut Vec<f32>) {
         self.norm(&output.norm);
@@ -266,4 +302,40 @@ fn keep_rows(x: &mut Vec<f32>, len: usize, rows: &[usize]) {
         x.copy_within(from * len..(from + 1) * len, to * len);
     }
     x.truncate(rows.len() * len);
+}
+
+/// Fills staging memory on all threads.
+pub(crate) struct OnPool<'a>(pub &'a Compute);
+
+impl Feeder for OnPool<'_> {
+    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
+        self.0.copy(to, parts);
+    }
+}
+
+/// The same, and meanwhile a part of the experts after another: `delta += Σ weight ·
+/// expert(input)`. When which is computed changes nothing, since their order doesn't.
+pub(crate) struct Parts<'a> {
+    compute: &'a Compute,
+    experts: &'a Network<Weights>,
+    input: &'a [f32],
+    scratch: &'a mut MoeScratch,
+    delta: &'a mut [f32],
+    parts: std::vec::IntoIter<Routing>,
+}
+
+impl Feeder for Parts<'_> {
+    fn fill(&mut self, to: &mut [u8], parts: &[&[u8]]) {
+        self.compute.copy(to, parts);
+    }
+
+    fn meanwhile(&mut self) -> bool {
+        let Some(part) = self.parts.next() else {
+            return false;
+        };
+        let Network { gate, up, down } = self.experts;
+        self.compute
+            .moe_ffn(self.input, &part, gate, up, down, self.scratch, self.delta);
+        true
+    }
 }

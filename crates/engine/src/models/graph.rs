@@ -4,11 +4,14 @@
 //! [`Lane`]. The residual stream is in one place at a time and moves when a part elsewhere
 //! wants it. A graph without devices is its step and nothing else.
 
-use super::{DeviceAttention, Lane, Layer, Matrices, Network, Output, Placed, Step};
-use crate::{Error, Result};
+use super::{
+    DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network, OnPool,
+    Output, Placed, Results, Step, Want,
+};
+use crate::{Error, Result, offload::Device, stream::Stream};
 use tegula_kernels::{
     Weights,
-    device::{Ended, Matrix, PlacesData, Recording},
+    device::{self, Ended, Matrix, PlacesData, RawMatrix, Recording, stream::Feeder as _},
     ops::moe::Routing,
 };
 
@@ -36,8 +39,7 @@ pub(crate) struct Graph<'a> {
     pub matrices: &'a Matrices,
     pub lanes: &'a mut [Lane],
     on: On,
-    /// Whether logits are wanted, not hidden states alone.
-    logits: bool,
+    want: Want,
     places: PlacesData,
     at: At,
     /// The lanes whose buffers [`Lane::keep_rows`] swapped.
@@ -54,7 +56,7 @@ impl<'a> Graph<'a> {
         matrices: &'a Matrices,
         lanes: &'a mut [Lane],
         on: On,
-        logits: bool,
+        want: Want,
     ) -> Graph<'a> {
         let places = match lanes.is_empty() {
             true => PlacesData::default(),
@@ -66,7 +68,7 @@ impl<'a> Graph<'a> {
             matrices,
             lanes,
             on,
-            logits,
+            want,
             places,
             at: At::Host,
             swapped: Vec::new(),
@@ -139,11 +141,18 @@ impl<'a> Graph<'a> {
 
     /// Norm and the three projections.
     pub fn norm_qkv(&mut self, layer: usize) {
-        let attention = &self.layer(layer).attention;
+        let Layer {
+            attention,
+            streamed,
+            ..
+        } = self.layer(layer);
         self.run(|g| match attention {
             Placed::Host(a) => {
                 g.move_to(At::Host)?;
-                g.step.norm_qkv(a);
+                match g.streams(&streamed.attention) {
+                    Some((d, (qkv, _))) => return g.stream_qkv(d, a, qkv),
+                    None => g.step.norm_qkv(a),
+                }
                 Ok(())
             }
             Placed::Device(d, a) => {
@@ -241,11 +250,18 @@ impl<'a> Graph<'a> {
 
     /// `x += out · attention`.
     pub fn add_attention_output(&mut self, layer: usize) {
-        let attention = &self.layer(layer).attention;
+        let Layer {
+            attention,
+            streamed,
+            ..
+        } = self.layer(layer);
         let m = self.step.m;
         self.run(|g| match attention {
             Placed::Host(a) => {
-                g.step.add_attention_output(a);
+                match g.streams(&streamed.attention) {
+                    Some((d, (_, out))) => return g.stream_attention_output(d, a, out),
+                    None => g.step.add_attention_output(a),
+                }
                 Ok(())
             }
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -261,13 +277,24 @@ impl<'a> Graph<'a> {
 
     /// `x += ffn(rms_norm(x))`, dense or by experts.
     pub fn norm_ffn(&mut self, layer: usize) {
-        let Layer { ffn, experts, .. } = self.layer(layer);
+        let Layer {
+            ffn,
+            experts,
+            streamed,
+            ..
+        } = self.layer(layer);
         let m = self.step.m;
         self.run(|g| match ffn {
             Placed::Host(f) => {
                 g.move_to(At::Host)?;
+                if let (FfnKind::Dense(_), Some((d, network))) = (&f.kind, g.streams(&streamed.ffn))
+                {
+                    return g.stream_ffn(d, f, network);
+                }
                 match (g.step.norm_ffn(f), experts) {
-                    (Some(routing), Some(experts)) => g.host_experts(experts, &routing),
+                    (Some(routing), Some(experts)) => {
+                        g.host_experts(experts, g.streams(&streamed.experts), &routing)
+                    }
                     _ => Ok(()),
                 }
             }
@@ -278,7 +305,7 @@ impl<'a> Graph<'a> {
                     g.lanes[*d].norm_ffn_apart(f, m)?;
                 }
                 match experts {
-                    Some(experts) => g.shared_experts(parts, experts),
+                    Some(experts) => g.shared_experts(parts, experts, g.streams(&streamed.experts)),
                     None => g.exchange(parts.iter().map(|(d, _)| *d)),
                 }
             }
@@ -286,27 +313,133 @@ impl<'a> Graph<'a> {
                 g.move_to(At::Device(*d))?;
                 g.lanes[*d].norm_ffn(f, m)?;
                 match experts {
-                    Some(experts) => g.device_experts(*d, experts),
+                    Some(experts) => {
+                        let streams = g.streams(&streamed.experts);
+                        let whole = streams.map(|(d, _)| d).zip(streamed.experts.as_ref());
+                        g.device_experts(*d, experts, whole)
+                    }
                     None => Ok(()),
                 }
             }
         });
     }
 
+    /// Something that streams, and the device that takes it, if the batch is large enough.
+    fn streams<T>(&self, streamed: &'a Option<(Stream, T)>) -> Option<(usize, &'a T)> {
+        let (stream, what) = streamed.as_ref()?;
+        match stream.device {
+            Device::Gpu(d) if self.step.m >= stream.from => Some((d, what)),
+            _ => None,
+        }
+    }
+
+    /// Norm and the three projections, which are multiplied on device `d`.
+    fn stream_qkv(&mut self, d: usize, a: &HostAttention, qkv: &[RawMatrix; 3]) -> Result<()> {
+        self.step.norm(&a.norm);
+        let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
+        lane.write_input(&b.input)?;
+        lane.stream_qkv(qkv, m, &mut OnPool(self.step.compute))?;
+        lane.read_qkv(m, [&mut b.q, &mut b.k, &mut b.v])?;
+        self.step.add_biases(a);
+        Ok(())
+    }
+
+    fn stream_attention_output(
+        &mut self,
+        d: usize,
+        a: &HostAttention,
+        out: &RawMatrix,
+    ) -> Result<()> {
+        let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
+        lane.write_attention(&b.attention)?;
+        lane.stream_attention_output(out, m, &mut OnPool(self.step.compute))?;
+        lane.read_delta(m, &mut b.delta)?;
+        self.step.add_attention_delta(a);
+        Ok(())
+    }
+
+    /// Norm and a dense network, which is multiplied on device `d`.
+    fn stream_ffn(&mut self, d: usize, f: &HostFfn, network: &Network<RawMatrix>) -> Result<()> {
+        self.step.norm(&f.norm);
+        let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
+        lane.write_input(&b.input)?;
+        lane.stream_network(network, None, &mut OnPool(self.step.compute))?;
+        lane.streamed_ffn(m)?;
+        lane.read_delta(m, &mut b.delta)?;
+        self.step.compute.add_assign(&mut b.x, &b.delta);
+        Ok(())
+    }
+
+    /// Experts of the CPU on device `d`, which has their input: those that tokens use are
+    /// brought there. Their sum is added to x or, apart, it is the lane's delta.
+    fn stream_experts(
+        &mut self,
+        d: usize,
+        network: &Network<RawMatrix>,
+        routing: &Routing,
+        apart: bool,
+    ) -> Result<()> {
+        let (chosen, routing) = routing.compact();
+        let lane = &mut self.lanes[d];
+        lane.write_routing(&routing)?;
+        lane.stream_network(network, Some(&chosen), &mut OnPool(self.step.compute))?;
+        lane.streamed_experts(self.step.m, apart)
+    }
+
+    /// The chosen experts of the CPU on device `d`, which has their input and x, and the others
+    /// here meanwhile.
+    fn share_experts(
+        &mut self,
+        d: usize,
+        here: &Network<Weights>,
+        network: &Network<RawMatrix>,
+        routing: &Routing,
+        chosen: &[u32],
+    ) -> Result<()> {
+        let m = self.step.m;
+        let counts = routing.counts().into_iter();
+        let rest: Vec<_> = counts
+            .filter(|(id, _)| chosen.binary_search(id).is_err())
+            .collect();
+        let alone = rest.is_empty();
+        let parts = parts(&rest).iter().map(|p| routing.only(p)).collect();
+        let lane = &mut self.lanes[d];
+        lane.write_routing(&routing.among(chosen))?;
+        let mut feeder = self.step.experts_in_parts(here, parts);
+        lane.stream_network(network, Some(chosen), &mut feeder)?;
+        lane.streamed_experts(m, false)?;
+        while feeder.meanwhile() {}
+        match alone {
+            true => Ok(()),
+            false => lane.add_delta(&self.step.buffers.delta),
+        }
+    }
+
     /// Experts of a router on the CPU.
     fn host_experts(
         &mut self,
         experts: &Placed<Network<Weights>, Network<Matrix>>,
+        streams: Option<(usize, &Network<RawMatrix>)>,
         routing: &Routing,
     ) -> Result<()> {
         match experts {
-            Placed::Host(experts) => self.step.add_experts(experts, routing),
+            Placed::Host(experts) => match streams {
+                None => self.step.add_experts(experts, routing),
+                Some((d, network)) => {
+                    self.lanes[d].write_input(&self.step.buffers.input)?;
+                    self.stream_experts(d, network, routing, true)?;
+                    let b = &mut *self.step.buffers;
+                    self.lanes[d].read_delta(self.step.m, &mut b.delta)?;
+                    self.step.compute.add_assign(&mut b.x, &b.delta);
+                }
+            },
             Placed::Device(e, experts) => {
                 if self.step.m == 0 {
                     return Ok(());
                 }
                 let b = &mut *self.step.buffers;
-                self.lanes[*e].write_input(routing, &b.input)?;
+                self.lanes[*e].write_routing(routing)?;
+                self.lanes[*e].write_input(&b.input)?;
                 self.lanes[*e].experts_apart(experts, self.step.m)?;
                 self.lanes[*e].read_delta(self.step.m, &mut b.delta)?;
                 self.step.compute.add_assign(&mut b.x, &b.delta);
@@ -321,6 +454,7 @@ impl<'a> Graph<'a> {
         &mut self,
         d: usize,
         experts: &Placed<Network<Weights>, Network<Matrix>>,
+        streams: Option<(usize, &(Stream, Network<RawMatrix>))>,
     ) -> Result<()> {
         let m = self.step.m;
         let count = self.step.config.experts.map_or(0, |e| e.count);
@@ -330,14 +464,31 @@ impl<'a> Graph<'a> {
             self.lanes[d].route(count, m)?;
             return self.lanes[d].add_experts(experts, m);
         }
+        let streams = streams.filter(|(at, _)| *at == d);
+        let shared = streams.is_some_and(|(_, (stream, _))| stream.shared);
         let b = &mut *self.step.buffers;
-        self.lanes[d].read_input(m, count, &mut b.router, &mut b.input)?;
+        if streams.is_some() && !shared {
+            // Input and sum stay where they are.
+            self.lanes[d].read_router(m, count, &mut b.router)?;
+        } else {
+            self.lanes[d].read_input(m, count, &mut b.router, &mut b.input)?;
+        }
         let routing = self.step.route(count);
+        if let (Placed::Host(here), Some((_, (stream, network)))) = (experts, streams) {
+            if !shared {
+                return self.stream_experts(d, network, &routing, false);
+            }
+            let chosen = stream.chosen(&routing, m);
+            if !chosen.is_empty() {
+                return self.share_experts(d, here, network, &routing, &chosen);
+            }
+        }
         match experts {
             Placed::Host(experts) => self.step.experts_apart(experts, &routing),
             Placed::Device(e, experts) => {
                 let b = &mut *self.step.buffers;
-                self.lanes[*e].write_input(&routing, &b.input)?;
+                self.lanes[*e].write_routing(&routing)?;
+                self.lanes[*e].write_input(&b.input)?;
                 self.lanes[*e].experts_apart(experts, m)?;
                 self.lanes[*e].read_delta(m, &mut b.delta)?;
             }
@@ -352,6 +503,7 @@ impl<'a> Graph<'a> {
         &mut self,
         routers: &[(usize, F)],
         experts: &Placed<Network<Weights>, Network<Matrix>>,
+        streams: Option<(usize, &Network<RawMatrix>)>,
     ) -> Result<()> {
         let m = self.step.m;
         let count = self.step.config.experts.map_or(0, |e| e.count);
@@ -368,6 +520,13 @@ impl<'a> Graph<'a> {
                     unreachable!("a split network without parts");
                 };
                 let b = &mut *self.step.buffers;
+                if let Some((at, network)) = streams.filter(|(at, _)| at == d) {
+                    self.lanes[at].read_router(m, count, &mut b.router)?;
+                    let routing = self.step.route(count);
+                    self.stream_experts(at, network, &routing, true)?;
+                    self.lanes[at].read_delta(m, &mut self.step.buffers.delta)?;
+                    return self.add_to_all();
+                }
                 self.lanes[*d].read_input(m, count, &mut b.router, &mut b.input)?;
                 let routing = self.step.route(count);
                 self.step.experts_apart(experts, &routing);
@@ -377,13 +536,11 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Runs `layers`, which calls the graph's blocks, and the output; appends `hidden`
-    /// `[outputs][embd]` and `logits` `[outputs][vocab]`.
+    /// Runs `layers`, which calls the graph's blocks, and the output; appends what is wanted.
     pub fn finish(
         mut self,
         layers: impl Fn(&mut Graph<'a>),
-        hidden: &mut Vec<f32>,
-        logits: &mut Vec<f32>,
+        mut results: Results<'_>,
     ) -> Result<()> {
         match self.on.only {
             None => {
@@ -393,7 +550,7 @@ impl<'a> Graph<'a> {
             Some(d) => self.run(|g| g.recorded(d, layers)),
         }
         // The results are in the swapped buffers until they have been read.
-        self.run(|g| g.read_output(hidden, logits));
+        self.run(|g| g.read_output(&mut results));
         self.restore_rows();
         match self.error {
             None => Ok(()),
@@ -414,7 +571,7 @@ impl<'a> Graph<'a> {
         self.lanes[d].write_rows(self.step.outputs)?;
         self.move_to(At::Device(d))?;
         let device = std::sync::Arc::clone(&self.lanes[d].device);
-        let key = self.lanes[d].key(m, outputs, self.logits);
+        let key = self.lanes[d].key(m, outputs, self.want);
         loop {
             if device.begin(&key)? == Recording::Replayed {
                 self.step.m = outputs;
@@ -450,19 +607,29 @@ impl<'a> Graph<'a> {
         let Some(matrix) = matrix else {
             unreachable!("a device has its own copy of a tied output matrix");
         };
-        self.lanes[*d].output(norm, self.logits.then_some(matrix), self.step.m)
+        self.lanes[*d].output(norm, matrix, self.step.m, self.want)
     }
 
-    fn read_output(&mut self, hidden: &mut Vec<f32>, logits: &mut Vec<f32>) -> Result<()> {
+    fn read_output(&mut self, results: &mut Results<'_>) -> Result<()> {
         if self.step.outputs.is_empty() {
             return Ok(());
         }
         match &self.matrices.output {
             Placed::Host(output) => {
                 let embedding = &self.matrices.embedding;
-                self.step.hidden(output, hidden);
-                if self.logits {
-                    self.step.logits(output, embedding, logits);
+                match self.want {
+                    Want::Hidden => self.step.hidden(output, results.hidden),
+                    Want::Logits => {
+                        self.step.hidden(output, results.hidden);
+                        self.step.logits(output, embedding, results.logits);
+                    }
+                    Want::Best => {
+                        let logits = &mut Vec::new();
+                        self.step.hidden(output, &mut Vec::new());
+                        self.step.logits(output, embedding, logits);
+                        let rows = logits.chunks(self.step.config.vocab);
+                        results.best.extend(rows.map(device::largest));
+                    }
                 }
                 Ok(())
             }
@@ -471,9 +638,31 @@ impl<'a> Graph<'a> {
                 let Some(matrix) = matrix else {
                     unreachable!("a device has its own copy of a tied output matrix");
                 };
-                let matrix = self.logits.then_some(matrix);
-                self.lanes[*d].read_output(matrix, self.step.m, hidden, logits)
+                self.lanes[*d].read_output(matrix, self.step.m, self.want, results)
             }
         }
     }
+}
+
+/// Experts and their tokens, some at a time: so many that all threads have work, and so few that
+/// a piece on its way to a device is not kept waiting. Each ascends.
+fn parts(experts: &[(u32, usize)]) -> Vec<Vec<u32>> {
+    const TOKENS: usize = 256;
+    const EXPERTS: usize = 8;
+    let mut parts: Vec<Vec<u32>> = Vec::new();
+    let mut tokens = 0;
+    for &(id, n) in experts {
+        match parts.last_mut() {
+            Some(part) if part.len() < EXPERTS && tokens < TOKENS => {
+                part.push(id);
+                tokens += n;
+            }
+            _ => {
+                parts.push(vec![id]);
+                tokens = n;
+            }
+        }
+    }
+    parts.iter_mut().for_each(|part| part.sort_unstable());
+    parts
 }

@@ -1,14 +1,14 @@
 //! What a context keeps on one device: buffers of a step, and the cache of the layers that
 //! attend there.
 
-use super::{DeviceAttention, DeviceFfn, FfnKind, Network};
+use super::{DeviceAttention, DeviceFfn, FfnKind, Network, Results, Want};
 use crate::{ModelConfig, Result, offload::LOGIT_ROWS};
 use bytemuck::{cast_slice, cast_slice_mut};
 use std::sync::Arc;
 use tegula_kernels::{
     device::{
         self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Heads, Matrix, Places,
-        PlacesData, Product,
+        PlacesData, Product, RawMatrix, stream::Feeder,
     },
     kv::KvShape,
     ops::{RopeTable, moe::Routing},
@@ -38,6 +38,10 @@ pub(crate) struct Lane {
     routing: Option<DeviceRouting>,
     /// `[LOGIT_ROWS][vocab]`, if the output matrix is here.
     logits: Option<Buffer>,
+    /// `[LOGIT_ROWS]`: the likeliest tokens, likewise.
+    best: Option<Buffer>,
+    /// For matrices that stay on the CPU, if any are multiplied here.
+    slots: Option<Network<Matrix>>,
     /// Row numbers.
     rows: Buffer,
     places: Places,
@@ -52,7 +56,9 @@ fn rounded(longest: usize) -> usize {
 
 impl Lane {
     /// Allocates everything that a context will need on the device, for micro-batches of `m`
-    /// tokens and a cache of `pages` pages in the layers that `attends` names.
+    /// tokens and a cache of `pages` pages in the layers that `attends` names; `slots` are the
+    /// bytes of three matrices that are brought here for a batch.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         device: Arc<dyn Device>,
         config: &ModelConfig,
@@ -61,6 +67,7 @@ impl Lane {
         m: usize,
         attends: impl Fn(usize) -> bool,
         output: bool,
+        slots: Option<[u64; 3]>,
     ) -> Result<Lane> {
         let c = config;
         let floats = |n: usize| device.alloc(4 * n.max(1));
@@ -101,6 +108,18 @@ impl Lane {
             logits: match output {
                 true => Some(floats(LOGIT_ROWS.min(m) * c.vocab)?),
                 false => None,
+            },
+            best: match output {
+                true => Some(floats(LOGIT_ROWS.min(m))?),
+                false => None,
+            },
+            slots: match slots {
+                Some([gate, up, down]) => Some(Network {
+                    gate: device.slot(gate as usize)?,
+                    up: device.slot(up as usize)?,
+                    down: device.slot(down as usize)?,
+                }),
+                None => None,
             },
             rows: floats(m)?,
             places: Places {
@@ -146,7 +165,7 @@ impl Lane {
     }
 
     /// What names a recording of a step that runs here alone.
-    pub fn key(&self, m: usize, outputs: usize, logits: bool) -> [u64; 7] {
+    pub fn key(&self, m: usize, outputs: usize, want: Want) -> [u64; 7] {
         let cache = self
             .cache
             .iter()
@@ -155,7 +174,7 @@ impl Lane {
             .map_or(0, Buffer::address);
         let longest = self.places.longest as u64;
         [
-            u64::from(logits),
+            want as u64,
             self.x.address(),
             cache,
             m as u64,
@@ -237,12 +256,16 @@ impl Lane {
     pub fn read_qkv(&self, m: usize, to: [&mut Vec<f32>; 3]) -> Result<()> {
         let c = &self.config;
         let heads = [c.heads, c.kv_heads, c.kv_heads];
-        let from = [&self.q, &self.k, &self.v];
-        for ((out, heads), buffer) in to.into_iter().zip(heads).zip(from) {
-            out.clear();
-            self.read(buffer, m * heads * c.head_dim, out)?;
+        let [q, k, v] = to;
+        for (out, heads) in [&mut *q, &mut *k, &mut *v].into_iter().zip(heads) {
+            out.resize(m * heads * c.head_dim, 0.0);
         }
-        Ok(())
+        let mut parts = [
+            (&self.q, cast_slice_mut(q)),
+            (&self.k, cast_slice_mut(k)),
+            (&self.v, cast_slice_mut(v)),
+        ];
+        Ok(self.device.read_all(&mut parts)?)
     }
 
     pub fn write_attention(&self, attention: &[f32]) -> Result<()> {
@@ -356,6 +379,12 @@ impl Lane {
         Ok(self.device.route(logits, m, count, &options, routing)?)
     }
 
+    /// Reads the router's logits.
+    pub fn read_router(&self, m: usize, count: usize, router: &mut Vec<f32>) -> Result<()> {
+        router.clear();
+        self.read(self.router_logits(), m * count, router)
+    }
+
     /// Reads what experts elsewhere need: the router's logits and the normalised input.
     pub fn read_input(
         &self,
@@ -364,18 +393,26 @@ impl Lane {
         router: &mut Vec<f32>,
         input: &mut Vec<f32>,
     ) -> Result<()> {
-        router.clear();
-        self.read(self.router_logits(), m * count, router)?;
-        input.clear();
-        self.read(&self.input, m * self.config.embd, input)
+        router.resize(m * count, 0.0);
+        input.resize(m * self.config.embd, 0.0);
+        let mut parts = [
+            (self.router_logits(), cast_slice_mut(router)),
+            (&self.input, cast_slice_mut(input)),
+        ];
+        Ok(self.device.read_all(&mut parts)?)
     }
 
-    /// Brings a choice of experts and their input here.
-    pub fn write_input(&self, routing: &Routing, input: &[f32]) -> Result<()> {
+    /// Brings a choice of experts here.
+    pub fn write_routing(&self, routing: &Routing) -> Result<()> {
         let here = self.routing();
         self.device.write(&here.ids, 0, cast_slice(&routing.ids))?;
-        self.device
-            .write(&here.weights, 0, cast_slice(&routing.weights))?;
+        Ok(self
+            .device
+            .write(&here.weights, 0, cast_slice(&routing.weights))?)
+    }
+
+    /// Brings the input of a network, or of projections, here.
+    pub fn write_input(&self, input: &[f32]) -> Result<()> {
         Ok(self.device.write(&self.input, 0, cast_slice(input))?)
     }
 
@@ -396,6 +433,90 @@ impl Lane {
             .experts(&network, &self.input, routing, m, &self.delta)?)
     }
 
+    /// The three projections of the input with matrices that are brought here. Each multiplies
+    /// while the next is on its way.
+    pub fn stream_qkv(
+        &mut self,
+        qkv: &[RawMatrix; 3],
+        m: usize,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        let Some(Network { gate, up, down }) = &mut self.slots else {
+            unreachable!("the plan streams nothing to this device");
+        };
+        let out = [&self.q, &self.k, &self.v];
+        for ((raw, slot), out) in qkv.iter().zip([gate, up, down]).zip(out) {
+            device.stream(raw, None, feeder, slot)?;
+            let product = Product {
+                w: slot,
+                out,
+                bias: None,
+                add: false,
+            };
+            device.matmul(&[product], &self.input, m)?;
+        }
+        Ok(())
+    }
+
+    /// `delta = out · attention` with a matrix that is brought here.
+    pub fn stream_attention_output(
+        &mut self,
+        out: &RawMatrix,
+        m: usize,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        let Some(Network { gate: slot, .. }) = &mut self.slots else {
+            unreachable!("the plan streams nothing to this device");
+        };
+        device.stream(out, None, feeder, slot)?;
+        let product = Product {
+            w: slot,
+            out: &self.delta,
+            bias: None,
+            add: false,
+        };
+        Ok(device.matmul(&[product], &self.attention, m)?)
+    }
+
+    /// Brings a network here, or the experts that are chosen.
+    pub fn stream_network(
+        &mut self,
+        network: &Network<RawMatrix>,
+        chosen: Option<&[u32]>,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        let Some(Network { gate, up, down }) = &mut self.slots else {
+            unreachable!("the plan streams nothing to this device");
+        };
+        device.stream(&network.gate, chosen, feeder, gate)?;
+        device.stream(&network.up, chosen, feeder, up)?;
+        Ok(device.stream(&network.down, chosen, feeder, down)?)
+    }
+
+    /// `delta = network(input)`, of the dense network that was brought here.
+    pub fn streamed_ffn(&self, m: usize) -> Result<()> {
+        let Some(slots) = &self.slots else {
+            unreachable!("the plan streams nothing to this device");
+        };
+        self.device.zero(&self.delta)?;
+        let network = on_device(slots);
+        Ok(self.device.ffn(&network, &self.input, m, &self.delta)?)
+    }
+
+    /// Experts that were brought here, as routed here: added to x or, apart, to `delta`.
+    pub fn streamed_experts(&self, m: usize, apart: bool) -> Result<()> {
+        let Some(slots) = &self.slots else {
+            unreachable!("the plan streams nothing to this device");
+        };
+        match apart {
+            true => self.experts_apart(slots, m),
+            false => self.add_experts(slots, m),
+        }
+    }
+
     /// Reads what is to be added elsewhere.
     pub fn read_delta(&self, m: usize, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
@@ -408,11 +529,26 @@ impl Lane {
         Ok(self.device.add(&self.x, &self.delta, delta.len())?)
     }
 
-    /// Final norm, and for up to [`LOGIT_ROWS`] rows the logits.
-    pub fn output(&self, norm: &Buffer, matrix: Option<&Matrix>, m: usize) -> Result<()> {
+    /// Final norm, and for up to [`LOGIT_ROWS`] rows the logits, or the likeliest tokens.
+    pub fn output(&self, norm: &Buffer, matrix: &Matrix, m: usize, want: Want) -> Result<()> {
         self.norm(norm, m)?;
-        match matrix {
-            Some(matrix) if m <= LOGIT_ROWS => self.logits(matrix, &self.input, m),
+        match m <= LOGIT_ROWS {
+            true => self.wanted(matrix, &self.input, m, want),
+            false => Ok(()),
+        }
+    }
+
+    /// What is wanted of `m` rows, no more than [`LOGIT_ROWS`].
+    fn wanted(&self, matrix: &Matrix, x: &Buffer, m: usize, want: Want) -> Result<()> {
+        if want == Want::Hidden {
+            return Ok(());
+        }
+        self.logits(matrix, x, m)?;
+        match (want, &self.best) {
+            (Want::Best, Some(best)) => {
+                let (logits, vocab) = (self.logits_buffer(), self.config.vocab);
+                Ok(self.device.argmax(logits, m, vocab, best)?)
+            }
             _ => Ok(()),
         }
     }
@@ -437,28 +573,51 @@ impl Lane {
     /// Reads what [`Lane::output`] made, and makes the rest.
     pub fn read_output(
         &self,
-        matrix: Option<&Matrix>,
+        matrix: &Matrix,
         m: usize,
-        hidden: &mut Vec<f32>,
-        logits: &mut Vec<f32>,
+        want: Want,
+        to: &mut Results<'_>,
     ) -> Result<()> {
         let c = &self.config;
-        let Some(matrix) = matrix else {
-            return self.read(&self.input, m * c.embd, hidden);
-        };
         if m <= LOGIT_ROWS {
-            self.read(self.logits_buffer(), m * c.vocab, logits)?;
-        } else {
+            return self.read_wanted(m, want, to, true);
+        }
+        if want != Want::Hidden {
             for first in (0..m).step_by(LOGIT_ROWS) {
                 let count = LOGIT_ROWS.min(m - first);
                 self.write_rows(&(first..first + count).collect::<Vec<_>>())?;
                 let (input, part) = (&self.input, &self.delta);
                 self.device.gather(input, &self.rows, count, c.embd, part)?;
-                self.logits(matrix, part, count)?;
-                self.read(self.logits_buffer(), count * c.vocab, logits)?;
+                self.wanted(matrix, part, count, want)?;
+                self.read_wanted(count, want, to, false)?;
             }
         }
-        self.read(&self.input, m * c.embd, hidden)
+        match want {
+            Want::Best => Ok(()),
+            _ => self.read(&self.input, m * c.embd, to.hidden),
+        }
+    }
+
+    /// Reads what is wanted of `m` rows, waiting once.
+    fn read_wanted(&self, m: usize, want: Want, to: &mut Results<'_>, hidden: bool) -> Result<()> {
+        let c = &self.config;
+        let starts = (to.hidden.len(), to.logits.len(), to.best.len());
+        let mut parts: Vec<(&Buffer, &mut [u8])> = Vec::new();
+        if want == Want::Logits {
+            to.logits.resize(starts.1 + m * c.vocab, 0.0);
+            let logits = &mut to.logits[starts.1..];
+            parts.push((self.logits_buffer(), cast_slice_mut(logits)));
+        }
+        if let (Want::Best, Some(best)) = (want, &self.best) {
+            to.best.resize(starts.2 + m, 0);
+            parts.push((best, cast_slice_mut(&mut to.best[starts.2..])));
+        }
+        if hidden && want != Want::Best {
+            to.hidden.resize(starts.0 + m * c.embd, 0.0);
+            let hidden = &mut to.hidden[starts.0..];
+            parts.push((&self.input, cast_slice_mut(hidden)));
+        }
+        Ok(self.device.read_all(&mut parts)?)
     }
 
     /// Copies a page of all layers here.

@@ -10,12 +10,36 @@ mod qwen2;
 mod qwen3;
 mod qwen3moe;
 
-pub(crate) use blocks::{Buffers, Step};
+pub(crate) use blocks::{Buffers, OnPool, Step};
 pub(crate) use graph::{Graph, On};
 pub(crate) use lane::Lane;
 
-use crate::Arch;
-use tegula_kernels::{Weights, device};
+use crate::{Arch, stream::Stream};
+use tegula_kernels::{
+    Weights,
+    device::{self, RawMatrix},
+};
+
+/// What is wanted of the tokens that want something.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Want {
+    /// Hidden states alone.
+    Hidden,
+    /// Hidden states and logits.
+    Logits,
+    /// The likeliest token alone.
+    Best,
+}
+
+/// Where it goes: each appends.
+pub(crate) struct Results<'a> {
+    /// `[outputs][embd]`
+    pub hidden: &'a mut Vec<f32>,
+    /// `[outputs][vocab]`
+    pub logits: &'a mut Vec<f32>,
+    /// `[outputs]`
+    pub best: &'a mut Vec<u32>,
+}
 
 /// Something of the model, on the CPU or on a device.
 pub(crate) enum Placed<H, D> {
@@ -47,6 +71,18 @@ pub(crate) struct Layer {
     pub ffn: Placed<HostFfn, DeviceFfn>,
     /// Of a mixture of experts.
     pub experts: Option<Placed<Network<Weights>, Network<device::Matrix>>>,
+    pub streamed: Streamed,
+}
+
+/// What of a layer lies on the CPU and is brought to a device for batches of many tokens: the
+/// file's own bytes.
+#[derive(Default)]
+pub(crate) struct Streamed {
+    /// q, k and v, and out.
+    pub attention: Option<(Stream, ([RawMatrix; 3], RawMatrix))>,
+    /// Of a dense network.
+    pub ffn: Option<(Stream, Network<RawMatrix>)>,
+    pub experts: Option<(Stream, Network<RawMatrix>)>,
 }
 
 pub(crate) type HostAttention = Attention<Weights, Vec<f32>>;

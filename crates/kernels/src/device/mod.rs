@@ -10,6 +10,7 @@
 //! to run placement, copies and faults without hardware.
 
 pub mod sim;
+pub mod stream;
 
 use crate::{
     kv::{KvShape, PageTable},
@@ -493,11 +494,47 @@ pub trait Device: Send + Sync {
     /// Waits for what was issued and copies from a buffer.
     fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()>;
 
+    /// The same for the beginnings of several buffers, waiting once.
+    fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        let mut parts = parts.iter_mut();
+        parts.try_for_each(|(src, dst)| self.read(src, 0, dst))
+    }
+
     /// Waits for what was issued.
     fn sync(&self) -> Result<()>;
 
     /// Brings a matrix to the device.
     fn load(&self, matrix: &RawMatrix) -> Result<Matrix>;
+
+    /// Room for a matrix of up to `bytes` bytes, as [`matrix_bytes`] counts them, that
+    /// [`Device::stream`] brings.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    fn slot(&self, bytes: usize) -> Result<Matrix> {
+        Ok(Matrix {
+            ty: GgmlType::F32,
+            n: 0,
+            k: 0,
+            experts: 0,
+            buffer: self.alloc(bytes)?,
+        })
+    }
+
+    /// Brings a matrix that stays in host memory to a slot, or of a stack those that `chosen`
+    /// names, in this order and numbered anew. What was issued before finds the slot as it was,
+    /// and what is issued behind finds it filled; copies run beside both. When it returns, `from`
+    /// has been read.
+    ///
+    /// # Panics
+    /// When the slot is too small.
+    fn stream(
+        &self,
+        from: &RawMatrix,
+        chosen: Option<&[u32]>,
+        feeder: &mut dyn stream::Feeder,
+        slot: &mut Matrix,
+    ) -> Result<()>;
 
     /// `out = x / rms(x) * w` for `m` rows of `k`.
     fn rms_norm(
@@ -572,6 +609,10 @@ pub trait Device: Send + Sync {
     fn gather(&self, x: &Buffer, rows: &Buffer, count: usize, k: usize, out: &Buffer)
     -> Result<()>;
 
+    /// The index of the largest of `n` values in each of `m` rows, the lowest of equals; a NaN is
+    /// less than any number. `out` is u32.
+    fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()>;
+
     /// Asks whether the operations that follow, which `key` names wholly (the same buffers,
     /// the same shapes), can be issued at once from a recording.
     fn begin(&self, key: &[u64]) -> Result<Recording> {
@@ -595,6 +636,17 @@ pub trait Device: Send + Sync {
     fn forget(&self) {}
 }
 
+/// The index of a row's largest value, the lowest of equals; a NaN is less than any number.
+pub fn largest(row: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (i, &v) in row.iter().enumerate() {
+        if v > best.1 {
+            best = (i, v);
+        }
+    }
+    best.0 as u32
+}
+
 /// Cosines and sines of a batch as a device takes them.
 pub fn rope_rows(table: &RopeTable) -> (&[f32], &[f32], usize) {
     table.rows()
@@ -603,6 +655,13 @@ pub fn rope_rows(table: &RopeTable) -> (&[f32], &[f32], usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_is_the_first_and_no_nan() {
+        assert_eq!(largest(&[f32::NAN, 1.0, 3.0, f32::NAN, 3.0]), 2);
+        assert_eq!(largest(&[f32::NEG_INFINITY, f32::NAN]), 0);
+        assert_eq!(largest(&[]), 0);
+    }
 
     #[test]
     fn planes_are_the_whole_block() {

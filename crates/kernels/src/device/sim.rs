@@ -1,14 +1,15 @@
-//! A device without hardware: its own address space, poisoned memory and a byte budget. It
+//! A device without hardware: its own address space, poisoned memory and a byte budget, of which
+//! networks take their hidden values' bytes while they run. It
 //! executes operations with the CPU's kernels, so that placement, splits, copies and
 //! out-of-memory run in ordinary tests.
 
 use super::{
     ALIGN, Budget, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, Ended, HeadOptions,
-    Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, matrix_bytes,
-    rounded,
+    Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, largest,
+    matrix_bytes, rounded, stream,
 };
 use crate::{
-    Acts, Compute, PoolConfig, Tier, Weights,
+    Acts, Amx, Compute, PoolConfig, Tier, Weights,
     kv::{KV_PAGE, KvCache, KvShape, PageTable},
     ops::{
         RopeTable, Token,
@@ -33,8 +34,13 @@ pub struct Copies {
     /// Copies from the device and their bytes.
     pub reads: usize,
     pub read: u64,
-    /// Bytes of weights brought to it.
+    /// Bytes of weights brought to it to stay.
     pub weights: u64,
+    /// Matrices that were streamed to it, and their bytes.
+    pub streams: usize,
+    pub streamed: u64,
+    /// Times that the caller waited for it.
+    pub waits: usize,
 }
 
 #[derive(Default)]
@@ -84,6 +90,17 @@ impl SimDevice {
     /// A device of `budget` bytes that computes with the kernels of `tier`. Equal names get
     /// disjoint addresses all the same.
     pub fn new(name: &str, budget: u64, tier: Tier) -> SimDevice {
+        SimDevice::with(name, budget, Compute::new(tier, PoolConfig::new(1)))
+    }
+
+    /// The same with AMX tiles, so that it rounds as a CPU does that uses them: no device has
+    /// any, but results that differ from the CPU's by rounding alone must then be the CPU's.
+    pub fn with_amx(name: &str, budget: u64, tier: Tier, amx: Amx) -> SimDevice {
+        let compute = Compute::with_amx(tier, amx, PoolConfig::new(1));
+        SimDevice::with(name, budget, compute)
+    }
+
+    fn with(name: &str, budget: u64, compute: Compute) -> SimDevice {
         use std::sync::atomic::{AtomicU64, Ordering};
         static SPACES: AtomicU64 = AtomicU64::new(1);
         // No address here is ever one of the host's: user space ends far below.
@@ -97,7 +114,7 @@ impl SimDevice {
                     ..Heap::default()
                 }),
             }),
-            compute: Compute::new(tier, PoolConfig::new(1)),
+            compute,
         }
     }
 
@@ -142,6 +159,15 @@ impl SimDevice {
                 Ok(())
             }
         }
+    }
+
+    fn copy_out(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
+        self.step("copying from it")?;
+        dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
+        let copies = &mut self.shared.heap().copies;
+        copies.reads += 1;
+        copies.read += dst.len() as u64;
+        Ok(())
     }
 
     fn bytes(&self, buffer: &Buffer) -> Vec<u8> {
@@ -255,15 +281,18 @@ impl Device for SimDevice {
     }
 
     fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
-        self.step("copying from it")?;
-        dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
-        let copies = &mut self.shared.heap().copies;
-        copies.reads += 1;
-        copies.read += dst.len() as u64;
-        Ok(())
+        self.shared.heap().copies.waits += 1;
+        self.copy_out(src, at, dst)
+    }
+
+    fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        self.shared.heap().copies.waits += 1;
+        let mut parts = parts.iter_mut();
+        parts.try_for_each(|(src, dst)| self.copy_out(src, 0, dst))
     }
 
     fn sync(&self) -> Result<()> {
+        self.shared.heap().copies.waits += 1;
         self.step("waiting")
     }
 
@@ -286,6 +315,37 @@ impl Device for SimDevice {
             experts,
             buffer,
         })
+    }
+
+    fn stream(
+        &self,
+        from: &RawMatrix,
+        chosen: Option<&[u32]>,
+        feeder: &mut dyn stream::Feeder,
+        slot: &mut Matrix,
+    ) -> Result<()> {
+        self.step("streaming weights")?;
+        let RawMatrix { ty, n, k, .. } = *from;
+        let experts = chosen.map_or(from.experts, <[u32]>::len);
+        let bytes = matrix_bytes(ty, n as u64, k as u64, experts as u64);
+        assert!(bytes.is_some_and(|bytes| bytes <= slot.buffer.bytes() as u64));
+        let mut copy = Vec::new();
+        // Small pieces, so that small matrices are more than one.
+        for piece in stream::pieces(from, chosen, 64 << 10) {
+            let mut staged = vec![POISON; piece.len];
+            feeder.fill(&mut staged, &piece.parts);
+            assert_eq!(copy.len(), piece.first_block as usize * ty.block_bytes());
+            copy.extend_from_slice(&staged);
+            feeder.meanwhile();
+        }
+        (slot.ty, slot.n, slot.k, slot.experts) = (ty, n, k, experts);
+        let mut heap = self.shared.heap();
+        heap.copies.streams += 1;
+        heap.copies.streamed += copy.len() as u64;
+        let weights = Weights::raw(ty, n, k, experts, Bytes::from_vec(copy))?;
+        heap.weights
+            .insert(slot.buffer.address(), Arc::new(weights));
+        Ok(())
     }
 
     fn rms_norm(
@@ -389,6 +449,7 @@ impl Device for SimDevice {
 
     fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
         self.step("ffn")?;
+        let _hidden = self.alloc(4 * m * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
         let (mut acts, mut hidden) = (Acts::new(), Acts::new());
         let forms = self.compute.forms(m, [&*gate, &*up]);
@@ -427,6 +488,7 @@ impl Device for SimDevice {
         x: &Buffer,
     ) -> Result<()> {
         self.step("experts")?;
+        let _hidden = self.alloc(4 * m * routing.used * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
         let routing = Routing {
             used: routing.used,
@@ -464,6 +526,14 @@ impl Device for SimDevice {
         let row = |&r: &u32| &x[r as usize * k..(r as usize + 1) * k];
         let y: Vec<f32> = rows.iter().flat_map(row).copied().collect();
         self.put(out, &y);
+        Ok(())
+    }
+
+    fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()> {
+        self.step("argmax")?;
+        let x = self.floats(x, m * n);
+        let best = x.chunks(n).flat_map(|row| largest(row).to_le_bytes());
+        self.put_bytes(out, 0, &best.collect::<Vec<u8>>());
         Ok(())
     }
 

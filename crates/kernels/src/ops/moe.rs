@@ -32,6 +32,66 @@ pub struct Routing {
     pub weights: Vec<f32>,
 }
 
+impl Routing {
+    /// The number of an expert that somebody else computes: [`Compute::moe_ffn`] leaves such
+    /// choices out.
+    pub const ELSEWHERE: u32 = u32::MAX;
+
+    /// The same choices, of which those are elsewhere whose expert is not in `kept`, which
+    /// ascends.
+    pub fn only(&self, kept: &[u32]) -> Routing {
+        let here = |id: &u32| match kept.binary_search(id) {
+            Ok(_) => *id,
+            Err(_) => Routing::ELSEWHERE,
+        };
+        Routing {
+            ids: self.ids.iter().map(here).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// The choices as a device takes them that has the experts `kept` alone, numbered among
+    /// these: the others weigh nothing, and go to all of them in turn.
+    ///
+    /// # Panics
+    /// When `kept` is empty.
+    pub fn among(&self, kept: &[u32]) -> Routing {
+        let mut routing = self.clone();
+        for (i, (id, weight)) in routing.ids.iter_mut().zip(&mut routing.weights).enumerate() {
+            match kept.binary_search(id) {
+                Ok(at) => *id = at as u32,
+                Err(_) => (*id, *weight) = ((i % kept.len()) as u32, 0.0),
+            }
+        }
+        routing
+    }
+
+    /// How many choices fall on each expert that is used, most first, then by number.
+    pub fn counts(&self) -> Vec<(u32, usize)> {
+        let mut ids = self.ids.clone();
+        ids.sort_unstable();
+        let run = |ids: &[u32]| (ids[0], ids.len());
+        let mut counts: Vec<(u32, usize)> = ids.chunk_by(|a, b| a == b).map(run).collect();
+        counts.sort_by_key(|&(id, n)| (Reverse(n), id));
+        counts
+    }
+
+    /// The experts that are used, ascending, and the same choice with experts numbered among
+    /// these.
+    pub fn compact(&self) -> (Vec<u32>, Routing) {
+        let mut chosen = self.ids.clone();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let number = |id: &u32| chosen.partition_point(|c| c < id) as u32;
+        let ids = self.ids.iter().map(number).collect();
+        let routing = Routing {
+            ids,
+            ..self.clone()
+        };
+        (chosen, routing)
+    }
+}
+
 /// How [`Compute::route`] turns logits into weights.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct RouteOptions {
@@ -65,7 +125,7 @@ struct Groups {
     segments: Vec<Segment>,
     /// Token of each assignment, ascending inside a segment.
     tokens: Vec<usize>,
-    /// `[m][used]`: the assignment of a token's choice.
+    /// `[m][used]`: the assignment of a token's choice; out of range for one that is elsewhere.
     place: Vec<usize>,
 }
 
@@ -73,7 +133,8 @@ impl Groups {
     fn new(routing: &Routing, m: usize, experts: usize) -> Groups {
         let used = routing.used;
         let mut counts = vec![0usize; experts];
-        for &id in &routing.ids {
+        let here = |id: &&u32| **id != Routing::ELSEWHERE;
+        for &id in routing.ids.iter().filter(here) {
             counts[id as usize] += 1;
         }
         let mut segments: Vec<Segment> = (0..experts)
@@ -92,9 +153,12 @@ impl Groups {
             next[s.expert] = start;
             start += s.len;
         }
-        let mut tokens = vec![0; m * used];
-        let mut place = vec![0; m * used];
+        let mut tokens = vec![0; start];
+        let mut place = vec![usize::MAX; m * used];
         for (i, &id) in routing.ids.iter().enumerate() {
+            if id == Routing::ELSEWHERE {
+                continue;
+            }
             let at = &mut next[id as usize];
             tokens[*at] = i / used;
             place[i] = *at;
@@ -265,7 +329,8 @@ impl Compute {
     /// the sum over its experts, in the order of `routing`, of `weight * down(silu(gate(x)) *
     /// up(x))`. `x` is `[m][gate.k()]`. Three dispatches: tokens to experts, gate and up, down.
     ///
-    /// A token's result depends on neither the other tokens nor the threads.
+    /// A token's result depends on neither the other tokens nor the threads. Choices that are
+    /// [`Routing::ELSEWHERE`] add nothing.
     ///
     /// # Panics
     /// When shapes disagree or an expert does not exist.
@@ -293,7 +358,10 @@ impl Compute {
             return;
         }
         let groups = Groups::new(routing, m, gate.experts());
-        let assigned = m * used;
+        let assigned = groups.tokens.len();
+        if assigned == 0 {
+            return;
+        }
         let kernels = &self.table.matmul;
         // A single token serves all its experts as it is.
         let shared = m == 1 && groups.segments.iter().all(|s| s.len == 1);
@@ -359,16 +427,23 @@ impl Compute {
                 }
                 for t in 0..m {
                     let mut sums = [[0f32; ROWS]; 2];
+                    let mut any = false;
                     for choice in t * used..(t + 1) * used {
                         let weight = routing.weights[choice];
                         let a = groups.place[choice];
-                        let (first, count) = blocks[a];
+                        let Some(&(first, count)) = blocks.get(a) else {
+                            continue;
+                        };
+                        any = true;
                         for (s, sum) in sums[..strips].iter_mut().enumerate() {
                             let at = (first * strips + s * count + a - first) * ROWS;
                             for (sum, &v) in sum.iter_mut().zip(&scratch.tile[at..at + ROWS]) {
                                 *sum += weight * v;
                             }
                         }
+                    }
+                    if !any {
+                        continue;
                     }
                     // SAFETY: every strip of rows is one task's.
                     let dst = unsafe { y.slice(t * n + row..t * n + row + rows) };
@@ -427,6 +502,43 @@ mod tests {
         for (choice, &at) in g.place.iter().enumerate() {
             assert_eq!(g.tokens[at], choice / 2);
         }
+    }
+
+    #[test]
+    fn compact_routing_names_the_same_experts() {
+        let routing = Routing {
+            used: 2,
+            ids: vec![7, 1, 1, 40, 7, 3],
+            weights: vec![0.5; 6],
+        };
+        let (chosen, compact) = routing.compact();
+        assert_eq!(chosen, [1, 3, 7, 40]);
+        assert_eq!(compact.ids, [2, 0, 0, 3, 2, 1]);
+        let back: Vec<u32> = compact.ids.iter().map(|i| chosen[*i as usize]).collect();
+        assert_eq!(back, routing.ids);
+        assert_eq!(compact.weights, routing.weights);
+    }
+
+    #[test]
+    fn a_split_routing_is_the_whole_in_two_parts() {
+        let routing = Routing {
+            used: 2,
+            ids: vec![7, 1, 1, 40, 7, 3],
+            weights: vec![0.5, 0.25, 0.75, 0.125, 1.0, 2.0],
+        };
+        assert_eq!(routing.counts(), [(1, 2), (7, 2), (3, 1), (40, 1)]);
+        let none = Routing::ELSEWHERE;
+        let here = routing.only(&[3, 7]);
+        assert_eq!(here.ids, [7, none, none, none, 7, 3]);
+        assert_eq!(here.weights, routing.weights);
+        let there = routing.among(&[1, 40]);
+        assert_eq!(there.ids, [0, 0, 0, 1, 0, 1]);
+        assert_eq!(there.weights, [0.0, 0.25, 0.75, 0.125, 0.0, 0.0]);
+        let g = Groups::new(&here, 3, 41);
+        assert_eq!((g.tokens.len(), g.segments.len()), (3, 2));
+        assert_eq!(g.tokens, [0, 2, 2]);
+        let out = usize::MAX;
+        assert_eq!(g.place, [0, out, out, out, 1, 2]);
     }
 
     #[test]

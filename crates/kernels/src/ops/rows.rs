@@ -7,7 +7,34 @@ use crate::profile::Op;
 /// Values below which a dispatch costs more than the work.
 const INLINE: usize = 16 * 1024;
 
+/// Bytes that a task of [`Compute::copy`] copies.
+const COPY: usize = 256 << 10;
+
 impl Compute {
+    /// Fills `to` with the parts, one after another, on all threads: one thread alone is slower
+    /// than a link to a device.
+    ///
+    /// # Panics
+    /// When they are not as long together.
+    pub fn copy(&self, to: &mut [u8], parts: &[&[u8]]) {
+        let _span = self.profile.span(Op::Copy);
+        let mut tasks = Vec::new();
+        let mut at = 0;
+        for part in parts {
+            for from in part.chunks(COPY) {
+                tasks.push((at, from));
+                at += from.len();
+            }
+        }
+        assert_eq!(at, to.len());
+        let to = DisjointMut::new(to);
+        self.pool.run(tasks.len(), &|task| {
+            let (at, from) = tasks[task];
+            // SAFETY: each task has its own part.
+            unsafe { to.slice(at..at + from.len()) }.copy_from_slice(from);
+        });
+    }
+
     /// Runs `task(0..count)`, in place when `count * size` values are too few to share out.
     pub(crate) fn for_each(&self, count: usize, size: usize, task: &(dyn Fn(usize) + Sync)) {
         if count * size <= INLINE {

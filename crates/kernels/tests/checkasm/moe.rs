@@ -171,10 +171,14 @@ fn experts(tier: Tier, (gate_ty, up_ty, down_ty, ff): Types) -> Result<(), Faile
     };
     let (packed, plain) = ([&gate.0, &up.0, &down.0], [&gate.1, &up.1, &down.1]);
     let (routing, got) = run(&one, m, packed);
-    for t in 0..m {
+    // Of a token, those of its experts that are in `kept`.
+    let dense = |t: usize, kept: &[u32]| {
         let mut want = vec![0f32; n];
         for choice in t * USED..(t + 1) * USED {
             let e = routing.ids[choice] as usize;
+            if !kept.contains(&(e as u32)) {
+                continue;
+            }
             let (g, u, d) = (&gate.2[e], &up.2[e], &down.2[e]);
             let mut acts = Acts::new();
             one.prepare(&mut acts, &x[t * k..][..k], 1, k, one.forms(1, [g, u]));
@@ -186,8 +190,23 @@ fn experts(tier: Tier, (gate_ty, up_ty, down_ty, ff): Types) -> Result<(), Faile
                 *want += routing.weights[choice] * y;
             }
         }
-        let got = &got[t * n..(t + 1) * n];
+        want
+    };
+    let all: Vec<u32> = (0..EXPERTS as u32).collect();
+    for t in 0..m {
+        let (got, want) = (&got[t * n..(t + 1) * n], dense(t, &all));
         check::equal(got, &want, |_| 0.0, |i| format!("token {t} row {i}"))?;
+    }
+    for kept in [&[1, 2, 5][..], &[4], &[]] {
+        let (mut out, mut scratch) = (vec![0.0; m * n], MoeScratch::default());
+        let [gate, up, down] = packed;
+        let part = routing.only(kept);
+        compute(tier, 2).moe_ffn(&x, &part, gate, up, down, &mut scratch, &mut out);
+        for t in 0..m {
+            let (got, want) = (&out[t * n..(t + 1) * n], dense(t, kept));
+            let what = |i| format!("{kept:?} alone, token {t} row {i}");
+            check::equal(got, &want, |_| 0.0, what)?;
+        }
     }
     for threads in [2, 3] {
         let c = compute(tier, threads);

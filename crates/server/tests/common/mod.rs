@@ -13,6 +13,7 @@ use std::{
 use serde_json::Value;
 use tegula_engine::{Context, ContextOptions, LoadOptions, Model, SamplerOptions, Source};
 use tegula_gguf::ChatTemplate;
+use tegula_kernels::device::sim::SimDevice;
 use tegula_server::{
     ApiError, Defaults, Pooling, Prepared, Scheduler, SchedulerOptions, Service, ServiceOptions,
     scheduler::{Event, Sink},
@@ -23,12 +24,21 @@ const MODEL: &str = concat!(
     "/../tegula/assets/ferrous-moe-21m-Q4_0.gguf"
 );
 
-pub fn model() -> Arc<Model> {
-    let options = LoadOptions {
+fn options() -> LoadOptions {
+    LoadOptions {
         threads: 2,
         ..LoadOptions::new(Source::Path(MODEL.into()))
-    };
-    Arc::new(Model::load(&options, &mut |_| {}).unwrap())
+    }
+}
+
+pub fn model() -> Arc<Model> {
+    Arc::new(Model::load(&options(), &mut |_| {}).unwrap())
+}
+
+/// The model on a simulated device.
+pub fn model_on(device: &Arc<SimDevice>) -> Arc<Model> {
+    let options = options().with_devices(vec![Arc::clone(device) as _]);
+    Arc::new(Model::load(&options.unwrap(), &mut |_| {}).unwrap())
 }
 
 pub fn scheduler(model: &Arc<Model>, slots: usize, queue: usize, context: usize) -> Scheduler {

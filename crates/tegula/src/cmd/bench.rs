@@ -28,7 +28,11 @@ use std::{
     },
     time::Duration,
 };
-use tegula_engine::{LoadOptions, Model, Source, threads::default_threads};
+use tegula_engine::{
+    LoadOptions, Model, Source,
+    plan::{Placement, TileUse},
+    threads::default_threads,
+};
 use tegula_kernels::{
     Amx, Numa, Tier,
     kv::{KvType, pruned::KvSparsity},
@@ -436,6 +440,7 @@ fn base_row(load: &LoadOptions, model: &Arc<Model>) -> Row {
         params: facts::parameters(gguf),
         isa: facts::isa(model),
         amx_from: amx_from(model),
+        gpus: facts::gpus(model),
         threads: load.threads,
         repack: load.repack,
         mmap: load.mmap,
@@ -446,9 +451,11 @@ fn base_row(load: &LoadOptions, model: &Arc<Model>) -> Row {
 
 /// From how many tokens that run together tiles multiply some matrix.
 fn amx_from(model: &Model) -> Option<usize> {
-    let tiles = model.compute().table.matmul.tiles.as_ref()?;
-    let tensors = model.gguf().tensors().iter().filter(|t| t.shape.len() > 1);
-    tensors.filter_map(|t| (tiles.fewest_tokens)(t.ty)).min()
+    let from = |p: &Placement| match p.tiles {
+        Some(TileUse::From(n)) => Some(n),
+        Some(TileUse::Never(_)) | None => None,
+    };
+    model.plan().placements.iter().filter_map(from).min()
 }
 
 /// Runs the tests in every combination of batches and cache types.

@@ -76,12 +76,14 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     }
     for d in &plan.devices {
         out += &format!(
-            "{} ({}): {} of weights, {} of KV cache, {} of activations; {} may be used\n",
+            "{} ({}): {} of weights, {} of KV cache, {} of activations, {} for streaming; {} may be \
+             used\n",
             d.name,
             d.description,
             output::bytes(d.weights),
             output::bytes(d.kv),
             output::bytes(d.activations),
+            output::bytes(d.streaming),
             output::bytes(d.budget)
         );
     }
@@ -94,7 +96,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     for p in &plan.placements {
         let shape: Vec<_> = p.shape.iter().map(u64::to_string).collect();
         out += &format!(
-            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}\n",
+            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}\n",
             p.tensor,
             p.ty,
             shape.join(" x "),
@@ -102,7 +104,11 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
             output::bytes(p.bytes),
             lower(&p.encoding),
             p.kernel,
-            p.reason
+            p.reason,
+            p.streams.map_or(String::new(), |s| format!(
+                "; brought to {} for {} tokens and more",
+                s.device, s.from
+            ))
         );
     }
     output::text(&out)
