@@ -191,10 +191,12 @@ fn measure(model: &str, source: &Path, held_out: &str, calibration: &str) -> Res
                     same_as_dense(&path, &twin, &point, held_out)?;
                     match method {
                         // On the mixture of experts magnitude alone has been better.
-                        "wanda" if model == MODELS[0] => holds(point.perplexity < magnitude_50, || {
-                            let ppl = point.perplexity;
-                            format!("wanda {ppl} is no better than magnitude {magnitude_50}")
-                        })?,
+                        "wanda" if model == MODELS[0] => {
+                            holds(point.perplexity < magnitude_50, || {
+                                let ppl = point.perplexity;
+                                format!("wanda {ppl} is no better than magnitude {magnitude_50}")
+                            })?
+                        }
                         _ => magnitude_50 = point.perplexity,
                     }
                 }
