@@ -22,7 +22,11 @@ use tegula_lab::{Check, Env, Need, Outcome};
 use crate::{
     bench::{self, Name, dense_rows},
     prune::{PruneOptions, calibrate, leftovers, prune},
-    quality, sparamx,
+    quality,
+    sparamx::{
+        self,
+        layer::{Layer, Values},
+    },
 };
 
 /// Tasks 5.1 to 5.10.
@@ -154,7 +158,9 @@ fn predecessor() -> Result<Outcome> {
     // Ours, on the same shapes and threads.
     equal_products(&[(768, 2048)], &[16], &[1], None)?;
     equal_products(&[(14336, 64)], &[16], &[1], None)?;
+    let layers = imported()?;
     Ok(Outcome::passed([
+        ("layers in SparAMX's layout, imported", layers),
         (
             "768 x 2048 on 16 threads, SparAMX",
             format!("{:.0} % of tiles take another tile's values", 100.0 * wrong),
@@ -168,6 +174,38 @@ fn predecessor() -> Result<Outcome> {
             "as dense, bit for bit".to_owned(),
         ),
     ]))
+}
+
+/// Holds that layers which are packed as SparAMX does come back, whatever number of threads
+/// they were packed for.
+fn imported() -> Result<String> {
+    let (n, k) = (768, 512);
+    let weights = dense_rows(GgmlType::S_BF16, n, k, 50, 3);
+    let counts = [1, 2, 4, 8, 16, 48];
+    for threads in counts {
+        let layer = Layer::pack(Values::Bf16, (n, k), &weights, threads).map_err(text)?;
+        let rows = layer.rows().map_err(text)?;
+        holds(rows == weights, || {
+            format!("a layer for {threads} threads: other weights")
+        })?;
+    }
+    let floats: Vec<f32> = (0..n * k)
+        .map(|i| match i % 3 {
+            0 => 0.0,
+            _ => (i as f32 * 0.7).sin() * 300.0,
+        })
+        .collect();
+    let (codes, factors) = Layer::int8_codes(&floats, k);
+    let layer = Layer::pack(Values::Int8, (n, k), &codes, 16).map_err(text)?;
+    let rows = Layer { factors, ..layer }.rows().map_err(text)?;
+    let kept = rows.chunks_exact(34).flat_map(|block| &block[2..]);
+    holds(kept.eq(&codes), || "8 bits: other codes".into())?;
+    let shape = [k as u64, n as u64];
+    pack_tensor(GgmlType::S8, &shape, None, &rows).map_err(text)?;
+    Ok(format!(
+        "bf16 for {} numbers of threads and 8 bits: the same values in the same places",
+        counts.len()
+    ))
 }
 
 /// Copies of a model in sparse types; a newer version and damage are errors.

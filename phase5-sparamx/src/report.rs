@@ -146,7 +146,8 @@ each product, which is right and slow.
 - GPUs get sparse matrices as dense ones.
 - A sparse KV cache holds 16-bit values and lies on the CPU; \
 within a finished page of 64 positions it can't be cut.
-- There is no reader of SparAMX's own files: its positions are re-created for check 5.1 alone.
+- SparAMX saves layers, not models: `cargo run --release -p phase5-sparamx --example sparamx -- \
+OUT.gguf NAME=LAYER.pt` makes tensors of them (8-bit factors become f16 scales, codes and zeros stay).
 ";
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
-//! SparAMX's own layout, to see where its positions go wrong.
+//! SparAMX's own layout: to read its layers, and to see where its positions go wrong.
 //!
-//! A re-creation after the published code (commit fc29bc7 of its repository), of the positions
-//! alone: values of a matrix lie in one array in the order of their tiles (16 outputs by 32 or
+//! A re-creation after the published code (commit fc29bc7 of its repository). Values of a matrix lie in one array in the order of their tiles (16 outputs by 32 or
 //! 64 inputs), and each of the threads that a file was packed for begins at a stored index and
 //! counts on from there. Where a thread has more than one row of tiles, the packer puts rows
 //! of tiles down in pairs, at every step along k the first one's tile and then the second's,
@@ -10,6 +9,9 @@
 //! The packer pairs rows over the whole matrix, the kernel within its thread's share: with an
 //! odd share they disagree. That, and the quantiser, are what [`misplaced`] and
 //! [`int8_scale`] show.
+
+pub mod layer;
+pub mod torch;
 
 /// The order in which tiles lie in the file: `(row of tiles, step along k)`.
 pub fn packed_order(rows: usize, steps: usize, threads: usize) -> Vec<(usize, usize)> {

@@ -90,6 +90,11 @@ pub fn pages(root: &Path) -> Result<BTreeMap<String, String>> {
             let more = more.map_err(anyhow::Error::msg)?;
             text = format!("{}\n\n{}\n", text.trim_end(), more.trim());
         }
+        if let Some(line) = crate::phase::headline(&name, root) {
+            // Before the first section.
+            let line = line.map_err(anyhow::Error::msg)?;
+            text = text.replacen("\n\n## ", &format!("\n\n**{line}**\n\n## "), 1);
+        }
         pages.insert(format!("docs/{name}"), text);
     }
     let drawing = phase5_sparamx::quality::drawing(root).map_err(anyhow::Error::msg)?;

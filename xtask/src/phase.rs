@@ -31,6 +31,14 @@ pub fn measurements(page: &str, root: &Path) -> Option<Result<String, String>> {
     }
 }
 
+/// What stands above all else on a phase's page, if this is one that has such a line.
+pub fn headline(page: &str, root: &Path) -> Option<Result<String, String>> {
+    match page {
+        "PHASE_5.md" => phase5_sparamx::quality::headline(root).transpose(),
+        _ => None,
+    }
+}
+
 /// The phase of this number.
 pub fn numbered(number: u8) -> Result<Phase> {
     let found = all().into_iter().find(|p| p.number == number);

@@ -51,21 +51,78 @@ __device__ __forceinline__ void put(int type, u8 *to, int at, int scale_at, int 
     }
 }
 
-// Writes k and v, `[m][heads][dim]`: a warp per (head, token).
-extern "C" __global__ void __launch_bounds__(32)
-kv_store(Kv c, Where w, const float *k, const float *v) {
-    int head = blockIdx.x, t = blockIdx.y;
+// Writes one head's k, or v, of a token, from `row`: a warp.
+__device__ __forceinline__ void put_head(const Kv &c, const Where &w, int head, int t, bool v,
+                                         const float *row) {
     u32 position = w.tokens[2 * t + 1];
     u32 page = w.pages[w.tokens[2 * t] + position / 64];
     int slot = position & 63, dim = c.dim;
     u8 *to = c.cache + (u64)page * c.page_bytes + (u64)head * c.head_bytes;
-    u64 from = ((u64)t * c.heads + head) * dim;
-    for (int d = threadIdx.x; d < dim; d += 32) {
-        int at = c.k_type == KV_BF16 ? (d / 2 * 64 + slot) * 2 + (d & 1) : d * 64 + slot;
-        put(c.k_type, to, at, d / 32 * 64 + slot, dim, d, k[from + d]);
-        at = c.v_type == KV_BF16 ? (slot / 2 * dim + d) * 2 + (slot & 1) : slot * dim + d;
-        put(c.v_type, to + c.k_bytes, at, slot * (dim / 32) + d / 32, dim, d, v[from + d]);
+    for (int d = threadIdx.x & 31; d < dim; d += 32) {
+        if (v) {
+            int at = c.v_type == KV_BF16 ? (slot / 2 * dim + d) * 2 + (slot & 1) : slot * dim + d;
+            put(c.v_type, to + c.k_bytes, at, slot * (dim / 32) + d / 32, dim, d, row[d]);
+        } else {
+            int at = c.k_type == KV_BF16 ? (d / 2 * 64 + slot) * 2 + (d & 1) : d * 64 + slot;
+            put(c.k_type, to, at, d / 32 * 64 + slot, dim, d, row[d]);
+        }
     }
+}
+
+// Writes k and v, `[m][heads][dim]`: a warp per head of either and token.
+extern "C" __global__ void __launch_bounds__(32)
+kv_store(Kv c, Where w, const float *k, const float *v) {
+    bool second = blockIdx.x >= (u32)c.heads;
+    int head = second ? blockIdx.x - c.heads : blockIdx.x, t = blockIdx.y;
+    u64 from = ((u64)t * c.heads + head) * c.dim;
+    put_head(c, w, head, t, second, (second ? v : k) + from);
+}
+
+// The heads of one projection, `[m][heads][dim]`: normalised by w, if there is one, then
+// rotated, in place.
+struct Heads {
+    float *x;
+    const float *w;
+    int heads;
+};
+
+// All heads of two projections; if there is a cache, those of k go there as well, and those of
+// v. A warp per head, up to 1024 dimensions.
+extern "C" __global__ void __launch_bounds__(32)
+heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const float *sin,
+      int pairs, Kv c, Where at, const float *v) {
+    extern __shared__ float row[];
+    int t = blockIdx.y, lane = threadIdx.x, head = blockIdx.x;
+    if (head >= q.heads + k.heads) {
+        head -= q.heads + k.heads;
+        put_head(c, at, head, t, true, v + ((u64)t * c.heads + head) * dim);
+        return;
+    }
+    bool store = head >= q.heads && c.cache;
+    if (head >= q.heads) head -= q.heads, q = k;
+    const float *w = q.w;
+    float *x = q.x + ((u64)t * q.heads + head) * dim;
+    float sum = 0.0f;
+    for (int i = lane; i < dim; i += 32) {
+        row[i] = x[i];
+        sum = fmaf(row[i], row[i], sum);
+    }
+    if (w) {
+        float scale = 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+        for (int i = lane; i < dim; i += 32) row[i] = row[i] * scale * w[i];
+    }
+    __syncwarp();
+    cos += (u64)t * pairs;
+    sin += (u64)t * pairs;
+    for (int i = lane; i < pairs; i += 32) {
+        int p = neox ? i : 2 * i, q = neox ? i + pairs : 2 * i + 1;
+        float a = row[p], b = row[q];
+        row[p] = a * cos[i] - b * sin[i];
+        row[q] = a * sin[i] + b * cos[i];
+    }
+    __syncwarp();
+    for (int i = lane; i < dim; i += 32) x[i] = row[i];
+    if (store) put_head(c, at, head, t, false, row);
 }
 
 // Up to 8 query heads that share a KV head.

@@ -29,14 +29,16 @@ __device__ __forceinline__ void dots(const Mat *const (&w)[R], const u64 (&at)[R
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int t = 0; t < M; t++) acc[r][t] = 0.0f;
-#pragma unroll(M == 1 && R <= 2 ? 2 : 1)
+    // Loads of several steps are under way at once.
+#pragma unroll(M > 1 ? 1 : R <= 2 ? 4 : 2)
     for (int kb = threadIdx.x & 31; kb < groups; kb += 32) {
         Group g[R];
 #pragma unroll
         for (int r = 0; r < R; r++) g[r] = decode(*w[r], at[r] + kb);
 #pragma unroll
         for (int t = 0; t < M; t++) {
-            if (t < m) {
+            // One token is always there: nothing branches, so that loads can be issued early.
+            if (M == 1 || t < m) {
                 const i8 *q = x.q + (first + t) * k + kb * 16;
                 int4 a = *(const int4 *)q, b = *(const int4 *)(q + k / 2);
                 float d = x.d[(first + t) * groups + kb];
@@ -94,7 +96,7 @@ __device__ __forceinline__ void mul_vec(const Products &p, const Q8 &x, int m) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 5)
 mul_vec_1(Products p, Q8 x, int m) {
     mul_vec<1>(p, x, m);
 }
@@ -147,7 +149,7 @@ __device__ __forceinline__ void gate_up(const Mat &gate, const Mat &up, u64 base
     if (q8.q) put_q8(q8, to + warp, n, blockIdx.x, v);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 3)
 gate_up_1(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
     gate_up<1>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
@@ -158,7 +160,7 @@ gate_up_8(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
 }
 
 // The same for pairs of a token and an expert, one per blockIdx.y.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 3)
 experts_gate_up(Mat gate, Mat up, const u32 *ids, int used, Q8 x, float *hidden, Q8 q8) {
     int pair = blockIdx.y;
     gate_up<1>(gate, up, (u64)ids[pair] * gate.n, x, pair / used, 1, hidden, q8, pair);
@@ -218,7 +220,7 @@ __device__ __forceinline__ void dot_float(const Mat &w, u64 at, const float *x, 
         float4 v = weights4(w, at + c);
 #pragma unroll
         for (int t = 0; t < M; t++) {
-            if (t < m) {
+            if (M == 1 || t < m) {
                 float4 a = *(const float4 *)(x + (u64)t * k + c);
                 acc[t] = fmaf(v.x, a.x, acc[t]);
                 acc[t] = fmaf(v.y, a.y, acc[t]);

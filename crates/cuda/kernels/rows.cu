@@ -9,61 +9,35 @@ rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u1
     x += row * k;
     out += row * k;
     int threads = blockDim.x;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < k; i += threads) sum = fmaf(x[i], x[i], sum);
+    // What a thread keeps of x and w, so that both are read once and together.
+    constexpr int KEPT = 8;
+    float own[KEPT], weight[KEPT], sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * threads;
+        own[j] = i < k ? x[i] : 0.0f;
+        weight[j] = i < k ? w[i] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) sum = fmaf(own[j], own[j], sum);
+    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) sum = fmaf(x[i], x[i], sum);
     sum = warp_sum(sum);
     if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0.0f;
     for (int i = 0; i < threads / 32; i++) sum += part[i];
     float scale = 1.0f / sqrtf(sum / (float)k + eps);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < k; i += threads) {
-        float v = x[i] * scale * w[i];
+    auto put = [&](int i, float v) {
         out[i] = v;
         if (q8.q) put_q8(q8, row, k, i / 32, v);
         if (bf16) bf16[row * k + i] = f32_to_bf16(v);
+    };
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * threads;
+        if (i < k) put(i, own[j] * scale * weight[j]);
     }
-}
-
-// The heads of one projection, `[m][heads][dim]`: normalised by w, if there is one, then
-// rotated, in place.
-struct Heads {
-    float *x;
-    const float *w;
-    int heads;
-};
-
-// All heads of two projections. A warp per head, up to 1024 dimensions.
-extern "C" __global__ void __launch_bounds__(32)
-heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const float *sin,
-      int pairs) {
-    extern __shared__ float row[];
-    int t = blockIdx.y, lane = threadIdx.x, head = blockIdx.x;
-    if (head >= q.heads) head -= q.heads, q = k;
-    const float *w = q.w;
-    float *x = q.x + ((u64)t * q.heads + head) * dim;
-    float sum = 0.0f;
-    for (int i = lane; i < dim; i += 32) {
-        row[i] = x[i];
-        sum = fmaf(row[i], row[i], sum);
-    }
-    if (w) {
-        float scale = 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
-        for (int i = lane; i < dim; i += 32) row[i] = row[i] * scale * w[i];
-    }
-    __syncwarp();
-    cos += (u64)t * pairs;
-    sin += (u64)t * pairs;
-    for (int i = lane; i < pairs; i += 32) {
-        int p = neox ? i : 2 * i, q = neox ? i + pairs : 2 * i + 1;
-        float a = row[p], b = row[q];
-        x[p] = a * cos[i] - b * sin[i];
-        x[q] = a * sin[i] + b * cos[i];
-    }
-    if (w)
-        for (int i = 2 * pairs + lane; i < dim; i += 32) x[i] = row[i];
+    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) put(i, x[i] * scale * w[i]);
 }
 
 // Rows of k values in the q8 form, a warp per group.
@@ -199,8 +173,7 @@ group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *o
         u32 e = i < to ? ids[i] : 0xffffffffu;
         u32 same = __match_any_sync(0xffffffffu, e);
         // The first lane of an expert counts for all of them.
-        if (i < to && (same & ((1u << lane) - 1)) == 0) own[e] += __popc(same);
-        __syncwarp();
+        if (i < to && (same & ((1u << lane) - 1)) == 0) atomicAdd(own + e, __popc(same));
     }
     __syncthreads();
     for (int e = threadIdx.x; e < experts; e += threads) {
@@ -234,11 +207,10 @@ group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *o
     for (int i = from + lane; i - lane < to; i += 32) {
         u32 e = i < to ? ids[i] : 0xffffffffu;
         u32 same = __match_any_sync(0xffffffffu, e);
-        int before = __popc(same & ((1u << lane) - 1));
-        if (i < to) order[starts[e] + own[e] + before] = i;
-        __syncwarp();
-        if (i < to && before == 0) own[e] += __popc(same);
-        __syncwarp();
+        int before = __popc(same & ((1u << lane) - 1)), held = 0;
+        if (i < to && before == 0) held = atomicAdd(own + e, __popc(same));
+        held = __shfl_sync(0xffffffffu, held, __ffs(same) - 1);
+        if (i < to) order[starts[e] + held + before] = i;
     }
     for (int e = threadIdx.x; e < experts; e += threads) {
         int n = totals[e];

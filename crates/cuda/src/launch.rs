@@ -20,7 +20,7 @@ pub(crate) struct Products {
     pub add: i32,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Kv {
     pub cache: u64,

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{CudaDevice, FEW, PIECE, failed, is_float, on_tensor_cores, where_of},
-    launch::{HeadsOf, Q8, launch},
+    launch::{HeadsOf, Kv, Q8, launch},
     modules::Unit,
     products::Into,
 };
@@ -72,6 +72,39 @@ impl CudaDevice {
             self, unit, name, grid, 128, shared, kv, at, q, n, scale, m, out, bf16
         )?;
         Ok(true)
+    }
+}
+
+impl CudaDevice {
+    /// Heads of two projections, and where there is a cache, k and v to it.
+    fn rotate(
+        &self,
+        both: [Heads<'_>; 2],
+        o: &HeadOptions,
+        places: &Places,
+        kv: Kv,
+        v: u64,
+    ) -> Result<()> {
+        let [q, k] = both.map(|of| {
+            self.overwritten(of.x.address());
+            HeadsOf {
+                x: of.x.address(),
+                norm: of.norm.map_or(0, Buffer::address),
+                heads: of.heads as i32,
+            }
+        });
+        let (dim, neox) = (o.dim as i32, i32::from(o.style == RopeStyle::Neox));
+        let (cos, sin) = (places.cos.address(), places.sin.address());
+        let (pairs, at) = (places.pairs as i32, where_of(places));
+        let grid = [
+            both[0].heads + both[1].heads + kv.heads as usize,
+            places.m,
+            1,
+        ];
+        let (unit, name, shared, eps) = (Unit::Attention, c"heads", 4 * o.dim, o.eps);
+        launch!(
+            self, unit, name, grid, 32, shared, q, k, eps, dim, neox, cos, sin, pairs, kv, at, v
+        )
     }
 }
 
@@ -163,7 +196,7 @@ impl Device for CudaDevice {
         let (x, w, out) = (x.address(), w.address(), out.address());
         let (q8, bf16) = self.prepare(out, m, k)?;
         // Few rows keep few multiprocessors busy: with more threads each.
-        let block = if m <= FEW { 1024 } else { 256 };
+        let block = if m <= FEW { 1024 } else { 512 };
         let (unit, name, grid, k) = (Unit::Rows, c"rms_norm", [m, 1, 1], k as i32);
         launch!(
             self, unit, name, grid, block, 0, x, w, eps, k, out, q8, bf16
@@ -184,24 +217,11 @@ impl Device for CudaDevice {
     }
 
     fn heads(&self, both: [Heads<'_>; 2], o: &HeadOptions, places: &Places) -> Result<()> {
-        let [q, k] = both.map(|of| {
-            self.overwritten(of.x.address());
-            HeadsOf {
-                x: of.x.address(),
-                norm: of.norm.map_or(0, Buffer::address),
-                heads: of.heads as i32,
-            }
-        });
-        let (dim, neox) = (o.dim as i32, i32::from(o.style == RopeStyle::Neox));
-        let (cos, sin) = (places.cos.address(), places.sin.address());
-        let (pairs, grid) = (
-            places.pairs as i32,
-            [both[0].heads + both[1].heads, places.m, 1],
-        );
-        let (unit, name, shared, eps) = (Unit::Rows, c"heads", 4 * o.dim, o.eps);
-        launch!(
-            self, unit, name, grid, 32, shared, q, k, eps, dim, neox, cos, sin, pairs
-        )
+        let none = Kv {
+            dim: o.dim as i32,
+            ..Kv::default()
+        };
+        self.rotate(both, o, places, none, 0)
     }
 
     fn kv_store(
@@ -213,9 +233,21 @@ impl Device for CudaDevice {
         v: &Buffer,
     ) -> Result<()> {
         let (kv, at) = (self.kv(cache, shape), where_of(places));
-        let (k, v, grid) = (k.address(), v.address(), [shape.heads, places.m, 1]);
+        let (k, v, grid) = (k.address(), v.address(), [2 * shape.heads, places.m, 1]);
         let (unit, name) = (Unit::Attention, c"kv_store");
         launch!(self, unit, name, grid, 32, 0, kv, at, k, v)
+    }
+
+    fn heads_and_store(
+        &self,
+        both: [Heads<'_>; 2],
+        v: &Buffer,
+        o: &HeadOptions,
+        places: &Places,
+        cache: &Buffer,
+        shape: &KvShape,
+    ) -> Result<()> {
+        self.rotate(both, o, places, self.kv(cache, shape), v.address())
     }
 
     fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()> {

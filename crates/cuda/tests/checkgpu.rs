@@ -566,6 +566,47 @@ fn attention(gpu: &CudaDevice, k: KvType, v: KvType) -> Result<(), Failed> {
             )?;
         }
     }
+    // Heads are rotated and stored at once.
+    for (dim, norm) in [(32, false), (64, true), (128, true)] {
+        let shape = KvShape {
+            layers: 1,
+            heads: 2,
+            dim,
+            k,
+            v,
+        };
+        both(gpu, &format!("heads of {dim} to the cache"), 2e-3, |d| {
+            let (rng, m) = (&mut Rng(14), 12);
+            let cache = d.0.alloc(shape.bytes(3)).unwrap();
+            d.0.zero(&cache).unwrap();
+            let tokens: Vec<_> = (58..58 + m as u32).map(|p| (0, p)).collect();
+            let places = d.places(&tokens, &[2, 0], dim / 2);
+            let q = d.put(&rng.floats(m * 4 * dim));
+            let (k, v) = (
+                d.put(&rng.floats(m * 2 * dim)),
+                d.put(&rng.floats(m * 2 * dim)),
+            );
+            let w = d.put(&rng.floats(dim));
+            let options = HeadOptions {
+                dim,
+                style: RopeStyle::Neox,
+                eps: 1e-6,
+            };
+            let of = |x, heads| Heads {
+                x,
+                norm: norm.then_some(&w),
+                heads,
+            };
+            let two = [of(&q, 4), of(&k, 2)];
+            d.0.heads_and_store(two, &v, &options, &places, &cache, &shape)
+                .unwrap();
+            let out = d.poisoned(m * 4 * dim);
+            d.0.attention(&cache, &shape, &places, &q, 4, &out).unwrap();
+            let mut all = d.get(&out, m * 4 * dim);
+            all.extend(d.get(&k, m * 2 * dim));
+            all
+        })?;
+    }
     // Several sequences among many tokens, in runs and one by one.
     let shape = KvShape {
         layers: 1,

@@ -282,9 +282,6 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         if let Some(placement) = unit.and_then(|unit| on_device(tensor, unit)) {
             return placement;
         }
-        let streams = unit
-            .filter(|unit| stream::is_streamed(*unit, &tensor.name))
-            .and_then(|unit| offload.streams.get(unit));
         if role == Role::TiedEmbedding && offload.output != Device::Cpu {
             role = Role::Embedding;
         }
@@ -306,6 +303,9 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             true => without_zeros(gguf, tensor, flags),
             false => None,
         };
+        let streams = unit
+            .filter(|unit| stream::is_streamed(*unit, &tensor.name))
+            .and_then(|unit| offload.streams.get(unit));
         if let Some(worth) = without_zeros {
             let packed = TensorInfo {
                 ty: tensor.ty.sparse().unwrap_or(tensor.ty),

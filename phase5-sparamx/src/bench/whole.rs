@@ -9,6 +9,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use rayon::prelude::*;
@@ -20,7 +21,7 @@ use tegula_gguf::{
 use tegula_kernels::Amx;
 use tegula_lab::{Env, Series};
 
-use super::{Name, Plan, SIDES, dense_rows, turns};
+use super::{Name, Plan, SIDES, dense_rows, seconds_left, turns};
 
 /// A published shape, or a part of it.
 #[derive(Clone, Copy, Debug)]
@@ -100,27 +101,37 @@ const CASES: [(Shape, GgmlType, usize); 3] = [
 /// Tokens that run together.
 const BATCHES: [usize; 3] = [1, 16, 64];
 
-/// Takes the measurements. A machine of little memory gets a smaller part of each model, or
-/// none; the series' names say which.
+/// Bytes per second that files are written and loaded with, before there was one.
+const SPEED: f64 = 0.5e9;
+
+/// Takes the measurements. A machine of little memory, or slow disks, gets a smaller part of
+/// each model, or none; the series' names say which.
 ///
 /// # Errors
 /// When a file can't be written or loaded.
 pub fn run(env: &Env) -> Result<Vec<Series>, String> {
     let plan = Plan::whole();
+    let memory = 0.8 * env.host.memory_mib as f64 * (1 << 20) as f64;
+    let mut speed = SPEED;
     let mut all = Vec::new();
-    for (shape, ty, least) in CASES {
+    for (i, (shape, ty, least)) in CASES.into_iter().enumerate() {
+        let dense = ty.dense();
+        let per_weight = dense.block_bytes() as f64 / dense.block_len() as f64;
+        // Of both files, about.
+        let bytes = |part: usize| 1.65 * per_weight * shape.part(part).weights() as f64;
+        let measuring = BATCHES.len() as f64 * 1.5 * plan.time.as_secs_f64();
+        let time = seconds_left() / (CASES.len() - i) as f64 - measuring;
         // Files and packed copies of both sides at once, and room for all else.
-        let fits = |part: &usize| {
-            let weights = shape.part(*part).weights() as f64;
-            let dense = ty.dense();
-            let bytes = dense.block_bytes() as f64 / dense.block_len() as f64;
-            3.5 * weights * bytes < 0.8 * env.host.memory_mib as f64 * (1 << 20) as f64
-        };
-        let Some(part) = [1, 2, 4, 8].into_iter().filter(|p| *p >= least).find(fits) else {
-            println!("  {} {ty}: too little memory", shape.name);
+        let fits = |part: &usize| 2.1 * bytes(*part) < memory && bytes(*part) / speed < time;
+        let mut parts = [1, 2, 4, 8].into_iter().filter(|p| *p >= least);
+        let Some(part) = parts.find(fits) else {
+            println!("  {} {ty}: too little memory or time", shape.name);
             continue;
         };
+        let begin = Instant::now();
         all.extend(measure(&plan, &shape.part(part), &shape.title(part), ty)?);
+        let took = begin.elapsed().as_secs_f64() - measuring;
+        speed = bytes(part) / took.max(1.0);
     }
     Ok(all)
 }

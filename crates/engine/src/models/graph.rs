@@ -187,8 +187,10 @@ impl<'a> Graph<'a> {
                 g.step.rope();
                 Ok(())
             }
-            Placed::Device(d, a) => g.lanes[*d].heads(a),
-            Placed::Split(parts) => parts.iter().try_for_each(|(d, a)| g.lanes[*d].heads(a)),
+            Placed::Device(d, a) => g.lanes[*d].heads(a, layer),
+            Placed::Split(parts) => parts
+                .iter()
+                .try_for_each(|(d, a)| g.lanes[*d].heads(a, layer)),
         });
     }
 

@@ -223,9 +223,10 @@ impl Lane {
         Ok(self.device.matmul(&products, &self.input, m)?)
     }
 
-    /// Normalises the heads of q and k, where there is a norm, and rotates them.
-    pub fn heads(&self, a: &DeviceAttention) -> Result<()> {
-        let c = &self.config;
+    /// Normalises the heads of q and k, where there is a norm, and rotates them; k and v go to
+    /// the layer's cache, if it is here.
+    pub fn heads(&self, a: &DeviceAttention, layer: usize) -> Result<()> {
+        let (c, places) = (&self.config, &self.places);
         let options = HeadOptions {
             dim: c.head_dim,
             style: c.rope.style,
@@ -236,18 +237,23 @@ impl Lane {
             of(&self.q, a.q_norm.as_ref(), c.heads),
             of(&self.k, a.k_norm.as_ref(), c.kv_heads),
         ];
-        Ok(self.device.heads(both, &options, &self.places)?)
+        match &self.cache[layer] {
+            None => self.device.heads(both, &options, places)?,
+            Some(cache) => {
+                let (v, shape) = (&self.v, &self.shape);
+                self.device
+                    .heads_and_store(both, v, &options, places, cache, shape)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Stores k and v in the layer's cache, which must be here, and attends.
+    /// Attends over the layer's cache, which must be here and has this step's k and v.
     pub fn attend(&self, layer: usize) -> Result<()> {
         let Some(cache) = &self.cache[layer] else {
             unreachable!("the plan puts layer {layer}'s cache elsewhere");
         };
-        let (shape, places) = (&self.shape, &self.places);
-        self.device
-            .kv_store(cache, shape, places, &self.k, &self.v)?;
-        let heads = self.config.heads;
+        let (shape, places, heads) = (&self.shape, &self.places, self.config.heads);
         let (q, out) = (&self.q, &self.attention);
         Ok(self.device.attention(cache, shape, places, q, heads, out)?)
     }

@@ -5,9 +5,10 @@
 //! a product, so all formats share one micro-kernel and every tile is full.
 //!
 //! What limits it is where tiles come from: each is used for two products of 16 cycles, so
-//! that 64 bytes a cycle must arrive. The activations of 32 tokens (64 KiB) are read from the
-//! third-level cache once per stretch; they, the weight tiles (512 KiB) and the sums are then
-//! in the second-level cache, from which the micro-kernel prefetches ahead of its loads.
+//! that 64 bytes a cycle must arrive. The activations of 32 tokens (64 KiB) are brought from
+//! the third-level cache once per stretch, while the tokens before them are multiplied; they,
+//! the weight tiles (512 KiB) and the sums are then in the second-level cache, from which the
+//! micro-kernel prefetches ahead of its loads.
 
 use tegula_gguf::GgmlType;
 
@@ -219,18 +220,26 @@ unsafe fn all_tokens(
                 tile::configure(tokens);
                 configured = tokens;
             }
-            let group = |t: usize| {
+            let group = |t: usize, k: usize| {
                 let tokens = TILE_ROWS.min(acts.m - t);
                 let at = t * acts.k + k * tokens;
                 (acts.tiles.add(at).cast::<u8>(), tokens * 64)
             };
-            let first = group(t);
+            let first = group(t, k);
             let second = if tokens > TILE_ROWS {
-                group(t + TILE_ROWS)
+                group(t + TILE_ROWS, k)
             } else {
                 first
             };
-            for s in (0..args.strips.len()).step_by(2) {
+            // Whose turn is next: the tokens that follow, or the first ones a stretch later.
+            let next = match (t + tokens < acts.m, k + len < acts.k) {
+                (true, _) => (t + tokens, k),
+                (false, true) => (0, k + len),
+                (false, false) => (0, 0),
+            };
+            let last_group = (acts.m - 1) / TILE_ROWS * TILE_ROWS;
+            let next = [0, TILE_ROWS].map(|t| group((next.0 + t).min(last_group), next.1).0);
+            for (pair, s) in (0..args.strips.len()).step_by(2).enumerate() {
                 let last = (s + 1).min(args.strips.len() - 1);
                 let block = tile::Block {
                     a: [first.0, second.0],
@@ -239,6 +248,8 @@ unsafe fn all_tokens(
                     c: [s, last].map(|s| args.tile_of(s).add(t * ROWS)),
                     steps: len / TILE_K,
                     fresh: k == 0,
+                    // Half of a group a pair, as long as there is some left.
+                    next: next[pair / 2 % 2].wrapping_add(pair % 2 * len / TILE_K * tile::NEXT),
                 };
                 tile::multiply(tokens, last - s + 1, &block);
             }

@@ -108,6 +108,9 @@ pub(crate) struct Block {
     pub steps: usize,
     /// Whether sums start at zero; otherwise what is in `c` is added to.
     pub fresh: bool,
+    /// What is brought to the second-level cache meanwhile, [`NEXT`] bytes a step, if there
+    /// are 32 tokens and two strips. That need not be valid memory.
+    pub next: *const u8,
 }
 
 /// Multiplies `tokens` tokens with one or two strips.
@@ -150,6 +153,10 @@ macro_rules! prefetch {
 /// Bytes from the tile that is loaded to the one that is asked for.
 const AHEAD: usize = 2 * TILE_BYTES;
 
+/// Bytes of [`Block::next`] that a step asks for: every other line, since the second-level
+/// cache fetches lines in pairs.
+pub(crate) const NEXT: usize = 512;
+
 /// Bytes between the sums of the first and the second 16 tokens.
 const SECOND: usize = TILE_ROWS * ROWS * 4;
 
@@ -183,6 +190,11 @@ unsafe fn multiply_2x2(x: &Block) {
             prefetch!("a1"),
             "tdpbf16ps tmm3, tmm5, tmm7",
             prefetch!("b1"),
+            "prefetcht1 [{next}]",
+            "prefetcht1 [{next} + 128]",
+            "prefetcht1 [{next} + 256]",
+            "prefetcht1 [{next} + 384]",
+            "add {next}, {next_step}",
             "add {a0}, {step0}",
             "add {a1}, {step1}",
             "add {b0}, {tile}",
@@ -202,6 +214,8 @@ unsafe fn multiply_2x2(x: &Block) {
             c1 = in(reg) x.c[1],
             step0 = in(reg) x.a_step[0],
             step1 = in(reg) x.a_step[1],
+            next = inout(reg) x.next => _,
+            next_step = const NEXT,
             steps = inout(reg) x.steps => _,
             row = in(reg) 64usize,
             second = const SECOND,

@@ -565,6 +565,20 @@ pub trait Device: Send + Sync {
         v: &Buffer,
     ) -> Result<()>;
 
+    /// [`Device::heads`], then [`Device::kv_store`] of the second projection and `v`.
+    fn heads_and_store(
+        &self,
+        both: [Heads<'_>; 2],
+        v: &Buffer,
+        options: &HeadOptions,
+        places: &Places,
+        cache: &Buffer,
+        shape: &KvShape,
+    ) -> Result<()> {
+        self.heads(both, options, places)?;
+        self.kv_store(cache, shape, places, both[1].x, v)
+    }
+
     /// Copies a page of one layer's cache.
     fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()>;
 
