@@ -19,7 +19,11 @@ const NEXT: usize = 4;
 
 /// Logits may differ so far, of the largest: AMX rounds activations to bf16 where vectors round
 /// them to eight bits, and split layers sum in another order, of which some is then rounded.
-const BOUND: f32 = 0.08;
+const BOUND: f32 = 0.02;
+
+/// Where that makes a router choose another expert, of two that it finds alike, they may differ
+/// so far, once in a run.
+const ANOTHER_EXPERT: f32 = 0.08;
 
 /// How much is on devices.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +43,9 @@ pub(crate) struct Cell {
     pub split: Split,
     pub share: Share,
     pub amx: Option<Amx>,
+    /// Devices round as the CPU does with AMX, which no real device does: then what lies where
+    /// changes nothing but the order of some sums.
+    pub alike: bool,
 }
 
 impl Cell {
@@ -48,9 +55,11 @@ impl Cell {
             split,
             share,
             amx,
+            alike,
         } = self;
         let amx = if amx.is_some() { "with" } else { "without" };
-        format!("{devices} devices, {split:?} split, {share:?} on them, {amx} AMX")
+        let alike = if *alike { ", devices like the CPU" } else { "" };
+        format!("{devices} devices, {split:?} split, {share:?} on them, {amx} AMX{alike}")
     }
 }
 
@@ -72,9 +81,14 @@ pub(crate) fn run(model: &Path, cell: &Cell, like: Option<&Ran>) -> Result<Ran, 
     let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", cell.name());
     trap()?;
     let tier = Tier::detect_max();
-    let sims: Vec<_> = (0..cell.devices)
-        .map(|i| Arc::new(SimDevice::new(&format!("SIM{i}"), 1 << 30, tier)))
-        .collect();
+    let sim = |i| {
+        let name = format!("SIM{i}");
+        match cell.amx.filter(|_| cell.alike) {
+            Some(amx) => SimDevice::with_amx(&name, 1 << 30, tier, amx),
+            None => SimDevice::new(&name, 1 << 30, tier),
+        }
+    };
+    let sims: Vec<_> = (0..cell.devices).map(|i| Arc::new(sim(i))).collect();
     let devices = sims.iter().map(|d| Arc::clone(d) as _).collect();
     let mut load = options(model, tier, cell.amx, 2)
         .with_devices(devices)
@@ -158,6 +172,34 @@ fn on_tiles(p: &Placement) -> bool {
     matches!(p.tiles, Some(TileUse::From(_)))
 }
 
+/// The same logits and tokens: to the bit, or as near as [`BOUND`] says.
+///
+/// # Errors
+/// Names the first difference.
+fn agree(cell: &Cell, ran: &Ran, other: &Ran, exact: bool) -> Result<(), String> {
+    let wrong = |what: String| Err(format!("{}: {what}", cell.name()));
+    let mut others = usize::from(!exact);
+    for (i, (got, want)) in ran.logits.iter().zip(&other.logits).enumerate() {
+        let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let both = got.iter().zip(want);
+        let apart = both.fold(0.0f32, |m, (a, b)| m.max((a - b).abs() / largest));
+        let mut bound = if exact { 0.0 } else { BOUND };
+        if apart > bound && others > 0 {
+            others -= 1;
+            bound = ANOTHER_EXPERT;
+        }
+        if apart.is_nan() || apart > bound {
+            return wrong(format!("logits {i} differ by {apart} of the largest"));
+        }
+        // Another token only where the other finds it as likely, within the bound.
+        let (a, b) = (likeliest(got), likeliest(want));
+        if (want[b] - want[a]) / largest > bound {
+            return wrong(format!("token {i} is {a}, on the CPU {b}"));
+        }
+    }
+    Ok(())
+}
+
 /// What must hold of `ran`, beside the same on the CPU alone with AMX as here, and beside the
 /// same without AMX.
 ///
@@ -172,20 +214,7 @@ pub(crate) fn holds(
     let wrong = |what: String| Err(format!("{}: {what}", cell.name()));
     // Devices compute with the vector kernels of the CPU.
     let exact = cell.amx.is_none() && cell.split != Split::Tensor;
-    let bound = if exact { 0.0 } else { BOUND };
-    for (i, (got, want)) in ran.logits.iter().zip(&cpu.logits).enumerate() {
-        let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        let both = got.iter().zip(want);
-        let apart = both.fold(0.0f32, |m, (a, b)| m.max((a - b).abs() / largest));
-        if apart.is_nan() || apart > bound {
-            return wrong(format!("logits {i} differ by {apart} of the largest"));
-        }
-        // Another token only where the CPU finds it as likely, within the bound.
-        let (a, b) = (likeliest(got), likeliest(want));
-        if (want[b] - want[a]) / largest > bound {
-            return wrong(format!("token {i} is {a}, on the CPU {b}"));
-        }
-    }
+    agree(cell, ran, cpu, exact)?;
     for (p, known) in ran.plan.placements.iter().zip(&cpu.plan.placements) {
         let here = p.device == Device::Cpu;
         if here && (&p.kernel, p.bytes, p.buffer) != (&known.kernel, known.bytes, known.buffer) {
@@ -242,6 +271,7 @@ pub(crate) fn matrix(
         split: Split::Layer,
         share: Share::Nothing,
         amx,
+        alike: false,
     };
     let cpu_without = run(model, &alone(None), None)?;
     let cpu_with = run(model, &alone(Some(amx)), Some(&cpu_without))?;
@@ -256,6 +286,7 @@ pub(crate) fn matrix(
                     split,
                     share,
                     amx,
+                    alike: false,
                 };
                 let without = run(model, &cell(None), Some(&cpu_without))?;
                 holds(&cell(None), &without, &cpu_without, None)?;
@@ -266,6 +297,15 @@ pub(crate) fn matrix(
                     _ => &cpu_with,
                 };
                 holds(&cell(Some(amx)), &with, beside, Some(&without))?;
+                if [Share::Part, Share::NoExperts].contains(&share) {
+                    let cell = Cell {
+                        alike: true,
+                        ..cell(Some(amx))
+                    };
+                    let alike = run(model, &cell, Some(&cpu_without))?;
+                    agree(&cell, &alike, &cpu_with, split == Split::Layer)?;
+                    cells += 1;
+                }
                 if share == Share::Everything && with.logits != without.logits {
                     return Err(format!(
                         "{}: other logits than without",

@@ -282,6 +282,9 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         if let Some(placement) = unit.and_then(|unit| on_device(tensor, unit)) {
             return placement;
         }
+        let streams = unit
+            .filter(|unit| stream::is_streamed(*unit, &tensor.name))
+            .and_then(|unit| offload.streams.get(unit));
         if role == Role::TiedEmbedding && offload.output != Device::Cpu {
             role = Role::Embedding;
         }

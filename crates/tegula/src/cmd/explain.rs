@@ -106,8 +106,10 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
             p.kernel,
             p.reason,
             p.streams.map_or(String::new(), |s| format!(
-                "; brought to {} for {} tokens and more",
-                s.device, s.from
+                "; brought to {} for {} tokens and more{}",
+                s.device,
+                s.from,
+                if s.shared { ", in part" } else { "" }
             ))
         );
     }
