@@ -23,7 +23,7 @@ use crate::{
 use tegula_gguf::blocks;
 
 #[cfg(feature = "check-kernels")]
-use crate::{attn::TileChunk, kv::KV_PAGE};
+use crate::{acts::TILE_GROUP, attn::TileChunk, kv::KV_PAGE};
 
 /// Share of `Σ |w · x|` by which products of float weights may differ.
 pub const FLOAT_PRODUCTS: f32 = 2e-6;
