@@ -104,6 +104,9 @@ pub struct Sampler {
     options: SamplerOptions,
     recent: VecDeque<u32>,
     random: SplitMix64,
+    /// Scratch: logits with biases and penalties, largest logits of blocks, what may be chosen.
+    logits: Vec<f32>,
+    maxima: Vec<f32>,
     candidates: Vec<Candidate>,
 }
 
@@ -115,6 +118,8 @@ impl Sampler {
             options,
             recent: VecDeque::new(),
             random,
+            logits: Vec::new(),
+            maxima: Vec::new(),
             candidates: Vec::new(),
         }
     }
@@ -142,40 +147,36 @@ impl Sampler {
     pub fn sample_allowed(&mut self, logits: &[f32], allowed: Option<&TokenSet>) -> u32 {
         let o = &self.options;
         let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l };
-        self.candidates.clear();
-        let all = logits.iter().enumerate();
-        self.candidates.extend(all.map(|(id, &l)| Candidate {
-            id: id as u32,
-            logit: clean(l),
-            p: 0.0,
-        }));
-        let c = &mut self.candidates;
+        self.logits.clear();
+        self.logits.extend(logits.iter().map(|&l| clean(l)));
         for &(id, bias) in &o.logit_bias {
-            if let Some(c) = c.get_mut(id as usize) {
-                c.logit = clean(c.logit + bias);
+            if let Some(l) = self.logits.get_mut(id as usize) {
+                *l = clean(*l + bias);
             }
         }
-        penalize(c, o, &self.recent);
-        if let Some(allowed) = allowed {
-            c.retain(|c| allowed.contains(c.id));
-        }
+        penalize(&mut self.logits, o, &self.recent);
+        let possible = (0..).zip(&self.logits);
+        let possible = possible.filter(|(id, _)| allowed.is_none_or(|set| set.contains(*id)));
         if o.temperature <= 0.0 {
-            let better = |a: &Candidate, b: &Candidate| b.logit > a.logit;
-            let first = c.first().copied();
-            let best = c.iter().fold(first, |best, x| match best {
-                Some(b) if !better(&b, x) => Some(b),
-                _ => Some(*x),
-            });
-            return best.map_or(0, |c| c.id);
+            let best = possible.reduce(|best, x| if x.1 > best.1 { x } else { best });
+            return best.map_or(0, |(id, _)| id);
         }
-        top_k(
-            c,
-            if o.top_k == 0 {
-                0
-            } else {
-                o.top_k.max(o.min_keep)
-            },
+        let k = match o.top_k {
+            0 => 0,
+            k => k.max(o.min_keep),
+        };
+        let floor = match allowed {
+            None if k > 0 => reached_by(k, &self.logits, &mut self.maxima),
+            _ => f32::NEG_INFINITY,
+        };
+        let c = &mut self.candidates;
+        c.clear();
+        c.extend(
+            possible
+                .filter(|x| *x.1 >= floor)
+                .map(|(id, &logit)| Candidate { id, logit, p: 0.0 }),
         );
+        top_k(c, k);
         typical(c, o.typical, o.min_keep);
         top_p(c, o.top_p, o.min_keep);
         min_p(c, o.min_p, o.min_keep);
@@ -198,7 +199,7 @@ impl Sampler {
     }
 }
 
-fn penalize(c: &mut [Candidate], o: &SamplerOptions, recent: &VecDeque<u32>) {
+fn penalize(logits: &mut [f32], o: &SamplerOptions, recent: &VecDeque<u32>) {
     let idle = o.repeat_penalty == 1.0 && o.frequency_penalty == 0.0 && o.presence_penalty == 0.0;
     if idle || recent.is_empty() {
         return;
@@ -208,17 +209,37 @@ fn penalize(c: &mut [Candidate], o: &SamplerOptions, recent: &VecDeque<u32>) {
         *counts.entry(id).or_default() += 1;
     }
     for (id, count) in counts {
-        let Some(c) = c.get_mut(id as usize) else {
+        let Some(logit) = logits.get_mut(id as usize) else {
             continue;
         };
         // Dividing a negative logit would reward it.
-        c.logit = if c.logit > 0.0 {
-            c.logit / o.repeat_penalty
+        if *logit > 0.0 {
+            *logit /= o.repeat_penalty;
         } else {
-            c.logit * o.repeat_penalty
-        };
-        c.logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
+            *logit *= o.repeat_penalty;
+        }
+        *logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
     }
+}
+
+/// A logit that at least `k` of them reach, and with luck few more: vocabularies have 150,000
+/// tokens, and sorting them all out would take longer than a GPU takes for a token.
+///
+/// Of that many blocks the largest logit reaches it.
+fn reached_by(k: usize, logits: &[f32], maxima: &mut Vec<f32>) -> f32 {
+    const BLOCK: usize = 64;
+    let largest = |block: &[f32]| {
+        let larger = |most, &l| if l > most { l } else { most };
+        block.iter().fold(f32::NEG_INFINITY, larger)
+    };
+    maxima.clear();
+    maxima.extend(logits.chunks(BLOCK).map(largest));
+    if maxima.len() < k {
+        return f32::NEG_INFINITY;
+    }
+    *maxima
+        .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
+        .1
 }
 
 fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
@@ -411,6 +432,32 @@ mod tests {
             ..neutral()
         };
         assert_eq!(support(&forbidden, &logits), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn all_of_the_k_largest_reach_the_floor() {
+        let mut random = SplitMix64(1);
+        for (n, k, distinct) in [
+            (5000, 40, 1e9),
+            (5000, 40, 9.0),
+            (5000, 78, 1e9),
+            (5000, 79, 1e9),
+            (64, 1, 5.0),
+            (100, 3, 1.0),
+        ] {
+            let mut logits: Vec<f32> = (0..n)
+                .map(|_| (random.uniform() * distinct).floor() as f32)
+                .collect();
+            logits[n / 2] = f32::NEG_INFINITY;
+            let floor = reached_by(k, &logits, &mut Vec::new());
+            let reach = logits.iter().filter(|l| **l >= floor).count();
+            assert!(reach >= k, "{n} {k} {distinct}");
+            logits.sort_by(|a, b| b.total_cmp(a));
+            assert!(logits[k - 1] >= floor);
+            if distinct > 1e6 && k == 40 {
+                assert!(reach < n / 10, "{reach} of {n}");
+            }
+        }
     }
 
     #[test]
