@@ -484,6 +484,7 @@ const ALIKE: Rates = Rates {
     memory: 10e9,
     copy: 1e12,
     decoding: 20.0,
+    sharing: 1.0,
 };
 
 #[test]
