@@ -35,16 +35,10 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The experts that go to the device of a batch of `m` tokens, ascending.
+    /// The experts that go to the device of a batch of `m` tokens that is shared, ascending.
     pub(crate) fn chosen(&self, routing: &Routing, m: usize) -> Vec<u32> {
-        let counts = routing.counts();
-        if self.shared {
-            let (work, cpu) = &self.reckoned;
-            return work.split(m, &counts, cpu);
-        }
-        let mut all: Vec<u32> = counts.into_iter().map(|c| c.0).collect();
-        all.sort_unstable();
-        all
+        let (work, cpu) = &self.reckoned;
+        work.split(m, &routing.counts(), cpu)
     }
 }
 

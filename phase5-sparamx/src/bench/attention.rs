@@ -98,11 +98,7 @@ pub fn measure(plan: &Plan, heads: usize, positions: usize) -> Result<Vec<Series
                 side: side.to_owned(),
                 bytes: bytes as u64,
             };
-            Series {
-                name: name.to_string(),
-                unit: "ms".into(),
-                samples,
-            }
+            name.timed(samples)
         }));
     }
     Ok(all)

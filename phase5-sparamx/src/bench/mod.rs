@@ -48,6 +48,17 @@ pub struct Name {
     pub bytes: u64,
 }
 
+impl Name {
+    /// Its series of milliseconds.
+    fn timed(&self, samples: Vec<f64>) -> Series {
+        Series {
+            name: self.to_string(),
+            unit: "ms".into(),
+            samples,
+        }
+    }
+}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -320,11 +331,7 @@ impl Sets {
                 bytes: w.bytes() as u64,
                 ..self.name.clone()
             };
-            Series {
-                name: name.to_string(),
-                unit: "ms".into(),
-                samples: samples.next().unwrap_or_default(),
-            }
+            name.timed(samples.next().unwrap_or_default())
         })
     }
 }
@@ -407,11 +414,7 @@ fn experts(plan: &Plan, compute: &Compute) -> Result<Vec<Series>, String> {
             side: SIDES[side].into(),
             bytes: (layers[side].0 * used / count) as u64,
         };
-        Series {
-            name: name.to_string(),
-            unit: "ms".into(),
-            samples,
-        }
+        name.timed(samples)
     });
     Ok(all.collect())
 }

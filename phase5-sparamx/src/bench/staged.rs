@@ -83,11 +83,7 @@ pub fn measure(plan: &Plan, amx: Amx, (n, k): (usize, usize)) -> Result<Vec<Seri
                     side: side.to_owned(),
                     bytes: bytes as u64,
                 };
-                Series {
-                    name: name.to_string(),
-                    unit: "ms".into(),
-                    samples,
-                }
+                name.timed(samples)
             }));
         }
     }

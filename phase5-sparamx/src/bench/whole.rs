@@ -237,11 +237,7 @@ pub fn measure(
                         side: side.into(),
                         bytes: bytes as u64,
                     };
-                    Series {
-                        name: name.to_string(),
-                        unit: "ms".into(),
-                        samples,
-                    }
+                    name.timed(samples)
                 }),
         );
     }
