@@ -1,4 +1,4 @@
-//! Tasks 1.1 to 1.8.
+//! Tasks 1.1 to 1.8, and what holds on a real GPU.
 
 use std::{os::unix::process::ExitStatusExt as _, path::PathBuf};
 
@@ -9,7 +9,7 @@ use tegula_lab::{Check, Env, Need, Outcome, Phase};
 
 use crate::{
     devices::{self, Share},
-    matrix,
+    gpu, matrix,
     probe::{Seen, probe},
     programs::{Program, Variant, probe_arguments},
 };
@@ -86,6 +86,33 @@ pub fn checks() -> Vec<Check> {
                     offloaded, no to three devices",
             requires: &[Need::Avx2],
             run: |env| whole_matrix(env).into(),
+        },
+    ]
+}
+
+/// What only a real GPU can show: `cargo xtask gpu`.
+pub fn gpu_checks() -> Vec<Check> {
+    vec![
+        Check {
+            id: "gpu.1",
+            title: "perplexity on a GPU is within 0.5 % of the CPU's for every shared model and \
+                    every format that can be written, and the same bits in every run",
+            requires: &[Need::Gpus(1), Need::Shared],
+            run: |env| gpu::perplexities(env).into(),
+        },
+        Check {
+            id: "gpu.2",
+            title: "on a GPU, full offload, hybrids, streams and split devices give the CPU's \
+                    tokens, and recordings the bits of what they recorded",
+            requires: &[Need::Gpus(1)],
+            run: |env| gpu::placements(&model(env), &gpu::gpus).into(),
+        },
+        Check {
+            id: "gpu.3",
+            title: "compute-sanitizer's memcheck, racecheck and synccheck find nothing in the \
+                    kernels' trials and the shipped model",
+            requires: &[Need::Gpus(1)],
+            run: |env| gpu::sanitized(env, &model(env)).into(),
         },
     ]
 }

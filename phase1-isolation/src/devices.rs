@@ -156,7 +156,7 @@ fn json(plan: &Plan) -> Result<serde_json::Value, String> {
 }
 
 /// The number of the largest.
-fn likeliest(logits: &[f32]) -> usize {
+pub(crate) fn likeliest(logits: &[f32]) -> usize {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.map_or(0, |(i, _)| i)
 }
@@ -177,9 +177,29 @@ fn on_tiles(p: &Placement) -> bool {
 /// # Errors
 /// Names the first difference.
 fn agree(cell: &Cell, ran: &Ran, other: &Ran, exact: bool) -> Result<(), String> {
-    let wrong = |what: String| Err(format!("{}: {what}", cell.name()));
+    near(&cell.name(), &ran.logits, &other.logits, exact)
+}
+
+/// The same of rows of logits, `[vocab]` each.
+///
+/// # Errors
+/// Names the first difference.
+pub(crate) fn near(
+    name: &str,
+    rows: &[Vec<f32>],
+    other: &[Vec<f32>],
+    exact: bool,
+) -> Result<(), String> {
+    let wrong = |what: String| Err(format!("{name}: {what}"));
+    if rows.len() != other.len() {
+        return wrong(format!(
+            "{} rows of logits and not {}",
+            rows.len(),
+            other.len()
+        ));
+    }
     let mut others = usize::from(!exact);
-    for (i, (got, want)) in ran.logits.iter().zip(&other.logits).enumerate() {
+    for (i, (got, want)) in rows.iter().zip(other).enumerate() {
         let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         let both = got.iter().zip(want);
         let apart = both.fold(0.0f32, |m, (a, b)| m.max((a - b).abs() / largest));

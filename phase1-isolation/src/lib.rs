@@ -4,8 +4,9 @@
 
 mod checks;
 mod devices;
+mod gpu;
 mod matrix;
 pub mod probe;
 pub mod programs;
 
-pub use checks::{checks, phase};
+pub use checks::{checks, gpu_checks, phase};

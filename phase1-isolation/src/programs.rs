@@ -69,6 +69,20 @@ impl Program {
         build(root, variant, &[&package, features].concat())
     }
 
+    /// The trials of the GPU's kernels.
+    ///
+    /// # Errors
+    /// What cargo says.
+    pub fn checkgpu(root: &Path) -> Result<Program, String> {
+        let test = ["--package", "tegula-cuda", "--test", "checkgpu"];
+        build(root, Variant::With, &test)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// Runs it to its end.
     ///
     /// # Errors

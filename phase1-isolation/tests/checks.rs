@@ -7,13 +7,13 @@ use libtest_mimic::{Arguments, Trial};
 use tegula_lab::{Env, Outcome, lacking, verify};
 
 /// Checks that build programs.
-const BUILD: [&str; 2] = ["1.1", "1.4"];
+const BUILD: [&str; 3] = ["1.1", "1.4", "gpu.3"];
 
 fn main() {
     let env = Env::detect(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     let mut arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for check in phase1_isolation::checks() {
+    for check in [phase1_isolation::checks(), phase1_isolation::gpu_checks()].concat() {
         let missing = lacking(check.requires, &env);
         let lacks = !missing.is_empty();
         if lacks && arguments.include_ignored {

@@ -35,6 +35,13 @@ enum Task {
         #[arg(long, value_name = "TASK")]
         only: Vec<String>,
     },
+    /// Runs the checks that only a machine with a GPU can run, and records them under docs/bench.
+    /// Without build tools, TEGULA_CHECKGPU and TEGULA_PROGRAM name programs built elsewhere.
+    Gpu {
+        /// Run this check alone; may be repeated.
+        #[arg(long, value_name = "CHECK")]
+        only: Vec<String>,
+    },
     /// Prints where every phase stands, from the records.
     Status,
     /// Generates the pages under docs/ from the lists of checks and the records.
@@ -94,6 +101,7 @@ fn run(task: Task) -> Result<ExitCode> {
                 Action::Report => phase::report(&root, &phase),
             }
         }
+        Task::Gpu { only } => phase::gpu(&root, &only),
         Task::Status => {
             print!("{}", docs::status(&root)?);
             Ok(ExitCode::SUCCESS)
@@ -109,11 +117,13 @@ fn run(task: Task) -> Result<ExitCode> {
     }
 }
 
-/// The workspace's root.
+/// The workspace's root: where this program was built or, on a machine that it was carried to,
+/// the current directory.
 fn root() -> Result<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    Ok(here
-        .parent()
-        .context("xtask has no parent directory")?
-        .to_owned())
+    let root = here.parent().context("xtask has no parent directory")?;
+    Ok(match root.is_dir() {
+        true => root.to_owned(),
+        false => std::env::current_dir()?,
+    })
 }

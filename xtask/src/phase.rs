@@ -48,19 +48,46 @@ pub fn numbered(number: u8) -> Result<Phase> {
 /// Runs the phase's checks, records how they end, and brings the pages up to date; or runs
 /// `only` some and leaves no trace. Fails if a check fails; a blocked one is no failure.
 pub fn verify(root: &Path, phase: &Phase, only: &[String]) -> Result<ExitCode> {
+    let mut record = Record::new(&subject(phase), root, Env::detect(root).host);
+    println!("phase {}: {}", phase.number, phase.title);
+    let ended = run_checks(root, &phase.checks, only, &mut record)?;
+    if only.is_empty() {
+        save(&record, root, docs::RESULTS)?;
+        docs::write(root)?;
+    }
+    Ok(ended)
+}
+
+/// Runs what only a machine with a GPU can show, and records how it ends unless everything is
+/// blocked.
+pub fn gpu(root: &Path, only: &[String]) -> Result<ExitCode> {
+    let mut record = Record::new("gpu", root, Env::detect(root).host);
+    let ended = run_checks(root, &phase1_isolation::gpu_checks(), only, &mut record)?;
+    let blocked = |r: &tegula_lab::CheckResult| matches!(r.outcome, Outcome::Blocked { .. });
+    if !record.checks.iter().all(blocked) {
+        save(&record, root, BENCH)?;
+    }
+    Ok(ended)
+}
+
+/// Runs `checks`, or `only` some, and notes how they end.
+fn run_checks(
+    root: &Path,
+    checks: &[Check],
+    only: &[String],
+    record: &mut Record,
+) -> Result<ExitCode> {
     for id in only {
-        if phase.checks.iter().all(|c| c.id != id) {
-            bail!("phase {} has no check {id}", phase.number);
+        if checks.iter().all(|c| c.id != id) {
+            bail!("there is no check {id} among these");
         }
     }
     let env = Env::detect(root);
-    let mut record = Record::new(&subject(phase), root, env.host.clone());
-    println!("phase {}: {}", phase.number, phase.title);
     let chosen = |c: &&Check| only.is_empty() || only.iter().any(|id| c.id == id);
-    for check in phase.checks.iter().filter(chosen) {
+    for check in checks.iter().filter(chosen) {
         let result = tegula_lab::verify(check, &env);
         println!(
-            "{:<5}{:<9}{}\n     {}",
+            "{:<6}{:<9}{}\n      {}",
             check.id,
             result.outcome.status(),
             check.title,
@@ -78,10 +105,6 @@ pub fn verify(root: &Path, phase: &Phase, only: &[String]) -> Result<ExitCode> {
         count("passed"),
         count("blocked")
     );
-    if only.is_empty() {
-        save(&record, root, docs::RESULTS)?;
-        docs::write(root)?;
-    }
     Ok(match failed {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,

@@ -22,7 +22,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tegula-grammar",
         ],
     ),
-    ("phase1-isolation", BELOW_PHASES),
+    (
+        "phase1-isolation",
+        &[
+            "tegula-gguf",
+            "amx-emu",
+            "tegula-lab",
+            "tegula-kernels",
+            // For its checks on real GPUs.
+            "tegula-cuda",
+            "tegula-engine",
+        ],
+    ),
     ("phase2-perf", BELOW_PHASES),
     ("phase3-analysis", BELOW_PHASES),
     ("phase4-parity", BELOW_PHASES),

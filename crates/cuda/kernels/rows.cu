@@ -62,6 +62,20 @@ add(float *dst, const float *x, u64 len) {
     if (i < len) dst[i] += x[i];
 }
 
+// Words of several buffers, one row of blocks each; some may be in the host's memory, where
+// copies that are as small take longer to begin than to make.
+struct Parts {
+    u32 *to[6];
+    const u32 *from[6];
+    int words[6];
+};
+
+extern "C" __global__ void __launch_bounds__(256) copy_parts(Parts p) {
+    int part = blockIdx.y;
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < p.words[part]; i += gridDim.x * 256)
+        p.to[part][i] = p.from[part][i];
+}
+
 // gate = silu(gate) * up
 extern "C" __global__ void __launch_bounds__(256)
 swiglu(float *gate, const float *up, u64 len) {
@@ -265,4 +279,127 @@ argmax(const float *x, int n, u32 *out) {
         at = places[threadIdx.x & 31];
     }
     if (threadIdx.x == 0) out[blockIdx.x] = at;
+}
+
+// A number that orders as its logit does: a NaN as -inf, and both zeros alike.
+__device__ inline u32 order_of(float v) {
+    u32 bits = isnan(v) ? 0xff800000u : __float_as_uint(v + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The digit of the `need`-th of so many as `counts` says that have each, the first digit first;
+// `need` becomes its number among those with that digit. For the whole block.
+__device__ inline int digit_of(const int *counts, int digits, int *need, int *found) {
+    if (threadIdx.x < 32) {
+        int lane = threadIdx.x, each = digits / 32, sum = 0;
+        for (int i = 0; i < each; i++) sum += counts[lane * each + i];
+        int before = sum;
+        for (int i = 1; i < 32; i <<= 1) {
+            int other = __shfl_up_sync(0xffffffffu, before, i);
+            if (lane >= i) before += other;
+        }
+        before -= sum;
+        int wanted = *need;
+        __syncwarp();
+        if (before < wanted && wanted <= before + sum) {
+            int at = lane * each;
+            while (before + counts[at] < wanted) before += counts[at++];
+            found[0] = at;
+            *need = wanted - before;
+        }
+    }
+    __syncthreads();
+    return found[0];
+}
+
+// The `k` largest of n values, largest first and the lowest index first among equals; a NaN
+// is as little as -inf. One block per row; k is at most 512 and at most n. The k-th is found digit by
+// digit of its order, then by its index, so no two runs differ.
+extern "C" __global__ void __launch_bounds__(1024)
+top_k(const float *x, int n, int k, u32 *ids, float *values) {
+    constexpr int DIGITS = 2048, MOST = 512;
+    __shared__ int counts[DIGITS];
+    __shared__ unsigned long long best[MOST];
+    __shared__ int need, found[1], taken;
+    x += (u64)blockIdx.x * n;
+    if (threadIdx.x == 0) need = k, taken = 0;
+    // Of orders 11, 11 and 10 bits; of indices twice 11 and the rest: all are less than 2^31.
+    u32 order = 0, index = 0x7fffffffu;
+    const int bits[3] = {11, 11, 10};
+    int known = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        int shift = 32 - known - bits[pass];
+        for (int i = threadIdx.x; i < DIGITS; i += 1024) counts[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < n; i += 1024) {
+            u32 o = order_of(x[i]);
+            // Largest first.
+            int digit = (1 << bits[pass]) - 1 - (int)((o >> shift) & ((1u << bits[pass]) - 1));
+            if (known == 0 || (o ^ order) >> (32 - known) == 0) atomicAdd(counts + digit, 1);
+        }
+        __syncthreads();
+        int digit = digit_of(counts, DIGITS, &need, found);
+        order |= (u32)((1 << bits[pass]) - 1 - digit) << shift;
+        known += bits[pass];
+        __syncthreads();
+    }
+    // Of those that equal the k-th, `need` are taken: the ones with the lowest indices.
+    int equal = counts[1023 - (int)(order & 1023u)];
+    __syncthreads();
+    if (equal > need) {
+        index = 0;
+        known = 0;
+        for (int pass = 0; pass < 3; pass++) {
+            int width = pass == 2 ? 10 : 11, shift = 32 - known - width;
+            for (int i = threadIdx.x; i < DIGITS; i += 1024) counts[i] = 0;
+            __syncthreads();
+            for (int i = threadIdx.x; i < n; i += 1024) {
+                if (order_of(x[i]) != order) continue;
+                if (known == 0 || ((u32)i ^ index) >> (32 - known) == 0)
+                    atomicAdd(counts + (((u32)i >> shift) & ((1u << width) - 1)), 1);
+            }
+            __syncthreads();
+            int digit = digit_of(counts, DIGITS, &need, found);
+            index |= (u32)digit << shift;
+            known += width;
+            __syncthreads();
+        }
+    }
+    for (int i = threadIdx.x; i < MOST; i += 1024) best[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += 1024) {
+        u32 o = order_of(x[i]);
+        if (o > order || (o == order && (u32)i <= index)) {
+            int at = atomicAdd(&taken, 1);
+            best[at] = (unsigned long long)o << 32 | (0xffffffffu - (u32)i);
+        }
+    }
+    __syncthreads();
+    // Sorted by a network: the place where a value was put does not matter. Larger ones first.
+    for (int size = 2; size <= MOST; size <<= 1)
+        for (int step = size / 2; step > 0; step >>= 1) {
+            for (int i = threadIdx.x; i < MOST; i += 1024) {
+                int other = i ^ step;
+                bool down = (i & size) == 0;
+                if (other > i && (best[i] < best[other]) == down) {
+                    unsigned long long held = best[i];
+                    best[i] = best[other];
+                    best[other] = held;
+                }
+            }
+            __syncthreads();
+        }
+    for (int i = threadIdx.x; i < k; i += 1024) {
+        u32 at = 0xffffffffu - (u32)best[i];
+        float v = x[at];
+        ids[(u64)blockIdx.x * k + i] = at;
+        values[(u64)blockIdx.x * k + i] = isnan(v) ? -INF : v;
+    }
+}
+
+// The values of each of so many rows of n at the same `count` indices.
+extern "C" __global__ void __launch_bounds__(256)
+pick(const float *x, int n, const u32 *ids, int count, float *out) {
+    for (int i = threadIdx.x; i < count; i += 256)
+        out[(u64)blockIdx.x * count + i] = x[(u64)blockIdx.x * n + ids[i]];
 }

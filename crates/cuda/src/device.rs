@@ -3,6 +3,7 @@
 
 use crate::{
     blas::Blas,
+    copies::Ring,
     driver::{Gpu, Recorded},
     launch::{Kv, PlaneTable, Q8, Where, launch},
     modules::{Modules, Unit},
@@ -10,7 +11,6 @@ use crate::{
 };
 use std::{
     collections::{HashMap, HashSet},
-    ptr,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 use tegula_gguf::{GgmlType, blocks::grids};
@@ -22,14 +22,11 @@ use tegula_kernels::{
     kv::{KvShape, KvType},
 };
 
-/// Pinned memory through which all copies to the device go.
-const RING: usize = 32 << 20;
-/// The largest piece of a copy.
-pub(crate) const PIECE: usize = 8 << 20;
 /// Tokens up to which rows of weights are multiplied one by one.
 pub(crate) const FEW: usize = 8;
-/// Recordings that are kept: prompts of every length would fill memory with them.
-const RECORDINGS: usize = 64;
+/// Operations of the recordings that are kept: prompts of every length would fill memory with
+/// them. A hybrid has a recording per layer.
+const RECORDED: usize = 32 << 10;
 
 /// A GPU's memory, counted where a GPU is presented as several.
 pub(crate) struct Pool {
@@ -63,15 +60,6 @@ impl Pool {
     }
 }
 
-/// Pinned memory, filled from the front again and again.
-struct Ring {
-    start: *mut u8,
-    at: usize,
-}
-
-// SAFETY: plain memory, used under the device's lock.
-unsafe impl Send for Ring {}
-
 /// A buffer's contents in other forms, made along with it or for an earlier product.
 #[derive(Clone, Copy)]
 struct Prepared {
@@ -82,7 +70,6 @@ struct Prepared {
 }
 
 struct State {
-    ring: Ring,
     /// Buffers of the device's own, by use; each grows to the largest use and stays.
     scratch: HashMap<&'static str, Buffer>,
     prepared: Option<Prepared>,
@@ -106,6 +93,7 @@ struct Library {
 pub struct CudaDevice {
     library: OnceLock<Result<Library, String>>,
     state: Mutex<State>,
+    pub(crate) ring: Mutex<Ring>,
     /// Where weights that stream pass through; made with the first slot for them.
     pub(crate) stage: Mutex<Option<Stage>>,
     pub(crate) modules: Modules,
@@ -117,10 +105,11 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.recordings.clear();
+        let ring = self.ring.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the ring came from `pinned`; after waiting nothing reads it.
         unsafe {
             let _ = self.pool.gpu.sync();
-            self.pool.gpu.free_pinned(state.ring.start);
+            self.pool.gpu.free_pinned(ring.start);
         }
     }
 }
@@ -193,11 +182,8 @@ impl CudaDevice {
         let device = CudaDevice {
             library: OnceLock::new(),
             stage: Mutex::new(None),
+            ring: Mutex::new(Ring::new(&pool.gpu)?),
             state: Mutex::new(State {
-                ring: Ring {
-                    start: pool.gpu.pinned(RING)?,
-                    at: 0,
-                },
                 scratch: HashMap::new(),
                 prepared: None,
                 seen: HashSet::new(),
@@ -248,98 +234,6 @@ impl CudaDevice {
             table.len[i] = plane.len as i32;
         }
         table
-    }
-
-    /// Waits once, then copies the beginnings of several buffers.
-    pub(crate) fn read_starts(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
-        let bytes: usize = parts.iter().map(|p| p.1.len().next_multiple_of(64)).sum();
-        if bytes > PIECE {
-            let mut parts = parts.iter_mut();
-            return parts.try_for_each(|(from, to)| self.read_at(from, 0, to));
-        }
-        let mut state = self.state();
-        let gpu = &self.pool.gpu;
-        if state.ring.at + bytes > RING {
-            gpu.sync()?;
-            state.ring.at = 0;
-        }
-        // SAFETY: all fit behind `at`, which nothing reads or writes, one behind another.
-        let start = unsafe { state.ring.start.add(state.ring.at) };
-        let mut at = 0;
-        for (from, to) in &*parts {
-            assert!(to.len() <= from.bytes(), "a copy behind a buffer's end");
-            // SAFETY: as above.
-            unsafe { gpu.copy_out(start.add(at), from.address(), to.len())? };
-            at += to.len().next_multiple_of(64);
-        }
-        gpu.sync()?;
-        // Everything before has been waited for.
-        state.ring.at = 0;
-        at = 0;
-        for (_, to) in parts {
-            // SAFETY: as above, and the copies are done.
-            unsafe { ptr::copy_nonoverlapping(start.add(at), to.as_mut_ptr(), to.len()) };
-            at += to.len().next_multiple_of(64);
-        }
-        Ok(())
-    }
-
-    /// Copies to a buffer through the ring.
-    pub(crate) fn write_at(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
-        assert!(
-            at + src.len() <= dst.bytes(),
-            "a copy behind a buffer's end"
-        );
-        self.overwritten(dst.address());
-        let mut state = self.state();
-        let gpu = &self.pool.gpu;
-        let mut to = dst.address() + at as u64;
-        for piece in src.chunks(PIECE) {
-            let ring = &mut state.ring;
-            if ring.at + piece.len() > RING {
-                gpu.sync()?;
-                ring.at = 0;
-            }
-            // SAFETY: the piece fits behind `at`, which nothing reads: copies from there were
-            // waited for. It is not written again before they are.
-            unsafe {
-                let staged = ring.start.add(ring.at);
-                ptr::copy_nonoverlapping(piece.as_ptr(), staged, piece.len());
-                gpu.copy_in(to, staged, piece.len())?;
-            }
-            ring.at += piece.len().next_multiple_of(64);
-            to += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Waits, then copies from a buffer through the ring.
-    pub(crate) fn read_at(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
-        assert!(
-            at + dst.len() <= src.bytes(),
-            "a copy behind a buffer's end"
-        );
-        let mut state = self.state();
-        let gpu = &self.pool.gpu;
-        let mut from = src.address() + at as u64;
-        for piece in dst.chunks_mut(PIECE) {
-            // Behind what copies to the device may still read, or from the front after them.
-            if state.ring.at + piece.len() > RING {
-                gpu.sync()?;
-                state.ring.at = 0;
-            }
-            // SAFETY: the piece fits behind `at`, which nothing reads or writes.
-            unsafe {
-                let staged = state.ring.start.add(state.ring.at);
-                gpu.copy_out(staged, from, piece.len())?;
-                gpu.sync()?;
-                ptr::copy_nonoverlapping(staged, piece.as_mut_ptr(), piece.len());
-            }
-            // Everything before has been waited for.
-            state.ring.at = 0;
-            from += piece.len() as u64;
-        }
-        Ok(())
     }
 
     /// The address of a buffer of the device's own.
@@ -526,7 +420,8 @@ impl CudaDevice {
             }
         };
         self.pool.gpu.replay(&recorded)?;
-        if state.recordings.len() >= RECORDINGS {
+        let held: usize = state.recordings.values().map(|r| r.operations).sum();
+        if held + recorded.operations > RECORDED {
             state.recordings.clear();
         }
         state.recordings.insert(key, recorded);
@@ -564,7 +459,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::{HeadsOf, Mat, PlaneTable, Products};
+    use crate::launch::{HeadsOf, Mat, Parts, PlaneTable, Products};
 
     #[test]
     fn parameters_lie_as_the_kernels_expect() {
@@ -574,6 +469,7 @@ mod tests {
         assert_eq!(size_of::<PlaneTable>(), 88);
         assert_eq!(size_of::<Q8>(), 24);
         assert_eq!(size_of::<HeadsOf>(), 24);
+        assert_eq!(size_of::<Parts>(), 120);
     }
 
     #[test]

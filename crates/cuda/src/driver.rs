@@ -203,7 +203,7 @@ impl Gpu {
     }
 
     /// Before what can't be recorded: waiting, and copies that this side fills or reads.
-    fn not_recorded(&self) {
+    pub fn not_recorded(&self) {
         let mut capture = self.capture();
         if matches!(*capture, Capture::Open(_)) {
             self.abandon(&mut capture);
@@ -529,26 +529,30 @@ impl Gpu {
             return Err("something that can't be recorded came between".to_owned());
         }
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
+        let mut operations = 0;
         // SAFETY: the stream is being captured; the graph is destroyed once instantiated.
         unsafe {
             let result = sys::cuStreamEndCapture(self.stream, &raw mut graph);
             if result != CUresult::CUDA_SUCCESS || graph.is_null() {
                 return Err(word(result));
             }
-            let result = sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0);
+            let mut result = sys::cuGraphGetNodes(graph, ptr::null_mut(), &raw mut operations);
+            if result == CUresult::CUDA_SUCCESS {
+                result = sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0);
+            }
             sys::cuGraphDestroy(graph);
             if result != CUresult::CUDA_SUCCESS {
                 return Err(word(result));
             }
         }
-        Ok(Recorded(exec))
+        Ok(Recorded { exec, operations })
     }
 
     pub fn replay(&self, recorded: &Recorded) -> Result<()> {
         self.current()?;
         self.not_recorded();
         // SAFETY: both live; the buffers that the recording names live while it is kept.
-        let result = unsafe { sys::cuGraphLaunch(recorded.0, self.stream) };
+        let result = unsafe { sys::cuGraphLaunch(recorded.exec, self.stream) };
         self.check("replaying a recording", result)
     }
 }
@@ -570,7 +574,11 @@ impl Drop for Gpu {
 }
 
 /// Operations that can be issued at once.
-pub(crate) struct Recorded(sys::CUgraphExec);
+pub(crate) struct Recorded {
+    exec: sys::CUgraphExec,
+    /// How many they are.
+    pub operations: usize,
+}
 
 // SAFETY: a handle of the driver, used under the device's lock.
 unsafe impl Send for Recorded {}
@@ -578,7 +586,7 @@ unsafe impl Send for Recorded {}
 impl Drop for Recorded {
     fn drop(&mut self) {
         // SAFETY: destroyed once; the driver waits for a launch under way.
-        unsafe { sys::cuGraphExecDestroy(self.0) };
+        unsafe { sys::cuGraphExecDestroy(self.exec) };
     }
 }
 

@@ -50,6 +50,18 @@ pub(crate) struct PlaneTable {
     pub block: i32,
 }
 
+/// How many buffers are copied at once.
+pub(crate) const PARTS: usize = 6;
+
+/// Buffers that are copied together, in words.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Parts {
+    pub to: [u64; PARTS],
+    pub from: [u64; PARTS],
+    pub words: [i32; PARTS],
+}
+
 /// Activations in the q8 form: addresses, 0 where there is no place for them.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]

@@ -5,6 +5,7 @@
 //! translates. [`detect`] is the way in.
 
 mod blas;
+mod copies;
 mod device;
 mod driver;
 mod launch;

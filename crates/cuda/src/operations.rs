@@ -1,7 +1,8 @@
 //! What a device computes.
 
 use crate::{
-    device::{CudaDevice, FEW, PIECE, failed, is_float, on_tensor_cores, where_of},
+    copies::PIECE,
+    device::{CudaDevice, FEW, failed, is_float, on_tensor_cores, where_of},
     launch::{HeadsOf, Kv, Q8, launch},
     modules::Unit,
     products::Into,
@@ -10,8 +11,8 @@ use std::ffi::CStr;
 use tegula_gguf::GgmlType;
 use tegula_kernels::{
     device::{
-        Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, Matrix, Network,
-        Places, Product, RawMatrix, Recording, Result, matrix_bytes, stream::Feeder,
+        Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, MOST_LARGEST, Matrix,
+        Network, Places, Product, RawMatrix, Recording, Result, matrix_bytes, stream::Feeder,
     },
     kv::{KV_PAGE, KvShape},
     ops::{RopeStyle, moe::RouteOptions},
@@ -108,6 +109,16 @@ impl CudaDevice {
     }
 }
 
+impl CudaDevice {
+    /// `dst += x`, `len` values, which may lie in pinned memory.
+    pub(crate) fn add_at(&self, dst: &Buffer, x: u64, len: usize) -> Result<()> {
+        self.overwritten(dst.address());
+        let (dst, n) = (dst.address(), len as u64);
+        let (unit, name, grid) = (Unit::Rows, c"add", [len.div_ceil(256), 1, 1]);
+        launch!(self, unit, name, grid, 256, 0, dst, x, n)
+    }
+}
+
 impl Device for CudaDevice {
     fn info(&self) -> Result<DeviceInfo> {
         self.describe()
@@ -127,12 +138,24 @@ impl Device for CudaDevice {
         self.write_at(dst, at, src)
     }
 
+    fn write_all(&self, parts: &[(&Buffer, &[u8])]) -> Result<()> {
+        self.write_starts(parts)
+    }
+
+    fn upload(&self, dst: &Buffer, src: &[u8], feeder: &mut dyn Feeder) -> Result<()> {
+        self.write_by(dst, src, feeder)
+    }
+
     fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
         self.read_at(src, at, dst)
     }
 
     fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
         self.read_starts(parts)
+    }
+
+    fn download(&self, parts: &mut [(&Buffer, &mut [u8])], feeder: &mut dyn Feeder) -> Result<()> {
+        self.read_by(parts, feeder)
     }
 
     fn sync(&self) -> Result<()> {
@@ -435,10 +458,17 @@ impl Device for CudaDevice {
     }
 
     fn add(&self, dst: &Buffer, x: &Buffer, len: usize) -> Result<()> {
-        self.overwritten(dst.address());
-        let (dst, x, n) = (dst.address(), x.address(), len as u64);
-        let (unit, name, grid) = (Unit::Rows, c"add", [len.div_ceil(256), 1, 1]);
-        launch!(self, unit, name, grid, 256, 0, dst, x, n)
+        self.add_at(dst, x.address(), len)
+    }
+
+    fn add_from(
+        &self,
+        dst: &Buffer,
+        via: &Buffer,
+        x: &[u8],
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        self.add_by(dst, via, x, feeder)
     }
 
     fn gather(
@@ -460,6 +490,38 @@ impl Device for CudaDevice {
         let (x, out, n) = (x.address(), out.address(), n as i32);
         let (unit, name) = (Unit::Rows, c"argmax");
         launch!(self, unit, name, [m, 1, 1], 1024, 0, x, n, out)
+    }
+
+    fn top_k(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        k: usize,
+        ids: &Buffer,
+        values: &Buffer,
+    ) -> Result<()> {
+        assert!(k <= MOST_LARGEST.min(n));
+        self.overwritten(ids.address());
+        self.overwritten(values.address());
+        let (x, ids, values) = (x.address(), ids.address(), values.address());
+        let (unit, name, n, k) = (Unit::Rows, c"top_k", n as i32, k as i32);
+        launch!(self, unit, name, [m, 1, 1], 1024, 0, x, n, k, ids, values)
+    }
+
+    fn pick(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        ids: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.overwritten(out.address());
+        let (x, ids, out) = (x.address(), ids.address(), out.address());
+        let (unit, name, n, count) = (Unit::Rows, c"pick", n as i32, count as i32);
+        launch!(self, unit, name, [m, 1, 1], 256, 0, x, n, ids, count, out)
     }
 
     fn begin(&self, key: &[u64]) -> Result<Recording> {

@@ -354,6 +354,91 @@ fn streaming(gpu: &CudaDevice) -> Result<(), Failed> {
     })
 }
 
+/// The largest of many: ties, NaNs, both zeros, all alike, and rows that share nothing.
+fn largest(gpu: &CudaDevice) -> Result<(), Failed> {
+    for (m, n, k) in [
+        (1, 1, 1),
+        (1, 7, 7),
+        (3, 1023, 40),
+        (2, 1025, 64),
+        (2, 5000, 512),
+        (2, 151_937, 40),
+        (64, 3001, 1),
+    ] {
+        for kind in ["any", "few", "alike", "odd"] {
+            both(gpu, &format!("the {k} largest of {n}, {kind}"), 0.0, |d| {
+                let rng = &mut Rng(18);
+                let mut x = rng.floats(m * n);
+                match kind {
+                    "few" => x.iter_mut().for_each(|v| *v = (*v * 4.0).round()),
+                    "alike" => x.fill(-3.5),
+                    "odd" => x.iter_mut().enumerate().for_each(|(i, v)| match i % 5 {
+                        0 => *v = f32::NAN,
+                        1 => *v = f32::NEG_INFINITY,
+                        2 => *v = 0.0 * v.signum(),
+                        3 => *v = -v.abs(),
+                        _ => *v *= 1e-39,
+                    }),
+                    _ => {}
+                }
+                let x = d.put(&x);
+                let (ids, values) = (d.poisoned(m * k), d.poisoned(m * k));
+                d.0.top_k(&x, m, n, k, &ids, &values).unwrap();
+                let wanted: Vec<u32> = (0..n as u32).rev().step_by(n.div_ceil(9)).collect();
+                let picked = d.poisoned(m * wanted.len());
+                let (at, count) = (d.words(&wanted), wanted.len());
+                d.0.pick(&x, m, n, &at, count, &picked).unwrap();
+                // Exact up to 2^24; -inf and NaN as numbers, since nothing equals them.
+                let number = |v: f32| match v {
+                    v if v.is_nan() => 2e9,
+                    f32::NEG_INFINITY => 1e9,
+                    v => v,
+                };
+                let ids = d.get(&ids, m * k);
+                let mut all: Vec<f32> = ids.iter().map(|v| v.to_bits() as f32).collect();
+                all.extend(d.get(&values, m * k).into_iter().map(number));
+                all.extend(d.get(&picked, m * count).into_iter().map(number));
+                all
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies of every size that goes another way, and sums with what comes from here.
+fn copies(gpu: &CudaDevice) -> Result<(), Failed> {
+    for n in [1, 77, 5000, 16_384, 16_385, 300_000, 600_001, 9_000_001] {
+        both(gpu, &format!("copies of {n} values"), 0.0, |d| {
+            let rng = &mut Rng(17);
+            let values: Vec<[f32; 3]> = (0..n).map(|_| [0; 3].map(|_| rng.float())).collect();
+            let bytes = |i: usize, n: usize| -> Vec<u8> {
+                let values = values[..n].iter();
+                values.flat_map(|v| v[i].to_le_bytes()).collect()
+            };
+            let [a, b, c] = [n, n, n + 3].map(|n| d.poisoned(n));
+            let feeder = &mut Plain(0);
+            d.0.write_all(&[
+                (&a, &bytes(0, n)[..]),
+                (&b, &bytes(1, n / 2)[..]),
+                (&c, &[][..]),
+            ])
+            .unwrap();
+            d.0.upload(&b, &bytes(1, n), feeder).unwrap();
+            // Twice: what lies in the memory that copies go through is another's the second time.
+            for i in [2, 1] {
+                d.0.add_from(&a, &c, &bytes(i, n), feeder).unwrap();
+            }
+            let (mut x, mut y) = (vec![0; 4 * n], vec![0; 4 * n.min(13)]);
+            d.0.download(&mut [(&a, &mut x[..]), (&b, &mut y[..])], feeder)
+                .unwrap();
+            x.extend(y);
+            let values = x.as_chunks().0.iter();
+            values.map(|v| f32::from_le_bytes(*v)).collect()
+        })?;
+    }
+    Ok(())
+}
+
 fn rows(gpu: &CudaDevice) -> Result<(), Failed> {
     for (m, k) in [(1, 1), (3, 33), (2, 4097)] {
         both(gpu, &format!("rms_norm {m}x{k}"), EXACT, |d| {
@@ -780,6 +865,8 @@ fn main() {
         Box::new(|gpu| Ok(gpu.load_all()?)),
     );
     add("memory".to_owned(), Box::new(memory));
+    add("copies".to_owned(), Box::new(copies));
+    add("largest".to_owned(), Box::new(largest));
     add("rows".to_owned(), Box::new(rows));
     add("routing".to_owned(), Box::new(routing));
     add("forms".to_owned(), Box::new(forms));

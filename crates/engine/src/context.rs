@@ -3,10 +3,11 @@
 use crate::{
     Error, Model, Result,
     models::{self, Buffers, Graph, Lane, On, Results, Step, Want},
-    offload::Device,
+    offload::{Device, TOP_ROWS},
 };
 use std::sync::Arc;
 use tegula_kernels::{
+    device::MOST_LARGEST,
     kv::{KV_PAGE, KvCache, KvError, KvShape, KvType, PageTable, pruned::KvSparsity},
     ops::Token,
 };
@@ -98,12 +99,22 @@ impl Batch {
     }
 }
 
+/// Which logits are wanted where not all of them are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Top {
+    /// The largest, so many; of equals those with the lowest tokens.
+    pub k: usize,
+    /// And those of these tokens, ascending.
+    pub ids: Vec<u32>,
+}
+
 /// What a batch left, one row per token that wanted logits, in the batch's order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
     logits: Vec<f32>,
     hidden: Vec<f32>,
     best: Vec<u32>,
+    top: Vec<Vec<(u32, f32)>>,
     rows: usize,
 }
 
@@ -118,8 +129,8 @@ impl Outputs {
         self.rows == 0
     }
 
-    /// Logits of the `i`-th row, `[vocab]`; empty after [`Context::decode_hidden`]
-    /// and [`Context::decode_best`].
+    /// Logits of the `i`-th row, `[vocab]`; empty after [`Context::decode_hidden`],
+    /// [`Context::decode_best`] and, where [`Outputs::top`] has them, [`Context::decode_top`].
     pub fn logits(&self, i: usize) -> &[f32] {
         let vocab = self.logits.len() / self.rows;
         &self.logits[i * vocab..(i + 1) * vocab]
@@ -129,6 +140,12 @@ impl Outputs {
     /// [`Context::decode_best`], and only then.
     pub fn best(&self, i: usize) -> Option<u32> {
         self.best.get(i).copied()
+    }
+
+    /// The logits of the `i`-th row that [`Context::decode_top`] was asked for, ascending by
+    /// token; `None` where it brought all of them.
+    pub fn top(&self, i: usize) -> Option<&[(u32, f32)]> {
+        self.top.get(i).map(Vec::as_slice)
     }
 
     /// The normalised last hidden state of the `i`-th row, `[embd]`.
@@ -193,6 +210,7 @@ impl Context {
                 let part = tensor.map_or_else(|| c.clone(), |t| t.config(c, d));
                 Lane::new(
                     Arc::clone(device),
+                    Arc::clone(&model.compute.profile),
                     &part,
                     &KvShape {
                         heads: part.kv_heads,
@@ -293,26 +311,46 @@ impl Context {
     /// On error no sequence has changed, but that a sparse cache may have lost tokens, as
     /// [`Context::truncate`] says.
     pub fn decode(&mut self, batch: &Batch) -> Result<Outputs> {
-        self.run(batch, Want::Logits)
+        self.run(batch, Want::Logits, None)
     }
 
     /// The same, but tokens that want logits get hidden states alone: [`Outputs::hidden`].
     pub fn decode_hidden(&mut self, batch: &Batch) -> Result<Outputs> {
-        self.run(batch, Want::Hidden)
+        self.run(batch, Want::Hidden, None)
     }
 
     /// The same, but tokens that want logits get the likeliest token alone: [`Outputs::best`]. A
     /// device then sends one number instead of a row of logits.
     pub fn decode_best(&mut self, batch: &Batch) -> Result<Outputs> {
-        self.run(batch, Want::Best)
+        self.run(batch, Want::Best, None)
     }
 
-    fn run(&mut self, batch: &Batch, want: Want) -> Result<Outputs> {
+    /// The same, but of logits only some are wanted: [`Outputs::top`]. A device then finds them
+    /// and sends no others; where that can't be done, because the output matrix is on the CPU or
+    /// too many are asked for, there are all of them: [`Outputs::logits`].
+    pub fn decode_top(&mut self, batch: &Batch, top: &Top) -> Result<Outputs> {
+        let vocab = self.model.config().vocab;
+        let rows = batch.tokens.iter().filter(|t| t.logits).count();
+        let on_device = matches!(self.model.plan().offload.output, Device::Gpu(_));
+        if !on_device || rows > TOP_ROWS || top.k.max(top.ids.len()) > MOST_LARGEST {
+            return self.decode(batch);
+        }
+        let known = |id: &u32| (*id as usize) < vocab;
+        let mut top = Top {
+            k: top.k.min(vocab),
+            ids: top.ids.iter().copied().filter(known).collect(),
+        };
+        top.ids.sort_unstable();
+        top.ids.dedup();
+        self.run(batch, Want::Logits, Some(&top))
+    }
+
+    fn run(&mut self, batch: &Batch, want: Want, top: Option<&Top>) -> Result<Outputs> {
         self.check(batch)?;
         let before: Vec<_> = self.sequences.iter().map(|s| s.tokens.len()).collect();
         let mut outputs = Outputs::default();
         for part in batch.tokens.chunks(self.options.ubatch) {
-            if let Err(error) = self.step(part, want, &mut outputs) {
+            if let Err(error) = self.step(part, want, top, &mut outputs) {
                 for (s, len) in self.sequences.iter_mut().zip(before) {
                     self.cache.truncate(&mut s.table, len);
                     s.tokens.truncate(s.table.len());
@@ -363,7 +401,13 @@ impl Context {
     }
 
     /// One micro-batch.
-    fn step(&mut self, part: &[BatchToken], want: Want, outputs: &mut Outputs) -> Result<()> {
+    fn step(
+        &mut self,
+        part: &[BatchToken],
+        want: Want,
+        top: Option<&Top>,
+        outputs: &mut Outputs,
+    ) -> Result<()> {
         let mut tokens = Vec::with_capacity(part.len());
         for token in part {
             let s = &mut self.sequences[token.sequence];
@@ -401,11 +445,12 @@ impl Context {
             shared: offload.tensor.as_ref().map_or(Vec::new(), |t| t.all()),
         };
         Graph::new(step, &model.matrices, &mut self.lanes, on, want).finish(
-            |graph| models::forward(config.arch, config.layers, graph),
+            |layer, graph| models::layer(config.arch, layer, graph),
             Results {
                 hidden: &mut outputs.hidden,
                 logits: &mut outputs.logits,
                 best: &mut outputs.best,
+                top: top.map(|top| (top, &mut outputs.top)),
             },
         )?;
         outputs.rows += wanted.len();

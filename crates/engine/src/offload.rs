@@ -494,6 +494,9 @@ fn sizes(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Sizes {
 /// Rows of logits that are made together on a device.
 pub(crate) const LOGIT_ROWS: usize = 64;
 
+/// Rows of which a device finds the largest logits.
+pub(crate) const TOP_ROWS: usize = 16;
+
 /// Bytes of activations of a micro-batch: the executor's buffers and the device's own, which
 /// hold the inputs of products in another form and the experts' intermediate.
 fn activations(c: &ModelConfig, ubatch: usize) -> u64 {
@@ -509,8 +512,9 @@ fn activations(c: &ModelConfig, ubatch: usize) -> u64 {
         true => 2 * c.embd * q.max(c.ff) + device::LIBRARY_WORKSPACE,
         false => 0,
     };
-    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch) + decoded) as u64)
-        + 60 * device::ALIGN
+    let top = 4 * device::MOST_LARGEST * (3 * TOP_ROWS.min(ubatch) + 1);
+    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch) + top + decoded) as u64)
+        + 64 * device::ALIGN
 }
 
 /// Places all units.

@@ -4,8 +4,9 @@
 //! Each step drops or rescales candidates; equal logits keep the lower id first, so a seed
 //! gives one text.
 
-use crate::TokenSet;
+use crate::{TokenSet, Top};
 use std::collections::{HashMap, VecDeque};
+use tegula_kernels::device::MOST_LARGEST;
 
 /// Settings of the chain. The defaults are llama.cpp's.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,11 +68,22 @@ impl SamplerOptions {
 impl SamplerOptions {
     /// True if the choice is the first of the largest logits, whatever came before.
     pub fn is_argmax(&self) -> bool {
-        let penalties = self.penalty_last_n > 0
+        self.temperature <= 0.0 && self.logit_bias.is_empty() && !self.penalizes()
+    }
+
+    fn penalizes(&self) -> bool {
+        self.penalty_last_n > 0
             && (self.repeat_penalty != 1.0
                 || self.frequency_penalty != 0.0
-                || self.presence_penalty != 0.0);
-        self.temperature <= 0.0 && self.logit_bias.is_empty() && !penalties
+                || self.presence_penalty != 0.0)
+    }
+
+    /// How many candidates are kept at most; 0 for all.
+    fn kept(&self) -> usize {
+        match self.top_k {
+            0 => 0,
+            k => k.max(self.min_keep),
+        }
     }
 }
 
@@ -146,37 +158,81 @@ impl Sampler {
     /// them is possible, the first of them.
     pub fn sample_allowed(&mut self, logits: &[f32], allowed: Option<&TokenSet>) -> u32 {
         let o = &self.options;
-        let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l };
         self.logits.clear();
         self.logits.extend(logits.iter().map(|&l| clean(l)));
-        for &(id, bias) in &o.logit_bias {
-            if let Some(l) = self.logits.get_mut(id as usize) {
-                *l = clean(*l + bias);
+        adjust(o, &self.recent, |id, change| {
+            if let Some(logit) = self.logits.get_mut(id as usize) {
+                *logit = clean(change(*logit));
             }
-        }
-        penalize(&mut self.logits, o, &self.recent);
+        });
         let possible = (0..).zip(&self.logits);
         let possible = possible.filter(|(id, _)| allowed.is_none_or(|set| set.contains(*id)));
         if o.temperature <= 0.0 {
             let best = possible.reduce(|best, x| if x.1 > best.1 { x } else { best });
             return best.map_or(0, |(id, _)| id);
         }
-        let k = match o.top_k {
-            0 => 0,
-            k => k.max(o.min_keep),
-        };
-        let floor = match allowed {
-            None if k > 0 => reached_by(k, &self.logits, &mut self.maxima),
+        let floor = match (allowed, o.kept()) {
+            (None, 1..) => reached_by(o.kept(), &self.logits, &mut self.maxima),
             _ => f32::NEG_INFINITY,
         };
-        let c = &mut self.candidates;
-        c.clear();
-        c.extend(
+        self.candidates.clear();
+        self.candidates.extend(
             possible
                 .filter(|x| *x.1 >= floor)
                 .map(|(id, &logit)| Candidate { id, logit, p: 0.0 }),
         );
-        top_k(c, k);
+        self.draw()
+    }
+
+    /// The logits that [`Sampler::sample_among`] must see to choose now as [`Sampler::sample`] does
+    /// from all of them; `None` where that takes all.
+    ///
+    /// Biases and penalties move a few tokens that are known before. All others keep their
+    /// logits, so that those among the best k are among the best k and as many more.
+    pub fn needs(&self) -> Option<Top> {
+        let o = &self.options;
+        let mut ids: Vec<u32> = o.logit_bias.iter().map(|(id, _)| *id).collect();
+        if o.penalizes() {
+            ids.extend(&self.recent);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        let k = match o.kept() {
+            _ if o.temperature <= 0.0 => 1,
+            0 => return None,
+            k => k,
+        };
+        let k = k.saturating_add(ids.len());
+        (k <= MOST_LARGEST).then_some(Top { k, ids })
+    }
+
+    /// Chooses from the logits that [`Sampler::needs`] names, ascending by token.
+    pub fn sample_among(&mut self, logits: &[(u32, f32)]) -> u32 {
+        let c = &mut self.candidates;
+        c.clear();
+        c.extend(logits.iter().map(|&(id, logit)| Candidate {
+            id,
+            logit: clean(logit),
+            p: 0.0,
+        }));
+        adjust(&self.options, &self.recent, |id, change| {
+            if let Ok(at) = c.binary_search_by_key(&id, |c| c.id) {
+                c[at].logit = clean(change(c[at].logit));
+            }
+        });
+        if self.options.temperature <= 0.0 {
+            let best = c
+                .iter()
+                .reduce(|a, b| if b.logit > a.logit { b } else { a });
+            return best.map_or(0, |c| c.id);
+        }
+        self.draw()
+    }
+
+    /// Drops candidates and draws one of the others.
+    fn draw(&mut self) -> u32 {
+        let (o, c) = (&self.options, &mut self.candidates);
+        top_k(c, o.kept());
         typical(c, o.typical, o.min_keep);
         top_p(c, o.top_p, o.min_keep);
         min_p(c, o.min_p, o.min_keep);
@@ -199,9 +255,24 @@ impl Sampler {
     }
 }
 
-fn penalize(logits: &mut [f32], o: &SamplerOptions, recent: &VecDeque<u32>) {
-    let idle = o.repeat_penalty == 1.0 && o.frequency_penalty == 0.0 && o.presence_penalty == 0.0;
-    if idle || recent.is_empty() {
+/// A logit as the chain takes it: a NaN is impossible, and there is one zero.
+fn clean(logit: f32) -> f32 {
+    match logit.is_nan() {
+        true => f32::NEG_INFINITY,
+        false => logit + 0.0,
+    }
+}
+
+/// Biases, then penalties: calls `apply` with a token and what becomes of its logit.
+fn adjust(
+    o: &SamplerOptions,
+    recent: &VecDeque<u32>,
+    mut apply: impl FnMut(u32, &dyn Fn(f32) -> f32),
+) {
+    for &(id, bias) in &o.logit_bias {
+        apply(id, &|logit| logit + bias);
+    }
+    if !o.penalizes() {
         return;
     }
     let mut counts: HashMap<u32, u32> = HashMap::new();
@@ -209,16 +280,14 @@ fn penalize(logits: &mut [f32], o: &SamplerOptions, recent: &VecDeque<u32>) {
         *counts.entry(id).or_default() += 1;
     }
     for (id, count) in counts {
-        let Some(logit) = logits.get_mut(id as usize) else {
-            continue;
-        };
-        // Dividing a negative logit would reward it.
-        if *logit > 0.0 {
-            *logit /= o.repeat_penalty;
-        } else {
-            *logit *= o.repeat_penalty;
-        }
-        *logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
+        apply(id, &|logit| {
+            // Dividing a negative logit would reward it.
+            let logit = match logit > 0.0 {
+                true => logit / o.repeat_penalty,
+                false => logit * o.repeat_penalty,
+            };
+            logit - (count as f32 * o.frequency_penalty + o.presence_penalty)
+        });
     }
 }
 
@@ -322,6 +391,7 @@ fn min_p(c: &mut Vec<Candidate>, p: f32, min_keep: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tegula_kernels::device::largest_of;
 
     fn neutral() -> SamplerOptions {
         SamplerOptions {
@@ -458,6 +528,85 @@ mod tests {
                 assert!(reach < n / 10, "{reach} of {n}");
             }
         }
+    }
+
+    #[test]
+    fn the_logits_that_are_needed_give_the_choice_of_all() {
+        let mut random = SplitMix64(5);
+        let mut drawn = 0;
+        let biases = vec![
+            (7, 3.0),
+            (7, -1.0),
+            (70, f32::NEG_INFINITY),
+            (900, 2.0),
+            (5, 8.0),
+        ];
+        let variants = [
+            SamplerOptions::default(),
+            SamplerOptions {
+                top_k: 3,
+                repeat_penalty: 1.5,
+                logit_bias: biases.clone(),
+                ..SamplerOptions::default()
+            },
+            SamplerOptions {
+                top_k: 2,
+                min_keep: 4,
+                presence_penalty: -2.0,
+                penalty_last_n: 5,
+                typical: 0.7,
+                ..neutral()
+            },
+            SamplerOptions {
+                temperature: 0.0,
+                frequency_penalty: 0.7,
+                logit_bias: biases,
+                ..neutral()
+            },
+            SamplerOptions {
+                top_k: 1000,
+                ..SamplerOptions::default()
+            },
+            neutral(),
+        ];
+        for (i, options) in variants.into_iter().enumerate() {
+            for coarse in [1.0, 1e6] {
+                let mut all = Sampler::new(options.clone());
+                let mut some = all.clone();
+                for _ in 0..300 {
+                    let mut logits: Vec<f32> = (0..800)
+                        .map(|_| ((random.uniform() * 8.0 - 4.0) * coarse).round() as f32)
+                        .map(|v| if coarse > 1.0 { v / coarse as f32 } else { v })
+                        .collect();
+                    logits[9] = f32::NAN;
+                    logits[11] = -0.0;
+                    let id = all.sample(&logits);
+                    let Some(Top { k, ids }) = some.needs() else {
+                        assert!(i >= 4, "variant {i}");
+                        break;
+                    };
+                    let mut seen = largest_of(&logits, k);
+                    let there = ids.iter().filter(|id| **id < 800);
+                    seen.extend(there.map(|&id| (id, logits[id as usize])));
+                    seen.sort_by_key(|v| v.0);
+                    seen.dedup_by_key(|v| v.0);
+                    assert_eq!(some.sample_among(&seen), id, "variant {i}");
+                    all.accept(id);
+                    some.accept(id);
+                    drawn += 1;
+                }
+            }
+        }
+        assert_eq!(drawn, 4 * 2 * 300);
+        // Nothing is possible.
+        let forbidden = SamplerOptions {
+            logit_bias: vec![(5, f32::NEG_INFINITY)],
+            ..SamplerOptions::greedy()
+        };
+        let mut sampler = Sampler::new(forbidden);
+        assert_eq!(sampler.needs(), Some(Top { k: 2, ids: vec![5] }));
+        let dead = f32::NEG_INFINITY;
+        assert_eq!(sampler.sample_among(&[(0, dead), (5, 1.0)]), 0);
     }
 
     #[test]

@@ -139,9 +139,12 @@ pub fn generate_constrained(
     let mut tokens = Vec::new();
     // Where only the likeliest token counts, devices keep the logits.
     let best = constraint.is_none() && options.sampler.is_argmax();
-    let decode = match best {
-        true => Context::decode_best,
-        false => Context::decode,
+    // Where only some of the logits count, they keep the others.
+    let some = constraint.is_none();
+    let decode = |ctx: &mut Context, batch: &Batch, sampler: &Sampler| match sampler.needs() {
+        _ if best => ctx.decode_best(batch),
+        Some(top) if some => ctx.decode_top(batch, &top),
+        _ => ctx.decode(batch),
     };
     let mut outputs = None;
     let batch = ctx.options().batch;
@@ -153,7 +156,7 @@ pub fn generate_constrained(
         if (i + 1) * batch < rest.len() {
             step.tokens.iter_mut().for_each(|t| t.logits = false);
         }
-        outputs = Some(decode(ctx, &step)?);
+        outputs = Some(decode(ctx, &step, &sampler)?);
     }
     timings.prompt_ms = start.elapsed().as_secs_f64() * 1e3;
 
@@ -173,9 +176,10 @@ pub fn generate_constrained(
             }
             None => None,
         };
-        let id = match row.best(0) {
-            Some(id) => id,
-            None => sampler.sample_allowed(row.logits(0), allowed.as_ref()),
+        let id = match (row.best(0), row.top(0)) {
+            (Some(id), _) => id,
+            (None, Some(top)) => sampler.sample_among(top),
+            (None, None) => sampler.sample_allowed(row.logits(0), allowed.as_ref()),
         };
         if tokenizer.is_eog(id) && (!options.ignore_eog || allowed.is_some()) {
             break StopReason::EndOfGeneration;
@@ -195,7 +199,7 @@ pub fn generate_constrained(
             break StopReason::Limit;
         }
         let begin = Instant::now();
-        match decode(ctx, &Batch::prompt(sequence, &[id])) {
+        match decode(ctx, &Batch::prompt(sequence, &[id]), &sampler) {
             Ok(next) => outputs = Some(next),
             Err(Error::ContextFull { .. }) => break StopReason::ContextFull,
             Err(other) => return Err(other),

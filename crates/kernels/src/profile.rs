@@ -1,5 +1,7 @@
 //! Where the time goes: wall time per kind of operation, as the thread that dispatches sees
-//! it. Off unless asked for; then two clock readings per operation.
+//! it. Off unless asked for; then two clock readings per operation. What runs inside another
+//! operation counts for itself alone, so that all kinds together are no more than the time that
+//! passed; what they leave of it is work between operations.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -47,8 +49,16 @@ ops! {
     Attention = "attention",
     /// Sums of rows.
     Add = "sums",
-    /// Weights into the memory that devices copy from.
-    Copy = "weights to devices",
+    /// Weights and activations into and out of the memory that devices copy from.
+    Copy = "staging",
+    /// Activations on their way to devices: this side's part of it.
+    Upload = "to devices",
+    /// Operations of devices: issuing them.
+    Issue = "device calls",
+    /// Waiting for what devices compute and send back.
+    Wait = "waiting for devices",
+    /// Weights on their way to devices: waiting for room on the way there.
+    Stream = "weights to devices",
 }
 
 const COUNT: usize = Op::ALL.len();
@@ -59,6 +69,8 @@ pub struct Profile {
     on: AtomicBool,
     ns: [AtomicU64; COUNT],
     calls: [AtomicU64; COUNT],
+    /// Of all operations that have ended.
+    ended_ns: AtomicU64,
 }
 
 /// What a [`Profile`] has gathered of one kind of operation.
@@ -75,7 +87,7 @@ pub struct Share {
 impl Profile {
     /// Forgets everything and begins to gather.
     pub fn start(&self) {
-        for counter in self.ns.iter().chain(&self.calls) {
+        for counter in self.ns.iter().chain(&self.calls).chain([&self.ended_ns]) {
             counter.store(0, Relaxed);
         }
         self.on.store(true, Relaxed);
@@ -95,28 +107,39 @@ impl Profile {
     }
 
     /// Counts until the span is dropped.
-    pub(crate) fn span(&self, op: Op) -> Span<'_> {
+    pub fn span(&self, op: Op) -> Span<'_> {
+        let start = || (Instant::now(), self.ended_ns.load(Relaxed));
         Span {
             profile: self,
             op,
-            start: self.on.load(Relaxed).then(Instant::now),
+            start: self.on.load(Relaxed).then(start),
         }
+    }
+
+    /// What `f` makes, counted.
+    pub fn timed<T>(&self, op: Op, f: impl FnOnce() -> T) -> T {
+        let _span = self.span(op);
+        f()
     }
 }
 
 /// An operation that is being timed.
-pub(crate) struct Span<'a> {
+pub struct Span<'a> {
     profile: &'a Profile,
     op: Op,
-    start: Option<Instant>,
+    /// And what had ended then: what ends until this one does ran inside it.
+    start: Option<(Instant, u64)>,
 }
 
 impl Drop for Span<'_> {
     fn drop(&mut self) {
-        if let Some(start) = self.start {
-            let ns = start.elapsed().as_nanos() as u64;
-            self.profile.ns[self.op as usize].fetch_add(ns, Relaxed);
-            self.profile.calls[self.op as usize].fetch_add(1, Relaxed);
+        if let Some((start, before)) = self.start {
+            let profile = self.profile;
+            let inside = profile.ended_ns.load(Relaxed).saturating_sub(before);
+            let ns = (start.elapsed().as_nanos() as u64).saturating_sub(inside);
+            profile.ns[self.op as usize].fetch_add(ns, Relaxed);
+            profile.calls[self.op as usize].fetch_add(1, Relaxed);
+            profile.ended_ns.fetch_add(ns, Relaxed);
         }
     }
 }
@@ -138,5 +161,25 @@ mod tests {
         drop(profile.span(Op::Add));
         profile.start();
         assert_eq!(profile.stop(), []);
+    }
+
+    #[test]
+    fn what_runs_inside_counts_for_itself() {
+        let profile = Profile::default();
+        profile.start();
+        let begin = Instant::now();
+        {
+            let _whole = profile.span(Op::Stream);
+            for _ in 0..2 {
+                let _part = profile.span(Op::Copy);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        let passed = begin.elapsed();
+        let shares = profile.stop();
+        let of = |op| shares.iter().find(|s| s.op == op).unwrap();
+        assert_eq!((of(Op::Copy).calls, of(Op::Stream).calls), (2, 1));
+        assert!(of(Op::Copy).time >= Duration::from_millis(10));
+        assert!(of(Op::Copy).time + of(Op::Stream).time <= passed);
     }
 }

@@ -5,14 +5,16 @@
 //! wants it. A graph without devices is its step and nothing else.
 
 use super::{
-    DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network, OnPool,
-    Output, Placed, Results, Step, Want,
+    Behind, DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network,
+    OnPool, Output, Placed, Results, Step, Want,
 };
 use crate::{Error, Result, offload::Device, stream::Stream};
+use std::{ops::Range, sync::Arc};
 use tegula_kernels::{
     Weights,
     device::{self, Ended, Matrix, PlacesData, RawMatrix, Recording, stream::Feeder as _},
     ops::moe::Routing,
+    profile::Op,
 };
 
 /// Which devices a graph runs on.
@@ -22,6 +24,17 @@ pub(crate) struct On {
     pub only: Option<usize>,
     /// Devices that hold parts of layers that are split.
     pub shared: Vec<usize>,
+}
+
+/// Tokens up to which layers are recorded that are not all on one device: with more, issuing
+/// them takes no time beside what they compute.
+const RECORDED: usize = 8;
+
+/// Layers that run on a device without leaving it.
+struct Stretch {
+    device: usize,
+    layers: Range<usize>,
+    behind: Behind,
 }
 
 /// Where x is.
@@ -44,6 +57,10 @@ pub(crate) struct Graph<'a> {
     at: At,
     /// The lanes whose buffers [`Lane::keep_rows`] swapped.
     swapped: Vec<usize>,
+    /// The numbers of the rows that are kept are where a stretch runs.
+    rows_there: bool,
+    /// What a router on the CPU has chosen.
+    routing: Option<Routing>,
     /// One device's share of a sum, on its way.
     share: Vec<f32>,
     /// The first thing that went wrong; nothing runs after it.
@@ -72,6 +89,8 @@ impl<'a> Graph<'a> {
             places,
             at: At::Host,
             swapped: Vec::new(),
+            rows_there: false,
+            routing: None,
             share: Vec::new(),
             error: None,
         }
@@ -100,17 +119,18 @@ impl<'a> Graph<'a> {
             (At::Device(d), _) => (Some(d), false),
             (At::All, _) => (self.on.shared.first().copied(), false),
         };
+        let feeder = &mut OnPool(self.step.compute);
         if let Some(from) = from {
-            self.lanes[from].read_x(self.step.m, &mut self.step.buffers.x)?;
+            self.lanes[from].read_x(self.step.m, &mut self.step.buffers.x, feeder)?;
         }
         let x = &self.step.buffers.x;
         match to {
             _ if present => {}
             At::Host => {}
-            At::Device(d) => self.lanes[d].write_x(x)?,
+            At::Device(d) => self.lanes[d].write_x(x, feeder)?,
             At::All => {
                 for &d in &self.on.shared {
-                    self.lanes[d].write_x(x)?;
+                    self.lanes[d].write_x(x, feeder)?;
                 }
             }
         }
@@ -121,11 +141,12 @@ impl<'a> Graph<'a> {
     /// Adds to x, on all devices, what these have made of it, in their order.
     fn exchange(&mut self, from: impl Iterator<Item = usize>) -> Result<()> {
         let (m, delta) = (self.step.m, &mut self.step.buffers.delta);
+        let feeder = &mut OnPool(self.step.compute);
         for (i, d) in from.enumerate() {
             if i == 0 {
-                self.lanes[d].read_delta(m, delta)?;
+                self.lanes[d].read_delta(m, delta, feeder)?;
             } else {
-                self.lanes[d].read_delta(m, &mut self.share)?;
+                self.lanes[d].read_delta(m, &mut self.share, feeder)?;
                 self.step.compute.add_assign(delta, &self.share);
             }
         }
@@ -135,8 +156,9 @@ impl<'a> Graph<'a> {
     /// Adds what is here to x on all devices.
     fn add_to_all(&mut self) -> Result<()> {
         let delta = &self.step.buffers.delta;
+        let feeder = &mut OnPool(self.step.compute);
         let mut shared = self.on.shared.iter();
-        shared.try_for_each(|d| self.lanes[*d].add_delta(delta))
+        shared.try_for_each(|d| self.lanes[*d].add_delta(delta, feeder))
     }
 
     /// Norm and the three projections.
@@ -214,10 +236,10 @@ impl<'a> Graph<'a> {
             if lane.cache[layer].is_some() {
                 return lane.attend(layer);
             }
-            let b = &mut *g.step.buffers;
-            lane.read_qkv(g.step.m, [&mut b.q, &mut b.k, &mut b.v])?;
+            let (feeder, b) = (&mut OnPool(g.step.compute), &mut *g.step.buffers);
+            lane.read_qkv(g.step.m, [&mut b.q, &mut b.k, &mut b.v], feeder)?;
             g.step.attend(layer);
-            lane.write_attention(&g.step.buffers.attention)
+            lane.write_attention(&g.step.buffers.attention, feeder)
         });
     }
 
@@ -236,7 +258,7 @@ impl<'a> Graph<'a> {
             let count = g.step.outputs.len();
             if layer + 1 == g.step.config.layers && count != g.step.m {
                 for d in devices {
-                    if g.on.only.is_none() {
+                    if !g.rows_there {
                         g.lanes[d].write_rows(g.step.outputs)?;
                     }
                     if count > 0 {
@@ -277,7 +299,7 @@ impl<'a> Graph<'a> {
         });
     }
 
-    /// `x += ffn(rms_norm(x))`, dense or by experts.
+    /// `x += ffn(rms_norm(x))`, or the choice of experts: then [`Graph::experts`] follows.
     pub fn norm_ffn(&mut self, layer: usize) {
         let Layer {
             ffn,
@@ -293,12 +315,8 @@ impl<'a> Graph<'a> {
                 {
                     return g.stream_ffn(d, f, network);
                 }
-                match (g.step.norm_ffn(f), experts) {
-                    (Some(routing), Some(experts)) => {
-                        g.host_experts(experts, g.streams(&streamed.experts), &routing)
-                    }
-                    _ => Ok(()),
-                }
+                g.routing = g.step.norm_ffn(f);
+                Ok(())
             }
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
             Placed::Split(parts) => {
@@ -307,21 +325,40 @@ impl<'a> Graph<'a> {
                     g.lanes[*d].norm_ffn_apart(f, m)?;
                 }
                 match experts {
-                    Some(experts) => g.shared_experts(parts, experts, g.streams(&streamed.experts)),
+                    Some(_) => Ok(()),
                     None => g.exchange(parts.iter().map(|(d, _)| *d)),
                 }
             }
             Placed::Device(d, f) => {
                 g.move_to(At::Device(*d))?;
-                g.lanes[*d].norm_ffn(f, m)?;
-                match experts {
-                    Some(experts) => {
-                        let streams = g.streams(&streamed.experts);
-                        let whole = streams.map(|(d, _)| d).zip(streamed.experts.as_ref());
-                        g.device_experts(*d, experts, whole)
-                    }
-                    None => Ok(()),
-                }
+                g.lanes[*d].norm_ffn(f, m)
+            }
+        });
+    }
+
+    /// `x += experts(input)`, if the layer has experts.
+    fn experts(&mut self, layer: usize) {
+        let Layer {
+            ffn,
+            experts: Some(experts),
+            streamed,
+            ..
+        } = self.layer(layer)
+        else {
+            return;
+        };
+        let m = self.step.m;
+        self.run(|g| match ffn {
+            Placed::Host(_) => match g.routing.take() {
+                Some(routing) => g.host_experts(experts, g.streams(&streamed.experts), &routing),
+                None => Ok(()),
+            },
+            Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
+            Placed::Split(parts) => g.shared_experts(parts, experts, g.streams(&streamed.experts)),
+            Placed::Device(d, _) => {
+                let streams = g.streams(&streamed.experts);
+                let whole = streams.map(|(d, _)| d).zip(streamed.experts.as_ref());
+                g.device_experts(*d, experts, whole)
             }
         });
     }
@@ -339,9 +376,10 @@ impl<'a> Graph<'a> {
     fn stream_qkv(&mut self, d: usize, a: &HostAttention, qkv: &[RawMatrix; 3]) -> Result<()> {
         self.step.norm(&a.norm);
         let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
-        lane.write_input(&b.input)?;
-        lane.stream_qkv(qkv, m, &mut OnPool(self.step.compute))?;
-        lane.read_qkv(m, [&mut b.q, &mut b.k, &mut b.v])?;
+        let feeder = &mut OnPool(self.step.compute);
+        lane.write_input(&b.input, feeder)?;
+        lane.stream_qkv(qkv, m, feeder)?;
+        lane.read_qkv(m, [&mut b.q, &mut b.k, &mut b.v], feeder)?;
         self.step.add_biases(a);
         Ok(())
     }
@@ -353,9 +391,10 @@ impl<'a> Graph<'a> {
         out: &RawMatrix,
     ) -> Result<()> {
         let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
-        lane.write_attention(&b.attention)?;
-        lane.stream_attention_output(out, m, &mut OnPool(self.step.compute))?;
-        lane.read_delta(m, &mut b.delta)?;
+        let feeder = &mut OnPool(self.step.compute);
+        lane.write_attention(&b.attention, feeder)?;
+        lane.stream_attention_output(out, m, feeder)?;
+        lane.read_delta(m, &mut b.delta, feeder)?;
         self.step.add_attention_delta(a);
         Ok(())
     }
@@ -364,10 +403,11 @@ impl<'a> Graph<'a> {
     fn stream_ffn(&mut self, d: usize, f: &HostFfn, network: &Network<RawMatrix>) -> Result<()> {
         self.step.norm(&f.norm);
         let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
-        lane.write_input(&b.input)?;
-        lane.stream_network(network, None, &mut OnPool(self.step.compute))?;
+        let feeder = &mut OnPool(self.step.compute);
+        lane.write_input(&b.input, feeder)?;
+        lane.stream_network(network, None, feeder)?;
         lane.streamed_ffn(m)?;
-        lane.read_delta(m, &mut b.delta)?;
+        lane.read_delta(m, &mut b.delta, feeder)?;
         self.step.compute.add_assign(&mut b.x, &b.delta);
         Ok(())
     }
@@ -388,8 +428,8 @@ impl<'a> Graph<'a> {
         lane.streamed_experts(self.step.m, apart)
     }
 
-    /// The chosen experts of the CPU on device `d`, which has their input and x, and the others
-    /// here meanwhile.
+    /// The chosen experts of the CPU on device `d`, which has their input and x, and the others,
+    /// of which there are some, here meanwhile.
     fn share_experts(
         &mut self,
         d: usize,
@@ -403,7 +443,6 @@ impl<'a> Graph<'a> {
         let rest: Vec<_> = counts
             .filter(|(id, _)| chosen.binary_search(id).is_err())
             .collect();
-        let alone = rest.is_empty();
         let parts = parts(&rest).iter().map(|p| routing.only(p)).collect();
         let lane = &mut self.lanes[d];
         lane.write_routing(&routing.among(chosen))?;
@@ -411,10 +450,8 @@ impl<'a> Graph<'a> {
         lane.stream_network(network, Some(chosen), &mut feeder)?;
         lane.streamed_experts(m, false)?;
         while feeder.meanwhile() {}
-        match alone {
-            true => Ok(()),
-            false => lane.add_delta(&self.step.buffers.delta),
-        }
+        let feeder = &mut OnPool(self.step.compute);
+        lane.add_delta(&self.step.buffers.delta, feeder)
     }
 
     /// Experts of a router on the CPU.
@@ -428,10 +465,11 @@ impl<'a> Graph<'a> {
             Placed::Host(experts) => match streams {
                 None => self.step.add_experts(experts, routing),
                 Some((d, network)) => {
-                    self.lanes[d].write_input(&self.step.buffers.input)?;
+                    let feeder = &mut OnPool(self.step.compute);
+                    self.lanes[d].write_input(&self.step.buffers.input, feeder)?;
                     self.stream_experts(d, network, routing, true)?;
                     let b = &mut *self.step.buffers;
-                    self.lanes[d].read_delta(self.step.m, &mut b.delta)?;
+                    self.lanes[d].read_delta(self.step.m, &mut b.delta, feeder)?;
                     self.step.compute.add_assign(&mut b.x, &b.delta);
                 }
             },
@@ -439,11 +477,12 @@ impl<'a> Graph<'a> {
                 if self.step.m == 0 {
                     return Ok(());
                 }
-                let b = &mut *self.step.buffers;
-                self.lanes[*e].write_routing(routing)?;
-                self.lanes[*e].write_input(&b.input)?;
-                self.lanes[*e].experts_apart(experts, self.step.m)?;
-                self.lanes[*e].read_delta(self.step.m, &mut b.delta)?;
+                let (lane, b) = (&self.lanes[*e], &mut *self.step.buffers);
+                let feeder = &mut OnPool(self.step.compute);
+                lane.write_routing(routing)?;
+                lane.write_input(&b.input, feeder)?;
+                lane.experts_apart(experts, self.step.m)?;
+                lane.read_delta(self.step.m, &mut b.delta, feeder)?;
                 self.step.compute.add_assign(&mut b.x, &b.delta);
             }
             Placed::Split(_) => unreachable!("experts are split with their router"),
@@ -467,36 +506,39 @@ impl<'a> Graph<'a> {
             return self.lanes[d].add_experts(experts, m);
         }
         let streams = streams.filter(|(at, _)| *at == d);
-        let shared = streams.is_some_and(|(_, (stream, _))| stream.shared);
-        let b = &mut *self.step.buffers;
-        if streams.is_some() && !shared {
-            // Input and sum stay where they are.
-            self.lanes[d].read_router(m, count, &mut b.router)?;
-        } else {
-            self.lanes[d].read_input(m, count, &mut b.router, &mut b.input)?;
-        }
-        let routing = self.step.route(count);
-        if let (Placed::Host(here), Some((_, (stream, network)))) = (experts, streams) {
-            if !shared {
+        let (feeder, b) = (&mut OnPool(self.step.compute), &mut *self.step.buffers);
+        let routing = if let (Placed::Host(here), Some((_, (stream, network)))) = (experts, streams)
+        {
+            self.lanes[d].read_router(m, count, &mut b.router, feeder)?;
+            let routing = self.step.route(count);
+            let chosen = stream.shared.then(|| stream.chosen(&routing, m));
+            let used = routing.counts().len();
+            let Some(chosen) = chosen.filter(|chosen| chosen.len() < used) else {
+                // Input and sum stay where they are.
                 return self.stream_experts(d, network, &routing, false);
-            }
-            let chosen = stream.chosen(&routing, m);
+            };
+            let input = &mut self.step.buffers.input;
+            self.lanes[d].read_norm(m, input, feeder)?;
             if !chosen.is_empty() {
                 return self.share_experts(d, here, network, &routing, &chosen);
             }
-        }
+            routing
+        } else {
+            self.lanes[d].read_input(m, count, &mut b.router, &mut b.input, feeder)?;
+            self.step.route(count)
+        };
         match experts {
             Placed::Host(experts) => self.step.experts_apart(experts, &routing),
             Placed::Device(e, experts) => {
-                let b = &mut *self.step.buffers;
-                self.lanes[*e].write_routing(&routing)?;
-                self.lanes[*e].write_input(&b.input)?;
-                self.lanes[*e].experts_apart(experts, m)?;
-                self.lanes[*e].read_delta(m, &mut b.delta)?;
+                let (lane, b) = (&self.lanes[*e], &mut *self.step.buffers);
+                lane.write_routing(&routing)?;
+                lane.write_input(&b.input, feeder)?;
+                lane.experts_apart(experts, m)?;
+                lane.read_delta(m, &mut b.delta, feeder)?;
             }
             Placed::Split(_) => unreachable!("experts are split with their router"),
         }
-        self.lanes[d].add_delta(&self.step.buffers.delta)
+        self.lanes[d].add_delta(&self.step.buffers.delta, feeder)
     }
 
     /// Experts of routers on all devices that hold a part of them, which choose alike, or on
@@ -521,15 +563,15 @@ impl<'a> Graph<'a> {
                 let Some((d, _)) = routers.first() else {
                     unreachable!("a split network without parts");
                 };
-                let b = &mut *self.step.buffers;
+                let (feeder, b) = (&mut OnPool(self.step.compute), &mut *self.step.buffers);
                 if let Some((at, network)) = streams.filter(|(at, _)| at == d) {
-                    self.lanes[at].read_router(m, count, &mut b.router)?;
+                    self.lanes[at].read_router(m, count, &mut b.router, feeder)?;
                     let routing = self.step.route(count);
                     self.stream_experts(at, network, &routing, true)?;
-                    self.lanes[at].read_delta(m, &mut self.step.buffers.delta)?;
+                    self.lanes[at].read_delta(m, &mut self.step.buffers.delta, feeder)?;
                     return self.add_to_all();
                 }
-                self.lanes[*d].read_input(m, count, &mut b.router, &mut b.input)?;
+                self.lanes[*d].read_input(m, count, &mut b.router, &mut b.input, feeder)?;
                 let routing = self.step.route(count);
                 self.step.experts_apart(experts, &routing);
                 self.add_to_all()
@@ -538,18 +580,30 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Runs `layers`, which calls the graph's blocks, and the output; appends what is wanted.
+    /// Runs all layers, whose blocks `layer` calls up to the choice of experts, and the output;
+    /// appends what is wanted.
     pub fn finish(
         mut self,
-        layers: impl Fn(&mut Graph<'a>),
+        layer: impl Fn(usize, &mut Graph<'a>),
         mut results: Results<'_>,
     ) -> Result<()> {
-        match self.on.only {
-            None => {
-                layers(&mut self);
-                self.run(|g| g.output());
+        let (mut next, mut output) = (0, false);
+        while next < self.matrices.layers.len() {
+            let Some(stretch) = self.stretch(next) else {
+                layer(next, &mut self);
+                self.experts(next);
+                next += 1;
+                continue;
+            };
+            next = stretch.layers.end;
+            output = stretch.behind == Behind::Output;
+            self.run(|g| g.stay(&stretch, &layer));
+            if stretch.behind == Behind::Router {
+                self.experts(next - 1);
             }
-            Some(d) => self.run(|g| g.recorded(d, layers)),
+        }
+        if !output {
+            self.run(|g| g.output());
         }
         // The results are in the swapped buffers until they have been read.
         self.run(|g| g.read_output(&mut results));
@@ -562,38 +616,113 @@ impl<'a> Graph<'a> {
 
     fn restore_rows(&mut self) {
         for d in std::mem::take(&mut self.swapped) {
-            self.lanes[d].restore_rows();
+            self.lanes[d].swap_rows();
         }
     }
 
-    /// The whole step on one device, from a recording if there is one.
-    fn recorded(&mut self, d: usize, layers: impl Fn(&mut Graph<'a>)) -> Result<()> {
-        let (m, outputs) = (self.step.m, self.step.outputs.len());
+    /// The longest stretch that begins with this layer.
+    fn stretch(&self, first: usize) -> Option<Stretch> {
+        let layers = &self.matrices.layers;
+        let device = match layers[first].attention {
+            Placed::Device(d, _) => d,
+            Placed::Host(_) | Placed::Split(_) => return None,
+        };
+        let at = |at: &usize| *at == device;
+        let (mut end, mut behind) = (first, Behind::Layer);
+        while let Some(Layer {
+            attention: Placed::Device(a, _),
+            ffn: Placed::Device(f, _),
+            experts,
+            ..
+        }) = layers.get(end)
+            && at(a)
+            && at(f)
+            && self.lanes[device].layer_cache(end).is_some()
+        {
+            end += 1;
+            if experts
+                .as_ref()
+                .is_some_and(|e| !matches!(e, Placed::Device(e, _) if at(e)))
+            {
+                behind = Behind::Router;
+                break;
+            }
+        }
+        if behind == Behind::Layer
+            && end == layers.len()
+            && matches!(&self.matrices.output, Placed::Device(d, _) if at(d))
+        {
+            behind = Behind::Output;
+        }
+        (end > first).then_some(Stretch {
+            device,
+            layers: first..end,
+            behind,
+        })
+    }
+
+    /// Layers on one device, from a recording if there is one.
+    fn stay(&mut self, stretch: &Stretch, layer: &impl Fn(usize, &mut Graph<'a>)) -> Result<()> {
+        let Stretch {
+            device: d,
+            layers,
+            behind,
+        } = stretch;
+        let (d, m, outputs) = (*d, self.step.m, self.step.outputs.len());
+        let keeps = layers.end == self.matrices.layers.len() && outputs != m;
         self.lanes[d].place(&self.places, &self.step.buffers.rope)?;
-        self.lanes[d].write_rows(self.step.outputs)?;
+        if keeps {
+            self.lanes[d].write_rows(self.step.outputs)?;
+        }
         self.move_to(At::Device(d))?;
-        let device = std::sync::Arc::clone(&self.lanes[d].device);
-        let key = self.lanes[d].key(m, outputs, self.want);
-        loop {
-            if device.begin(&key)? == Recording::Replayed {
-                self.step.m = outputs;
-                return Ok(());
+        self.rows_there = true;
+        if self.on.only.is_none() && m > RECORDED {
+            self.issue(stretch, layer);
+            self.rows_there = false;
+            return self.error.take().map_or(Ok(()), Err);
+        }
+        let device = Arc::clone(&self.lanes[d].device);
+        let profile = &self.step.compute.profile;
+        let key = self.lanes[d].key(m, outputs, self.want, layers, *behind);
+        let ended = loop {
+            if profile.timed(Op::Issue, || device.begin(&key))? == Recording::Replayed {
+                if keeps {
+                    self.step.m = outputs;
+                    if outputs > 0 {
+                        self.lanes[d].swap_rows();
+                        self.swapped.push(d);
+                    }
+                }
+                break Ok(());
             }
-            layers(self);
-            if self.error.is_none() {
-                self.error = self.output().err();
-            }
+            self.issue(stretch, layer);
             // Whatever happened, a recording must not stay open.
-            let ended = device.end();
+            let ended = profile.timed(Op::Issue, || device.end());
             let error = self.error.take();
             match ended? {
-                Ended::Done => return error.map_or(Ok(()), Err),
+                Ended::Done => break error.map_or(Ok(()), Err),
                 // As before the layers.
                 Ended::Again => {
                     self.restore_rows();
                     self.step.m = m;
                 }
             }
+        };
+        self.rows_there = false;
+        ended
+    }
+
+    /// Issues what is in a stretch.
+    fn issue(&mut self, stretch: &Stretch, layer: &impl Fn(usize, &mut Graph<'a>)) {
+        let Range { start, end } = stretch.layers;
+        for i in start..end {
+            layer(i, self);
+            if i + 1 < end || stretch.behind != Behind::Router {
+                self.experts(i);
+            }
+        }
+        if stretch.behind == Behind::Output {
+            self.run(|g| g.output());
         }
     }
 
@@ -640,7 +769,8 @@ impl<'a> Graph<'a> {
                 let Some(matrix) = matrix else {
                     unreachable!("a device has its own copy of a tied output matrix");
                 };
-                self.lanes[*d].read_output(matrix, self.step.m, self.want, results)
+                let feeder = &mut OnPool(self.step.compute);
+                self.lanes[*d].read_output(matrix, self.step.m, self.want, results, feeder)
             }
         }
     }

@@ -1,22 +1,28 @@
 //! What a context keeps on one device: buffers of a step, and the cache of the layers that
 //! attend there.
 
-use super::{DeviceAttention, DeviceFfn, FfnKind, Network, Results, Want};
-use crate::{ModelConfig, Result, offload::LOGIT_ROWS};
+use super::{Behind, DeviceAttention, DeviceFfn, FfnKind, Network, Results, TopRow, Want};
+use crate::{
+    ModelConfig, Result,
+    offload::{LOGIT_ROWS, TOP_ROWS},
+};
 use bytemuck::{cast_slice, cast_slice_mut};
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tegula_kernels::{
     device::{
-        self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Heads, Matrix, Places,
-        PlacesData, Product, RawMatrix, stream::Feeder,
+        self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Heads, MOST_LARGEST, Matrix,
+        Places, PlacesData, Product, RawMatrix, stream::Feeder,
     },
     kv::KvShape,
     ops::{RopeTable, moe::Routing},
+    profile::{Op, Profile, Span},
 };
 
 /// One device's share of a context.
 pub(crate) struct Lane {
     pub device: Arc<dyn Device>,
+    /// Where time is counted.
+    profile: Arc<Profile>,
     config: ModelConfig,
     /// Per layer, where it attends here.
     pub cache: Vec<Option<Buffer>>,
@@ -40,6 +46,8 @@ pub(crate) struct Lane {
     logits: Option<Buffer>,
     /// `[LOGIT_ROWS]`: the likeliest tokens, likewise.
     best: Option<Buffer>,
+    /// Likewise.
+    top: Option<LaneTop>,
     /// For matrices that stay on the CPU, if any are multiplied here.
     slots: Option<Network<Matrix>>,
     /// Row numbers.
@@ -47,6 +55,17 @@ pub(crate) struct Lane {
     places: Places,
     /// The places are those of this step.
     placed: bool,
+}
+
+/// Where the largest logits go, of up to [`TOP_ROWS`] rows, and those of some tokens.
+struct LaneTop {
+    /// `[rows][k]`
+    ids: Buffer,
+    values: Buffer,
+    /// `[n]`
+    wanted: Buffer,
+    /// `[rows][n]`
+    picked: Buffer,
 }
 
 /// Positions that a recording stands for: the next power of two.
@@ -61,6 +80,7 @@ impl Lane {
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         device: Arc<dyn Device>,
+        profile: Arc<Profile>,
         config: &ModelConfig,
         shape: &KvShape,
         pages: usize,
@@ -113,6 +133,15 @@ impl Lane {
                 true => Some(floats(LOGIT_ROWS.min(m))?),
                 false => None,
             },
+            top: match output {
+                true => Some(LaneTop {
+                    ids: floats(TOP_ROWS.min(m) * MOST_LARGEST)?,
+                    values: floats(TOP_ROWS.min(m) * MOST_LARGEST)?,
+                    wanted: floats(MOST_LARGEST)?,
+                    picked: floats(TOP_ROWS.min(m) * MOST_LARGEST)?,
+                }),
+                false => None,
+            },
             slots: match slots {
                 Some([gate, up, down]) => Some(Network {
                     gate: device.slot(gate as usize)?,
@@ -134,6 +163,7 @@ impl Lane {
             },
             placed: false,
             config: config.clone(),
+            profile,
             device,
         };
         Ok(lane)
@@ -149,14 +179,17 @@ impl Lane {
         if self.placed {
             return Ok(());
         }
+        let _span = self.profile.span(Op::Upload);
         let (cos, sin, pairs) = device::rope_rows(rope);
         let p = &mut self.places;
-        self.device.write(&p.tokens, 0, cast_slice(&data.tokens))?;
-        self.device.write(&p.pages, 0, cast_slice(&data.pages))?;
-        if pairs > 0 {
-            self.device.write(&p.cos, 0, cast_slice(cos))?;
-            self.device.write(&p.sin, 0, cast_slice(sin))?;
-        }
+        let parts: [(&Buffer, &[u8]); 4] = [
+            (&p.tokens, cast_slice(&data.tokens)),
+            (&p.pages, cast_slice(&data.pages)),
+            (&p.cos, cast_slice(cos)),
+            (&p.sin, cast_slice(sin)),
+        ];
+        let count = if pairs > 0 { 4 } else { 2 };
+        self.device.write_all(&parts[..count])?;
         p.m = data.tokens.len() / 2;
         p.longest = rounded(data.longest);
         p.runs = data.runs;
@@ -164,8 +197,15 @@ impl Lane {
         Ok(())
     }
 
-    /// What names a recording of a step that runs here alone.
-    pub fn key(&self, m: usize, outputs: usize, want: Want) -> [u64; 7] {
+    /// What names a recording of `layers`, and of `what` stands behind them.
+    pub fn key(
+        &self,
+        m: usize,
+        outputs: usize,
+        want: Want,
+        layers: &Range<usize>,
+        what: Behind,
+    ) -> [u64; 10] {
         let cache = self
             .cache
             .iter()
@@ -181,23 +221,46 @@ impl Lane {
             outputs as u64,
             longest,
             self.places.runs as u64,
+            layers.start as u64,
+            layers.end as u64,
+            what as u64,
         ]
     }
 
-    pub fn write_x(&self, x: &[f32]) -> Result<()> {
-        Ok(self.device.write(&self.x, 0, cast_slice(x))?)
+    /// Counts the time of a call that issues operations.
+    pub fn issuing(&self) -> Span<'_> {
+        self.profile.span(Op::Issue)
     }
 
-    fn read(&self, buffer: &Buffer, len: usize, out: &mut Vec<f32>) -> Result<()> {
-        let start = out.len();
-        out.resize(start + len, 0.0);
-        let to = cast_slice_mut(&mut out[start..]);
-        Ok(self.device.read(buffer, 0, to)?)
+    fn upload(&self, to: &Buffer, values: &[f32], feeder: &mut dyn Feeder) -> Result<()> {
+        let _span = self.profile.span(Op::Upload);
+        Ok(self.device.upload(to, cast_slice(values), feeder)?)
     }
 
-    pub fn read_x(&self, m: usize, x: &mut Vec<f32>) -> Result<()> {
-        x.clear();
-        self.read(&self.x, m * self.config.embd, x)
+    pub fn write_x(&self, x: &[f32], feeder: &mut dyn Feeder) -> Result<()> {
+        self.upload(&self.x, x, feeder)
+    }
+
+    /// Reads the beginnings of buffers, as long as their parts.
+    fn download(&self, parts: &mut [(&Buffer, &mut [u8])], feeder: &mut dyn Feeder) -> Result<()> {
+        let _span = self.profile.span(Op::Wait);
+        Ok(self.device.download(parts, feeder)?)
+    }
+
+    /// Reads `len` values.
+    fn read(
+        &self,
+        buffer: &Buffer,
+        len: usize,
+        out: &mut Vec<f32>,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        out.resize(len, 0.0);
+        self.download(&mut [(buffer, cast_slice_mut(out))], feeder)
+    }
+
+    pub fn read_x(&self, m: usize, x: &mut Vec<f32>, feeder: &mut dyn Feeder) -> Result<()> {
+        self.read(&self.x, m * self.config.embd, x, feeder)
     }
 
     /// `input = rms_norm(x) * w`
@@ -208,6 +271,7 @@ impl Lane {
     }
 
     pub fn norm_qkv(&self, a: &DeviceAttention, m: usize) -> Result<()> {
+        let _span = self.issuing();
         self.norm(&a.norm, m)?;
         let one = |w, out, bias| Product {
             w,
@@ -226,6 +290,7 @@ impl Lane {
     /// Normalises the heads of q and k, where there is a norm, and rotates them; k and v go to
     /// the layer's cache, if it is here.
     pub fn heads(&self, a: &DeviceAttention, layer: usize) -> Result<()> {
+        let _span = self.issuing();
         let (c, places) = (&self.config, &self.places);
         let options = HeadOptions {
             dim: c.head_dim,
@@ -250,6 +315,7 @@ impl Lane {
 
     /// Attends over the layer's cache, which must be here and has this step's k and v.
     pub fn attend(&self, layer: usize) -> Result<()> {
+        let _span = self.issuing();
         let Some(cache) = &self.cache[layer] else {
             unreachable!("the plan puts layer {layer}'s cache elsewhere");
         };
@@ -259,7 +325,12 @@ impl Lane {
     }
 
     /// Reads q, k and v, for a cache on the CPU.
-    pub fn read_qkv(&self, m: usize, to: [&mut Vec<f32>; 3]) -> Result<()> {
+    pub fn read_qkv(
+        &self,
+        m: usize,
+        to: [&mut Vec<f32>; 3],
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
         let c = &self.config;
         let heads = [c.heads, c.kv_heads, c.kv_heads];
         let [q, k, v] = to;
@@ -271,23 +342,24 @@ impl Lane {
             (&self.k, cast_slice_mut(k)),
             (&self.v, cast_slice_mut(v)),
         ];
-        Ok(self.device.read_all(&mut parts)?)
+        self.download(&mut parts, feeder)
     }
 
-    pub fn write_attention(&self, attention: &[f32]) -> Result<()> {
-        Ok(self
-            .device
-            .write(&self.attention, 0, cast_slice(attention))?)
+    pub fn write_attention(&self, attention: &[f32], feeder: &mut dyn Feeder) -> Result<()> {
+        self.upload(&self.attention, attention, feeder)
     }
 
     /// Brings row numbers here.
     pub fn write_rows(&self, rows: &[usize]) -> Result<()> {
+        let _span = self.profile.span(Op::Upload);
         let rows: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
         Ok(self.device.write(&self.rows, 0, cast_slice(&rows))?)
     }
 
     /// Moves the rows that [`Lane::write_rows`] brought to the front of x and attention.
     pub fn keep_rows(&mut self, count: usize) -> Result<()> {
+        let profile = Arc::clone(&self.profile);
+        let _span = profile.span(Op::Issue);
         let c = &self.config;
         self.device
             .gather(&self.x, &self.rows, count, c.embd, &self.delta)?;
@@ -300,8 +372,9 @@ impl Lane {
         Ok(())
     }
 
-    /// Undoes the swaps of [`Lane::keep_rows`], so that every step finds the same buffers.
-    pub fn restore_rows(&mut self) {
+    /// The swaps of [`Lane::keep_rows`], done for a recording of it, or undone, so that every
+    /// step finds the same buffers.
+    pub fn swap_rows(&mut self) {
         std::mem::swap(&mut self.x, &mut self.delta);
         std::mem::swap(&mut self.attention, &mut self.q);
     }
@@ -323,6 +396,7 @@ impl Lane {
         out: &Buffer,
         add: bool,
     ) -> Result<()> {
+        let _span = self.issuing();
         let product = Product {
             w: &a.out,
             out,
@@ -346,6 +420,7 @@ impl Lane {
     }
 
     fn norm_ffn_to(&self, ffn: &DeviceFfn, m: usize, to: &Buffer) -> Result<()> {
+        let _span = self.issuing();
         self.norm(&ffn.norm, m)?;
         match &ffn.kind {
             FfnKind::Dense(network) => {
@@ -380,15 +455,26 @@ impl Lane {
 
     /// Chooses experts by the router's logits, here.
     pub fn route(&self, count: usize, m: usize) -> Result<()> {
+        let _span = self.issuing();
         let options = self.config.route_options();
         let (logits, routing) = (self.router_logits(), self.routing());
         Ok(self.device.route(logits, m, count, &options, routing)?)
     }
 
     /// Reads the router's logits.
-    pub fn read_router(&self, m: usize, count: usize, router: &mut Vec<f32>) -> Result<()> {
-        router.clear();
-        self.read(self.router_logits(), m * count, router)
+    pub fn read_router(
+        &self,
+        m: usize,
+        count: usize,
+        router: &mut Vec<f32>,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
+        self.read(self.router_logits(), m * count, router, feeder)
+    }
+
+    /// Reads the normalised input.
+    pub fn read_norm(&self, m: usize, input: &mut Vec<f32>, feeder: &mut dyn Feeder) -> Result<()> {
+        self.read(&self.input, m * self.config.embd, input, feeder)
     }
 
     /// Reads what experts elsewhere need: the router's logits and the normalised input.
@@ -398,6 +484,7 @@ impl Lane {
         count: usize,
         router: &mut Vec<f32>,
         input: &mut Vec<f32>,
+        feeder: &mut dyn Feeder,
     ) -> Result<()> {
         router.resize(m * count, 0.0);
         input.resize(m * self.config.embd, 0.0);
@@ -405,25 +492,27 @@ impl Lane {
             (self.router_logits(), cast_slice_mut(router)),
             (&self.input, cast_slice_mut(input)),
         ];
-        Ok(self.device.read_all(&mut parts)?)
+        self.download(&mut parts, feeder)
     }
 
     /// Brings a choice of experts here.
     pub fn write_routing(&self, routing: &Routing) -> Result<()> {
+        let _span = self.profile.span(Op::Upload);
         let here = self.routing();
-        self.device.write(&here.ids, 0, cast_slice(&routing.ids))?;
-        Ok(self
-            .device
-            .write(&here.weights, 0, cast_slice(&routing.weights))?)
+        Ok(self.device.write_all(&[
+            (&here.ids, cast_slice(&routing.ids)),
+            (&here.weights, cast_slice(&routing.weights)),
+        ])?)
     }
 
     /// Brings the input of a network, or of projections, here.
-    pub fn write_input(&self, input: &[f32]) -> Result<()> {
-        Ok(self.device.write(&self.input, 0, cast_slice(input))?)
+    pub fn write_input(&self, input: &[f32], feeder: &mut dyn Feeder) -> Result<()> {
+        self.upload(&self.input, input, feeder)
     }
 
     /// `x += experts(input)`, as routed here.
     pub fn add_experts(&self, experts: &Network<Matrix>, m: usize) -> Result<()> {
+        let _span = self.issuing();
         let (network, routing) = (on_device(experts), self.routing());
         Ok(self
             .device
@@ -432,6 +521,7 @@ impl Lane {
 
     /// Experts whose sum is added elsewhere: `delta`.
     pub fn experts_apart(&self, experts: &Network<Matrix>, m: usize) -> Result<()> {
+        let _span = self.issuing();
         self.device.zero(&self.delta)?;
         let (network, routing) = (on_device(experts), self.routing());
         Ok(self
@@ -453,7 +543,9 @@ impl Lane {
         };
         let out = [&self.q, &self.k, &self.v];
         for ((raw, slot), out) in qkv.iter().zip([gate, up, down]).zip(out) {
-            device.stream(raw, None, feeder, slot)?;
+            self.profile
+                .timed(Op::Stream, || device.stream(raw, None, feeder, slot))?;
+            let _span = self.profile.span(Op::Issue);
             let product = Product {
                 w: slot,
                 out,
@@ -476,7 +568,9 @@ impl Lane {
         let Some(Network { gate: slot, .. }) = &mut self.slots else {
             unreachable!("the plan streams nothing to this device");
         };
-        device.stream(out, None, feeder, slot)?;
+        self.profile
+            .timed(Op::Stream, || device.stream(out, None, feeder, slot))?;
+        let _span = self.profile.span(Op::Issue);
         let product = Product {
             w: slot,
             out: &self.delta,
@@ -497,6 +591,7 @@ impl Lane {
         let Some(Network { gate, up, down }) = &mut self.slots else {
             unreachable!("the plan streams nothing to this device");
         };
+        let _span = self.profile.span(Op::Stream);
         device.stream(&network.gate, chosen, feeder, gate)?;
         device.stream(&network.up, chosen, feeder, up)?;
         Ok(device.stream(&network.down, chosen, feeder, down)?)
@@ -504,6 +599,7 @@ impl Lane {
 
     /// `delta = network(input)`, of the dense network that was brought here.
     pub fn streamed_ffn(&self, m: usize) -> Result<()> {
+        let _span = self.issuing();
         let Some(slots) = &self.slots else {
             unreachable!("the plan streams nothing to this device");
         };
@@ -524,19 +620,20 @@ impl Lane {
     }
 
     /// Reads what is to be added elsewhere.
-    pub fn read_delta(&self, m: usize, out: &mut Vec<f32>) -> Result<()> {
-        out.clear();
-        self.read(&self.delta, m * self.config.embd, out)
+    pub fn read_delta(&self, m: usize, out: &mut Vec<f32>, feeder: &mut dyn Feeder) -> Result<()> {
+        self.read(&self.delta, m * self.config.embd, out, feeder)
     }
 
     /// `x += delta`, which comes from elsewhere.
-    pub fn add_delta(&self, delta: &[f32]) -> Result<()> {
-        self.device.write(&self.delta, 0, cast_slice(delta))?;
-        Ok(self.device.add(&self.x, &self.delta, delta.len())?)
+    pub fn add_delta(&self, delta: &[f32], feeder: &mut dyn Feeder) -> Result<()> {
+        let _span = self.profile.span(Op::Upload);
+        let (x, via, delta) = (&self.x, &self.delta, cast_slice(delta));
+        Ok(self.device.add_from(x, via, delta, feeder)?)
     }
 
     /// Final norm, and for up to [`LOGIT_ROWS`] rows the logits, or the likeliest tokens.
     pub fn output(&self, norm: &Buffer, matrix: &Matrix, m: usize, want: Want) -> Result<()> {
+        let _span = self.issuing();
         self.norm(norm, m)?;
         match m <= LOGIT_ROWS {
             true => self.wanted(matrix, &self.input, m, want),
@@ -546,6 +643,7 @@ impl Lane {
 
     /// What is wanted of `m` rows, no more than [`LOGIT_ROWS`].
     fn wanted(&self, matrix: &Matrix, x: &Buffer, m: usize, want: Want) -> Result<()> {
+        let _span = self.issuing();
         if want == Want::Hidden {
             return Ok(());
         }
@@ -583,10 +681,11 @@ impl Lane {
         m: usize,
         want: Want,
         to: &mut Results<'_>,
+        feeder: &mut dyn Feeder,
     ) -> Result<()> {
         let c = &self.config;
         if m <= LOGIT_ROWS {
-            return self.read_wanted(m, want, to, true);
+            return self.read_wanted(m, want, to, true, feeder);
         }
         if want != Want::Hidden {
             for first in (0..m).step_by(LOGIT_ROWS) {
@@ -595,21 +694,56 @@ impl Lane {
                 let (input, part) = (&self.input, &self.delta);
                 self.device.gather(input, &self.rows, count, c.embd, part)?;
                 self.wanted(matrix, part, count, want)?;
-                self.read_wanted(count, want, to, false)?;
+                self.read_wanted(count, want, to, false, feeder)?;
             }
         }
         match want {
             Want::Best => Ok(()),
-            _ => self.read(&self.input, m * c.embd, to.hidden),
+            _ => {
+                let start = to.hidden.len();
+                to.hidden.resize(start + m * c.embd, 0.0);
+                let hidden = cast_slice_mut(&mut to.hidden[start..]);
+                self.download(&mut [(&self.input, hidden)], feeder)
+            }
         }
     }
 
     /// Reads what is wanted of `m` rows, waiting once.
-    fn read_wanted(&self, m: usize, want: Want, to: &mut Results<'_>, hidden: bool) -> Result<()> {
+    fn read_wanted(
+        &self,
+        m: usize,
+        want: Want,
+        to: &mut Results<'_>,
+        hidden: bool,
+        feeder: &mut dyn Feeder,
+    ) -> Result<()> {
         let c = &self.config;
         let starts = (to.hidden.len(), to.logits.len(), to.best.len());
+        let (mut ids, mut values, mut picked) = (Vec::new(), Vec::new(), Vec::new());
+        if let (Some((top, _)), Some(here)) = (&to.top, &self.top) {
+            let (logits, count) = (self.logits_buffer(), top.ids.len());
+            if count > 0 {
+                let _span = self.profile.span(Op::Upload);
+                self.device.write(&here.wanted, 0, cast_slice(&top.ids))?;
+            }
+            let _span = self.issuing();
+            self.device
+                .top_k(logits, m, c.vocab, top.k, &here.ids, &here.values)?;
+            if count > 0 {
+                let (wanted, picked) = (&here.wanted, &here.picked);
+                self.device
+                    .pick(logits, m, c.vocab, wanted, count, picked)?;
+            }
+            ids.resize(m * top.k, 0u32);
+            values.resize(m * top.k, 0f32);
+            picked.resize(m * count, 0f32);
+        }
         let mut parts: Vec<(&Buffer, &mut [u8])> = Vec::new();
-        if want == Want::Logits {
+        if let (Some(_), Some(here)) = (&to.top, &self.top) {
+            parts.push((&here.ids, cast_slice_mut(&mut ids)));
+            parts.push((&here.values, cast_slice_mut(&mut values)));
+            parts.push((&here.picked, cast_slice_mut(&mut picked)));
+        } else if want == Want::Logits {
             to.logits.resize(starts.1 + m * c.vocab, 0.0);
             let logits = &mut to.logits[starts.1..];
             parts.push((self.logits_buffer(), cast_slice_mut(logits)));
@@ -623,7 +757,19 @@ impl Lane {
             let hidden = &mut to.hidden[starts.0..];
             parts.push((&self.input, cast_slice_mut(hidden)));
         }
-        Ok(self.device.read_all(&mut parts)?)
+        self.download(&mut parts, feeder)?;
+        if let Some((top, rows)) = &mut to.top {
+            rows.extend((0..m).map(|i| {
+                let (of, count) = (i * top.k..(i + 1) * top.k, top.ids.len());
+                let largest = ids[of.clone()].iter().zip(&values[of]);
+                let others = top.ids.iter().zip(&picked[i * count..]);
+                let mut row: TopRow = largest.chain(others).map(|(id, v)| (*id, *v)).collect();
+                row.sort_unstable_by_key(|v| v.0);
+                row.dedup_by_key(|v| v.0);
+                row
+            }));
+        }
+        Ok(())
     }
 
     /// Copies a page of all layers here.

@@ -14,11 +14,22 @@ pub(crate) use blocks::{Buffers, OnPool, Step};
 pub(crate) use graph::{Graph, On};
 pub(crate) use lane::Lane;
 
-use crate::{Arch, stream::Stream};
+use crate::{Arch, Top, stream::Stream};
 use tegula_kernels::{
     Weights,
     device::{self, RawMatrix},
 };
+
+/// What layers that run on a device without leaving it end with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Behind {
+    /// The last one's x.
+    Layer,
+    /// The last one's router: its experts are elsewhere.
+    Router,
+    /// The output matrix.
+    Output,
+}
 
 /// What is wanted of the tokens that want something.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,6 +42,9 @@ pub(crate) enum Want {
     Best,
 }
 
+/// Some of a row's logits, by token.
+pub(crate) type TopRow = Vec<(u32, f32)>;
+
 /// Where it goes: each appends.
 pub(crate) struct Results<'a> {
     /// `[outputs][embd]`
@@ -39,6 +53,9 @@ pub(crate) struct Results<'a> {
     pub logits: &'a mut Vec<f32>,
     /// `[outputs]`
     pub best: &'a mut Vec<u32>,
+    /// The largest logits instead of all of them, where the output matrix is on a device: a row
+    /// per output, ascending by token.
+    pub top: Option<(&'a Top, &'a mut Vec<TopRow>)>,
 }
 
 /// Something of the model, on the CPU or on a device.
@@ -137,12 +154,13 @@ pub(crate) struct Network<M> {
     pub down: M,
 }
 
-/// Runs the layers of `arch` over a step that holds embedded tokens.
-pub(crate) fn forward(arch: Arch, layers: usize, graph: &mut Graph<'_>) {
+/// Runs a layer of `arch`, up to the choice of experts where it has some:
+/// [`Graph::experts`] is behind that.
+pub(crate) fn layer(arch: Arch, layer: usize, graph: &mut Graph<'_>) {
     match arch {
-        Arch::Llama => llama::forward(layers, graph),
-        Arch::Qwen2 => qwen2::forward(layers, graph),
-        Arch::Qwen3 => qwen3::forward(layers, graph),
-        Arch::Qwen3Moe => qwen3moe::forward(layers, graph),
+        Arch::Llama => llama::layer(layer, graph),
+        Arch::Qwen2 => qwen2::layer(layer, graph),
+        Arch::Qwen3 => qwen3::layer(layer, graph),
+        Arch::Qwen3Moe => qwen3moe::layer(layer, graph),
     }
 }

@@ -491,6 +491,19 @@ pub trait Device: Send + Sync {
     /// Copies to a buffer.
     fn write(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()>;
 
+    /// Copies to the beginnings of several buffers.
+    fn write_all(&self, parts: &[(&Buffer, &[u8])]) -> Result<()> {
+        let mut parts = parts.iter();
+        parts.try_for_each(|(dst, src)| self.write(dst, 0, src))
+    }
+
+    /// Copies to the beginning of a buffer what may be large: `feeder` fills memory that the
+    /// device copies from.
+    fn upload(&self, dst: &Buffer, src: &[u8], feeder: &mut dyn stream::Feeder) -> Result<()> {
+        let _ = feeder;
+        self.write(dst, 0, src)
+    }
+
     /// Waits for what was issued and copies from a buffer.
     fn read(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()>;
 
@@ -498,6 +511,16 @@ pub trait Device: Send + Sync {
     fn read_all(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
         let mut parts = parts.iter_mut();
         parts.try_for_each(|(src, dst)| self.read(src, 0, dst))
+    }
+
+    /// The same for what may be large: `feeder` empties memory that the device copies to.
+    fn download(
+        &self,
+        parts: &mut [(&Buffer, &mut [u8])],
+        feeder: &mut dyn stream::Feeder,
+    ) -> Result<()> {
+        let _ = feeder;
+        self.read_all(parts)
     }
 
     /// Waits for what was issued.
@@ -619,6 +642,19 @@ pub trait Device: Send + Sync {
     /// `dst += x`, `len` values.
     fn add(&self, dst: &Buffer, x: &Buffer, len: usize) -> Result<()>;
 
+    /// The same for an `x` that comes from here, f32 values as bytes. `via` has room for it; its
+    /// contents are lost.
+    fn add_from(
+        &self,
+        dst: &Buffer,
+        via: &Buffer,
+        x: &[u8],
+        feeder: &mut dyn stream::Feeder,
+    ) -> Result<()> {
+        self.upload(via, x, feeder)?;
+        self.add(dst, via, x.len() / 4)
+    }
+
     /// `out[i] = x[rows[i]]`, `count` rows of `k`; `rows` is u32.
     fn gather(&self, x: &Buffer, rows: &Buffer, count: usize, k: usize, out: &Buffer)
     -> Result<()>;
@@ -627,8 +663,34 @@ pub trait Device: Send + Sync {
     /// less than any number. `out` is u32.
     fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()>;
 
+    /// The `k` largest of `n` values in each of `m` rows, the largest first and the lowest index
+    /// first among equals, to `[m][k]` of u32 and of f32; a NaN counts as −∞. `k` is at most
+    /// [`MOST_LARGEST`] and at most `n`.
+    fn top_k(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        k: usize,
+        ids: &Buffer,
+        values: &Buffer,
+    ) -> Result<()>;
+
+    /// The values at the same `count` indices, which are u32 and below `n`, of each of `m` rows
+    /// of `n`.
+    fn pick(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        ids: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()>;
+
     /// Asks whether the operations that follow, which `key` names wholly (the same buffers,
-    /// the same shapes), can be issued at once from a recording.
+    /// the same shapes), can be issued at once from a recording. Copies from and to here can't be
+    /// among them.
     fn begin(&self, key: &[u64]) -> Result<Recording> {
         let _ = key;
         Ok(Recording::Issue)
@@ -648,6 +710,26 @@ pub trait Device: Send + Sync {
 
     /// Forgets recordings, because buffers that they name are about to go.
     fn forget(&self) {}
+}
+
+/// How many of a row's largest values [`Device::top_k`] finds at most.
+pub const MOST_LARGEST: usize = 512;
+
+/// The `k` largest values of a row with their indices, as [`Device::top_k`] finds them.
+pub fn largest_of(row: &[f32], k: usize) -> Vec<(u32, f32)> {
+    // Both zeros are alike.
+    let clean = |v: f32| if v.is_nan() { f32::NEG_INFINITY } else { v };
+    let mut all: Vec<(u32, f32)> = (0..).zip(row.iter().copied().map(clean)).collect();
+    let order = |a: &(u32, f32), b: &(u32, f32)| {
+        let values = (b.1 + 0.0).total_cmp(&(a.1 + 0.0));
+        values.then(a.0.cmp(&b.0))
+    };
+    if k < all.len() {
+        all.select_nth_unstable_by(k, order);
+        all.truncate(k);
+    }
+    all.sort_unstable_by(order);
+    all
 }
 
 /// The index of a row's largest value, the lowest of equals; a NaN is less than any number.
@@ -675,6 +757,16 @@ mod tests {
         assert_eq!(largest(&[f32::NAN, 1.0, 3.0, f32::NAN, 3.0]), 2);
         assert_eq!(largest(&[f32::NEG_INFINITY, f32::NAN]), 0);
         assert_eq!(largest(&[]), 0);
+    }
+
+    #[test]
+    fn the_largest_come_in_order_and_equal_ones_by_index() {
+        let row = [1.0, f32::NAN, 3.0, -0.0, 3.0, 0.0, f32::NEG_INFINITY];
+        let ids = |k| -> Vec<u32> { largest_of(&row, k).iter().map(|v| v.0).collect() };
+        assert_eq!(ids(7), [2, 4, 0, 3, 5, 1, 6]);
+        assert_eq!(ids(4), [2, 4, 0, 3]);
+        assert!(ids(0).is_empty());
+        assert_eq!(largest_of(&row, 6)[5], (1, f32::NEG_INFINITY));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use super::{
     ALIGN, Budget, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, Ended, HeadOptions,
     Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, largest,
-    matrix_bytes, rounded, stream,
+    largest_of, matrix_bytes, rounded, stream,
 };
 use crate::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
@@ -534,6 +534,40 @@ impl Device for SimDevice {
         let x = self.floats(x, m * n);
         let best = x.chunks(n).flat_map(|row| largest(row).to_le_bytes());
         self.put_bytes(out, 0, &best.collect::<Vec<u8>>());
+        Ok(())
+    }
+
+    fn top_k(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        k: usize,
+        ids: &Buffer,
+        values: &Buffer,
+    ) -> Result<()> {
+        self.step("top_k")?;
+        let x = self.floats(x, m * n);
+        let best: Vec<(u32, f32)> = x.chunks(n).flat_map(|row| largest_of(row, k)).collect();
+        let numbers = best.iter().flat_map(|b| b.0.to_le_bytes());
+        self.put_bytes(ids, 0, &numbers.collect::<Vec<u8>>());
+        self.put(values, &best.iter().map(|b| b.1).collect::<Vec<_>>());
+        Ok(())
+    }
+
+    fn pick(
+        &self,
+        x: &Buffer,
+        m: usize,
+        n: usize,
+        ids: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.step("pick")?;
+        let (x, ids) = (self.floats(x, m * n), self.words(ids, count));
+        let row = |row: &[f32]| ids.iter().map(|&i| row[i as usize]).collect::<Vec<_>>();
+        self.put(out, &x.chunks(n).flat_map(row).collect::<Vec<_>>());
         Ok(())
     }
 

@@ -27,7 +27,7 @@ pub struct Compute {
     pub pool: Pool,
     pub table: &'static Kernels,
     /// Where the time goes.
-    pub profile: Profile,
+    pub profile: Arc<Profile>,
     observer: OnceLock<Arc<dyn Observer>>,
 }
 
@@ -44,7 +44,7 @@ impl Compute {
         Compute {
             pool: Pool::new(pool),
             table: Kernels::for_tier(tier),
-            profile: Profile::default(),
+            profile: Arc::default(),
             observer: OnceLock::new(),
         }
     }
@@ -54,7 +54,7 @@ impl Compute {
         Compute {
             pool: Pool::new(pool),
             table: Kernels::with_amx(tier, amx),
-            profile: Profile::default(),
+            profile: Arc::default(),
             observer: OnceLock::new(),
         }
     }

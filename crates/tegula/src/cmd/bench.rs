@@ -676,12 +676,17 @@ impl Printer {
                 let whole = row.samples_ns.last().map_or(0.0, |&ns| ns as f64 / 1e6);
                 for p in &row.profile {
                     say!(
-                        "  {:<12} {:7} calls {:10.2} ms {:5.1} %",
+                        "  {:<19} {:7} calls {:10.2} ms {:5.1} %",
                         p.operation,
                         p.calls,
                         p.ms,
                         100.0 * p.ms / whole
                     );
+                }
+                if !row.profile.is_empty() {
+                    let between = whole - row.profile.iter().map(|p| p.ms).sum::<f64>();
+                    let share = 100.0 * between / whole;
+                    say!("  {:<19} {:21.2} ms {share:5.1} %", "between them", between);
                 }
             }
             Format::Csv => {

@@ -1,16 +1,18 @@
 //! Models on simulated devices: wherever the parts lie, the logits are the CPU's, bit for
 //! bit, since the devices compute with the CPU's kernels.
 
+mod results;
+
 use std::{path::Path, sync::Arc};
 use tegula_engine::{
     Batch, BatchToken, Context, ContextOptions, Error, GenerateOptions, Generation, LoadOptions,
-    Model, OffloadFlags, Outputs, SamplerOptions, Source, generate,
+    Model, OffloadFlags, Outputs, SamplerOptions, Source, Top, generate,
     offload::{Device as At, GpuLayers, Split},
     plan::{Buffer, Encoding},
 };
 use tegula_kernels::{
     Amx, Tier,
-    device::{Device, DeviceError, sim::SimDevice, stream::Rates},
+    device::{Device, DeviceError, largest_of, sim::SimDevice, stream::Rates},
     kv::KvType,
 };
 
@@ -308,25 +310,6 @@ fn what_does_not_suit_a_split_is_refused() {
     let said = check(&|f| f.overrides = vec![f.parse_override("exps=SIM1").unwrap()]).unwrap();
     assert!(said.contains("-ot can name CPU alone"), "{said}");
     assert_eq!(check(&|_| {}), None);
-}
-
-#[test]
-fn a_recording_that_fails_is_issued_again_and_said_once() {
-    let want = cpu();
-    let sims = sims(1, GIB);
-    sims[0].fail_recordings();
-    let mut context = context(&with(&sims, |_| {})).unwrap();
-    let token = |id| Batch::prompt(0, &[id]);
-    let mut fresh = self::context(&options()).unwrap();
-    for id in 1..5 {
-        let (a, b) = (context.decode(&token(id)), fresh.decode(&token(id)));
-        assert!(a.unwrap() == b.unwrap(), "{id}");
-    }
-    let notes = context.model().device_notes();
-    assert_eq!(notes.len(), 1, "{notes:?}");
-    assert!(context.model().device_notes().is_empty());
-    context.truncate(0, 0).unwrap();
-    same("behind it", &work(&mut context).unwrap(), &want);
 }
 
 #[test]
@@ -667,46 +650,6 @@ fn a_hybrid_hops_once_each_way_per_layer() {
     assert_eq!(after.reads - before.reads, 2 * layers + 2);
     // The experts' sum; at the beginning x and four arrays of places.
     assert_eq!(after.writes - before.writes, layers + 5);
-}
-
-#[test]
-fn the_likeliest_token_is_the_logits_largest_and_comes_alone() {
-    let ids: Vec<u32> = (1..=70).collect();
-    for (name, set) in [
-        ("cpu", None),
-        ("all", Some((|_| {}) as fn(&mut OffloadFlags))),
-        (
-            "output on the CPU",
-            Some(|f| {
-                f.overrides = vec![f.parse_override("^output=CPU").unwrap()];
-            }),
-        ),
-        ("experts on the CPU", Some(|f| f.cpu_moe = usize::MAX)),
-    ] {
-        let sims = sims(1, GIB);
-        let options = set.map_or_else(options, |set| with(&sims, set));
-        let mut context = context(&options).unwrap();
-        let logits = context.decode(&Batch::all_logits(0, &ids)).unwrap();
-        context.truncate(0, 0).unwrap();
-        let best = context.decode_best(&Batch::all_logits(0, &ids)).unwrap();
-        assert_eq!((best.len(), logits.best(0)), (70, None), "{name}");
-        for i in 0..70 {
-            let row = logits.logits(i);
-            let largest = row.iter().copied().fold(f32::MIN, f32::max);
-            let first = row.iter().position(|v| *v == largest).unwrap() as u32;
-            assert_eq!(best.best(i), Some(first), "{name}, {i}");
-        }
-        // Recorded, too.
-        for id in 1..5 {
-            let before = sims[0].copies();
-            let one = context.decode_best(&Batch::prompt(0, &[id])).unwrap();
-            assert!(one.best(0).is_some());
-            let read = sims[0].copies().read - before.read;
-            if name == "all" {
-                assert_eq!(read, 4);
-            }
-        }
-    }
 }
 
 #[test]
