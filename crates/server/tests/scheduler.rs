@@ -416,3 +416,74 @@ fn a_device_that_is_lost_fails_tasks_and_hangs_nobody() {
     sim.repair();
     assert!(run().is_ok());
 }
+
+/// Submits prompts of these lengths that have nothing in common as one request, and returns
+/// whose events came, in order, each task answering with so many tokens of one letter.
+fn order(
+    model: &Arc<tegula_engine::Model>,
+    slots: usize,
+    prompts: &[(usize, usize)],
+) -> Vec<usize> {
+    let letters = model.tokenizer().encode("x", EncodeOptions::default());
+    let scheduler = scheduler(model, slots, 9, CONTEXT);
+    let (mut sink, client) = client();
+    let tasks = prompts.iter().enumerate().map(|(i, &(len, limit))| Task {
+        prompt: (0..len).map(|k| (1000 + 100 * i + k % 50) as u32).collect(),
+        work: Work::Generate(Box::new(Generate {
+            limit: Some(limit),
+            stop: Vec::new(),
+            sampler: SamplerOptions {
+                logit_bias: vec![(letters[0], 1e6)],
+                ..SamplerOptions::greedy()
+            },
+            ignore_eog: true,
+            logprobs: None,
+            constraint: None,
+        })),
+        owner: 0,
+        reuse: false,
+        deadline: None,
+        sink: sink(i),
+    });
+    scheduler.submit(tasks.collect()).unwrap();
+    let mut done = 0;
+    let mut texts = Vec::new();
+    while done < prompts.len() {
+        match client.next() {
+            (task, Event::Text(_)) => texts.push(task),
+            (_, Event::Done(_)) => done += 1,
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+    texts
+}
+
+/// How many tokens of `task` came before the first of `other`.
+fn before(order: &[usize], task: usize, other: usize) -> usize {
+    let first = order.iter().position(|&t| t == other).unwrap();
+    order[..first].iter().filter(|&&t| t == task).count()
+}
+
+/// Micro-batches have 128 tokens. Prompts that are alike begin to be answered one after the
+/// other, each turn going on with all that are being answered.
+#[test]
+fn prompts_are_run_one_after_the_other() {
+    let order = order(&model(), 8, &[(100, 40); 8]);
+    for i in 1..8 {
+        assert!(before(&order, i - 1, i) > 0, "{i}: {order:?}");
+    }
+    // The first turn is all for prompts, then they get 112 tokens, 96, 80, 64 and so on, at last
+    // 32 a turn.
+    let ahead: Vec<usize> = (1..8).map(|i| before(&order, 0, i)).collect();
+    assert_eq!(ahead, [2, 3, 4, 6, 8, 10, 13], "{order:?}");
+    assert_eq!(order.len(), 8 * 40);
+}
+
+/// A prompt of four micro-batches comes first, but doesn't keep a short one waiting.
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one() {
+    let order = order(&model(), 2, &[(480, 20), (10, 20)]);
+    // The long one has what the short one leaves of the first turn, then a half of each, while
+    // the short one is answered in every turn.
+    assert_eq!(before(&order, 1, 0), 6, "{order:?}");
+}
