@@ -6,11 +6,11 @@ use std::{sync::Arc, time::Duration};
 
 use common::{client, collect, model, model_on, scheduler, service, submit};
 use serde_json::{Value, json};
-use tegula_engine::{Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
+use tegula_engine::{Batch, Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
 use tegula_gguf::tokenizer::EncodeOptions;
 use tegula_kernels::{Tier, device::sim::SimDevice};
 use tegula_server::{
-    Prepared, Scheduler, Service,
+    Pooling, Prepared, Scheduler, Service,
     scheduler::{Event, Failure, Generate, Reason, Refused, SlotState, Task, Work},
 };
 
@@ -323,6 +323,48 @@ fn embeddings_are_of_length_one_and_tell_texts_apart() {
     assert!(s.slots.iter().all(|slot| slot.state == SlotState::Idle));
 }
 
+/// The vectors that the engine's hidden states say, by the mean of all and by the last one.
+#[test]
+fn embeddings_are_pooled_as_they_should() {
+    let model = model();
+    let ids = model.tokenizer().encode(WORDS, EncodeOptions::default());
+    let options = ContextOptions {
+        context: CONTEXT,
+        ..ContextOptions::default()
+    };
+    let mut ctx = Context::new(Arc::clone(&model), &options).unwrap();
+    let outputs = ctx.decode_hidden(&Batch::all_logits(0, &ids)).unwrap();
+    let unit = |v: Vec<f64>| -> Vec<f32> {
+        let length = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        v.iter().map(|x| (x / length) as f32).collect()
+    };
+    let row = |i: usize| outputs.hidden(i).iter().map(|&x| f64::from(x));
+    let last = unit(row(ids.len() - 1).collect());
+    let mut sum = vec![0.0; last.len()];
+    for i in 0..ids.len() {
+        sum.iter_mut().zip(row(i)).for_each(|(sum, x)| *sum += x);
+    }
+    let scheduler = scheduler(&model, 2, 9, CONTEXT);
+    for (pooling, expected) in [(Pooling::Mean, unit(sum)), (Pooling::Last, last)] {
+        let (mut sink, client) = client();
+        let task = Task {
+            prompt: ids.clone(),
+            work: Work::Embed(pooling),
+            owner: 0,
+            reuse: false,
+            deadline: None,
+            sink: sink(0),
+        };
+        scheduler.submit(vec![task]).unwrap();
+        let (_, Event::Embedding(vector)) = client.next() else {
+            panic!("no vector");
+        };
+        for (a, b) in vector.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-5, "{pooling:?}: {a} {b}");
+        }
+    }
+}
+
 #[test]
 fn stop_strings_limits_and_chosen_tokens_end_answers() {
     let model = model();
@@ -410,8 +452,13 @@ fn a_device_that_is_lost_fails_tasks_and_hangs_nobody() {
     };
     sim.fail_after(300);
     for _ in 0..2 {
-        let error = format!("{:?}", run().unwrap_err());
-        assert!(error.contains("the simulated device is lost"), "{error}");
+        let error = run().unwrap_err();
+        assert_eq!((error.status, error.code), (500, "internal_error"));
+        let message = &error.message;
+        assert!(
+            message.contains("the simulated device is lost"),
+            "{message}"
+        );
     }
     sim.repair();
     assert!(run().is_ok());
@@ -486,4 +533,17 @@ fn a_short_prompt_does_not_wait_for_a_long_one() {
     // The long one has what the short one leaves of the first turn, then a half of each, while
     // the short one is answered in every turn.
     assert_eq!(before(&order, 1, 0), 6, "{order:?}");
+}
+
+/// A model whose template can't be used completes texts, and says why it doesn't converse.
+#[test]
+fn without_a_template_there_is_no_chat() {
+    let model = model();
+    let options = service(&model, CONTEXT, None).options().clone();
+    let service = Service::new(options, model.tokenizer(), Err("line 3: why".to_owned()));
+    let body = json!({"messages": [{"role": "user", "content": "x"}]});
+    let error = service.chat(body.to_string().as_bytes()).err().unwrap();
+    assert_eq!((error.status, error.code), (400, "no_chat_template"));
+    assert!(error.message.contains("line 3: why"), "{error}");
+    completion(&service, &json!({"prompt": "x"}));
 }

@@ -277,6 +277,27 @@ fn bodies_of_a_hundred_megabytes() {
 }
 
 #[test]
+fn bodies_that_break_off() {
+    let server = Server::start(&[]);
+    // Chunks whose length is none, or that are not there.
+    for body in [&b"zz\r\n"[..], b"10\r\n{\"prompt\"", b""] {
+        let chunked = ["Transfer-Encoding: chunked"];
+        let mut stream = server.connect();
+        let head = head(server.address, "POST", "/v1/completions", &chunked, None);
+        stream.write_all(&head).unwrap();
+        stream.write_all(body).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let response = Response::read(stream);
+        assert_eq!(
+            (response.status, response.error().as_str()),
+            (400, "broken_body"),
+            "{body:?}"
+        );
+    }
+    server.assert_well();
+}
+
+#[test]
 fn heads_that_are_too_large_or_no_http() {
     let server = Server::start(&[]);
     let long = format!("X-Long: {}", "x".repeat(200_000));
