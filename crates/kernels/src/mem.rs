@@ -158,14 +158,41 @@ impl<T> Default for AlignedVec<T> {
     }
 }
 
+/// From how many bytes on scratch fills whole huge pages: what kernels pass over again and again
+/// would otherwise take more pages than the first-level TLB has entries.
+const SCRATCH: usize = 256 << 10;
+
 impl<T: Number> AlignedVec<T> {
     /// Makes it at least `len` long; when it grows the contents are lost.
     pub fn fit(&mut self, len: usize) {
         if self.len() < len {
+            let bytes = len * size_of::<T>();
+            let bytes = if bytes < SCRATCH {
+                bytes
+            } else {
+                bytes.next_multiple_of(HUGE)
+            };
             self.buf = AlignedBuf::zeroed(0);
-            self.buf = AlignedBuf::zeroed(len * size_of::<T>());
+            self.buf = AlignedBuf::zeroed(bytes);
         }
     }
+}
+
+/// [`Vec::resize`] with zeros, which puts what is added on huge pages where it is large.
+pub fn resize(v: &mut Vec<f32>, len: usize) {
+    if v.capacity() < len && len * size_of::<f32>() >= HUGE {
+        let mut larger: Vec<f32> = Vec::with_capacity(len);
+        let start = larger.as_mut_ptr().cast::<u8>();
+        let before = start.addr().next_multiple_of(HUGE) - start.addr();
+        let whole = (larger.capacity() * size_of::<f32>()).saturating_sub(before) / HUGE * HUGE;
+        if whole != 0 {
+            // SAFETY: advice on whole pages inside an allocation of our own.
+            unsafe { libc::madvise(start.add(before).cast(), whole, libc::MADV_HUGEPAGE) };
+        }
+        larger.extend_from_slice(v);
+        *v = larger;
+    }
+    v.resize(len, 0.0);
 }
 
 impl<T: Number> Deref for AlignedVec<T> {
@@ -232,6 +259,27 @@ mod tests {
         v.fit(101);
         assert_eq!((v.len(), v[99]), (101, 0.0));
         assert_eq!(v.as_ptr().addr() % ALIGN, 0);
+    }
+
+    #[test]
+    fn resizing_keeps_what_there_is_and_adds_zeros() {
+        let mut v = vec![1.0; 3];
+        for len in [5, HUGE / 4 - 1, HUGE, HUGE * 3 / 2, 7] {
+            let before = v.len();
+            resize(&mut v, len);
+            assert_eq!(v.len(), len);
+            assert_eq!(v[..3], [1.0; 3]);
+            assert!(v[before.min(len)..].iter().all(|&x| x == 0.0));
+        }
+    }
+
+    #[test]
+    fn large_scratch_fills_its_huge_pages() {
+        let mut v = AlignedVec::<f32>::default();
+        v.fit(SCRATCH / 4 - 1);
+        assert_eq!(v.len(), SCRATCH / 4 - 1);
+        v.fit(SCRATCH / 4);
+        assert_eq!((v.len(), v.as_ptr().addr() % HUGE), (HUGE / 4, 0));
     }
 
     #[test]

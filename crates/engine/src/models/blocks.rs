@@ -7,6 +7,7 @@ use tegula_kernels::{
     Acts, Compute, Forms, Weights,
     device::stream::Feeder,
     kv::{KvCache, PageTable},
+    mem,
     ops::{
         RopeTable, Token,
         moe::{MoeScratch, Routing},
@@ -59,7 +60,7 @@ impl Step<'_> {
     pub fn embed(&mut self, embedding: &Weights, ids: &[u32]) {
         let b = &mut *self.buffers;
         self.m = ids.len();
-        b.x.resize(self.m * self.config.embd, 0.0);
+        mem::resize(&mut b.x, self.m * self.config.embd);
         self.compute.get_rows(embedding, ids, &mut b.x);
         let positions = self.tokens.iter().map(|t| t.position);
         b.rope.fill(&self.config.rope, positions);
@@ -68,7 +69,7 @@ impl Step<'_> {
     /// `input = rms_norm(x) * w`.
     pub fn norm(&mut self, w: &[f32]) {
         let b = &mut *self.buffers;
-        b.input.resize(b.x.len(), 0.0);
+        mem::resize(&mut b.input, b.x.len());
         self.compute
             .rms_norm(&b.x, w, self.config.rms_eps, &mut b.input);
     }
@@ -92,9 +93,9 @@ impl Step<'_> {
         self.norm_acts(&layer.norm, forms);
         let b = &mut *self.buffers;
         let (c, m) = (self.config, self.m);
-        b.q.resize(m * c.heads * c.head_dim, 0.0);
-        b.k.resize(m * c.kv_heads * c.head_dim, 0.0);
-        b.v.resize(m * c.kv_heads * c.head_dim, 0.0);
+        mem::resize(&mut b.q, m * c.heads * c.head_dim);
+        mem::resize(&mut b.k, m * c.kv_heads * c.head_dim);
+        mem::resize(&mut b.v, m * c.kv_heads * c.head_dim);
         let mut products = [
             (&layer.q, &mut b.q[..]),
             (&layer.k, &mut b.k[..]),
@@ -147,7 +148,7 @@ impl Step<'_> {
         let (b, c) = (&mut *self.buffers, self.config);
         self.compute
             .kv_store(self.cache, layer, self.tables, self.tokens, &b.k, &b.v);
-        b.attention.resize(b.q.len(), 0.0);
+        mem::resize(&mut b.attention, b.q.len());
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let out = &mut b.attention;
         self.compute.attention(
@@ -188,7 +189,7 @@ impl Step<'_> {
         match &layer.out_bias {
             None => self.compute.matmul_add(&layer.out, &b.acts, &mut b.x),
             Some(bias) => {
-                b.delta.resize(b.x.len(), 0.0);
+                mem::resize(&mut b.delta, b.x.len());
                 self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
                 self.compute.add_bias(&mut b.delta, bias);
                 self.compute.add_assign(&mut b.x, &b.delta);
@@ -221,7 +222,7 @@ impl Step<'_> {
                 self.norm(&layer.norm);
                 self.prepare_input(self.compute.forms(self.m, [router]));
                 let b = &mut *self.buffers;
-                b.router.resize(self.m * router.n(), 0.0);
+                mem::resize(&mut b.router, self.m * router.n());
                 self.compute.matmul(router, &b.acts, &mut b.router);
                 Some(self.route(router.n()))
             }
@@ -249,7 +250,7 @@ impl Step<'_> {
         let Network { gate, up, down } = experts;
         let (input, scratch) = (&b.input, &mut b.experts);
         b.delta.clear();
-        b.delta.resize(input.len(), 0.0);
+        mem::resize(&mut b.delta, input.len());
         self.compute
             .moe_ffn(input, routing, gate, up, down, scratch, &mut b.delta);
     }
@@ -263,7 +264,7 @@ impl Step<'_> {
     ) -> Parts<'b> {
         let b = &mut *self.buffers;
         b.delta.clear();
-        b.delta.resize(b.input.len(), 0.0);
+        mem::resize(&mut b.delta, b.input.len());
         Parts {
             compute: self.compute,
             experts,
