@@ -55,6 +55,11 @@ pub(crate) struct Panel {
     pub first: usize,
     /// log2 of the zero point.
     pub zero: u32,
+    /// What the first product with the panel asks for on its way, which need not be valid
+    /// memory: the weights that are decoded next.
+    pub next: *const u8,
+    /// Bytes of that per group; 0: nothing.
+    pub next_bytes: usize,
 }
 
 /// Tokens of one group, as products with q8 activations read them.
@@ -309,17 +314,12 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     }
 }
 
-/// Decodes blocks to a panel, and asks for as many that follow: they come while this panel is
-/// multiplied.
+/// Decodes blocks to a panel.
 #[inline(always)]
 pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
     let parts = if F::Shape::HALVES { 2 } else { 1 };
     unsafe {
         for b in 0..blocks {
-            let next = block.wrapping_add((blocks + b) * F::BYTES);
-            for line in (0..F::BYTES).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
-            }
             let block = block.add(b * F::BYTES);
             for g in 0..F::GROUPS {
                 let out = panel.codes.add((b * F::GROUPS + g) * CODES);
@@ -350,6 +350,10 @@ pub(crate) unsafe fn product<L: Lanes, S: Shape, const T: usize>(panel: &Panel, 
             acc[t] = L::fload(x.tile.add(t * ROWS));
         }
         for g in 0..panel.groups {
+            let next = panel.next.wrapping_add(g * panel.next_bytes);
+            for line in (0..panel.next_bytes).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
+            }
             let codes = panel.codes.add(g * CODES);
             let mut scales = [(L::fsplat(0.0), L::fsplat(0.0)); 2];
             for h in 0..parts {
@@ -556,8 +560,15 @@ unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
             tile.write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
-                let panel = panel_at(args.panel, k / 32, len / 32, F::ZERO);
-                M::decode::<F>(strip.add(k / per_block * F::BYTES), len / per_block, &panel);
+                let blocks = strip.add(k / per_block * F::BYTES);
+                // Asked for while this panel is multiplied: in a burst, while it is decoded,
+                // the requests would fill the queues and decoding wait for memory.
+                let panel = Panel {
+                    next: blocks.wrapping_add(len / per_block * F::BYTES),
+                    next_bytes: F::BYTES / F::GROUPS,
+                    ..panel_at(args.panel, k / 32, len / 32, F::ZERO)
+                };
+                M::decode::<F>(blocks, len / per_block, &panel);
                 panel_products::<M, F::Shape>(&panel, &args.acts, tile);
             }
         }
@@ -577,6 +588,8 @@ pub(crate) unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zer
             groups,
             first,
             zero,
+            next: std::ptr::null(),
+            next_bytes: 0,
         }
     }
 }
@@ -588,6 +601,7 @@ pub(crate) unsafe fn panel_products<M: Machine, S: Shape>(
     acts: &ActsView<'_>,
     tile: *mut f32,
 ) {
+    let mut panel = *panel;
     token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
         // SAFETY: tokens `base + at ..` of the view.
         unsafe {
@@ -601,11 +615,12 @@ pub(crate) unsafe fn panel_products<M: Machine, S: Shape>(
                 ..x
             };
             match run {
-                8 => M::product::<S, 8>(panel, &x),
-                4 => M::product::<S, 4>(panel, &x),
-                2 => M::product::<S, 2>(panel, &x),
-                _ => M::product::<S, 1>(panel, &x),
+                8 => M::product::<S, 8>(&panel, &x),
+                4 => M::product::<S, 4>(&panel, &x),
+                2 => M::product::<S, 2>(&panel, &x),
+                _ => M::product::<S, 1>(&panel, &x),
             }
+            panel.next_bytes = 0;
         }
     });
 }
