@@ -144,12 +144,20 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
 /// # Safety
 /// As [`mul_strips`]; [`sparse::takes`] accepts the type.
 unsafe fn sparse(args: &StripArgs<'_>) {
+    let count = args.strips.len();
     let mut at = [std::ptr::null(); MAX_STRIPS];
-    at[..args.strips.len()].copy_from_slice(args.strips);
+    at[..count].copy_from_slice(args.strips);
     // SAFETY: the caller's; stretches but the last are whole super-blocks.
     unsafe {
-        through(args, PANEL_K, |s, _, len, out, _| {
-            at[s] = sparse::to_tiles(args.ty, at[s], len, out);
+        through(args, PANEL_K, |s, k, len, out, _| {
+            // The next strip's part of this stretch, or the first one's of the next.
+            let next = match (s + 1 < count, k + len < args.k) {
+                (true, _) => at[s + 1],
+                (false, true) => at[0],
+                (false, false) => args.next.first().copied().unwrap_or(at[s]),
+            };
+            let of = (args.ty, args.k, args.bytes[s]);
+            at[s] = sparse::to_tiles(of, at[s], len, out, next);
         });
     }
 }

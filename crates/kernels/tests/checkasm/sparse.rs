@@ -152,7 +152,8 @@ fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
     let mut random = Random::new(u64::from(ty.id()));
     for (i, &k) in widths(ty).iter().enumerate() {
         for (j, percent) in DENSITIES.into_iter().enumerate() {
-            let count = 1 + (i + j) % 3;
+            // More than take turns.
+            let count = 1 + (i + j) % 7;
             let bytes = dense_bytes(ty.dense(), count * ROWS, k, percent, &mut random);
             let x = random.normals(17 * k);
             let pattern = if percent == 0 && k % 4 == 0 {
