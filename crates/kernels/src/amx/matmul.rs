@@ -138,19 +138,51 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     }
 }
 
+/// Bytes of activations that all pairs of sparse strips may read anew.
+const FEW_ACTS: usize = 512 << 10;
+
+/// Inputs of a pair of sparse strips whose tiles (32 KiB) do not leave the first-level cache.
+const PAIR_K: usize = 512;
+
 /// Sparse strips: zeros are put back on the way to tiles, once per batch. A stretch begins
 /// where the strip's last one ended, which only its bitmaps tell.
+///
+/// Tiles of few tokens are read once or twice: writing them to the second-level cache and
+/// bringing them back would take longer than the products do. Where the activations of all
+/// inputs stay in that cache, a pair of strips at a time goes through the first-level one.
 ///
 /// # Safety
 /// As [`mul_strips`]; [`sparse::takes`] accepts the type.
 unsafe fn sparse(args: &StripArgs<'_>) {
-    let mut at = [std::ptr::null(); MAX_STRIPS];
-    at[..args.strips.len()].copy_from_slice(args.strips);
-    // SAFETY: the caller's; stretches but the last are whole super-blocks.
-    unsafe {
-        through(args, PANEL_K, |s, _, len, out, _| {
-            at[s] = sparse::to_tiles(args.ty, at[s], len, out);
-        });
+    let (together, panel_k) = match 2 * args.acts.m * args.acts.k <= FEW_ACTS {
+        true => (2, PAIR_K),
+        false => (MAX_STRIPS, PANEL_K),
+    };
+    for first in (0..args.strips.len()).step_by(together) {
+        let some = first..args.strips.len().min(first + together);
+        let after = args.strips.get(some.end).or(args.next.first()).copied();
+        let mut at = [std::ptr::null(); MAX_STRIPS];
+        at[..some.len()].copy_from_slice(&args.strips[some.clone()]);
+        let part = StripArgs {
+            strips: &args.strips[some.clone()],
+            bytes: &args.bytes[some],
+            tile: args.tile_of(first),
+            ..*args
+        };
+        let last = part.strips.len() - 1;
+        // SAFETY: the caller's; stretches but the last are whole super-blocks.
+        unsafe {
+            through(&part, panel_k, |s, k, len, out, _| {
+                // The next strip's part of this stretch, or the first one's of the next.
+                let next = match (s < last, k + len < part.k) {
+                    (true, _) => at[s + 1],
+                    (false, true) => at[0],
+                    (false, false) => after.unwrap_or(at[s]),
+                };
+                let of = (part.ty, part.k, part.bytes[s]);
+                at[s] = sparse::to_tiles(of, at[s], len, out, next);
+            });
+        }
     }
 }
 

@@ -42,47 +42,68 @@ pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     SCRATCH.with(|s| f(&mut s.borrow_mut()))
 }
 
+/// Strips `first .. first + count` of matrix `expert`.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    pub w: &'a Weights,
+    pub expert: usize,
+    pub first: usize,
+    pub count: usize,
+}
+
 impl Scratch {
-    #[allow(clippy::too_many_arguments)]
-    /// Multiplies strips `first .. first + count` of matrix `expert` with the
-    /// tokens of `acts`, which are part of a product with `total` tokens; `tile[at..]`
-    /// receives `[count][acts.m][16]` and must be that long.
+    /// Multiplies strips with the tokens of `acts`, which are part of a product with `total`
+    /// tokens; `tile[at..]` receives `[count][acts.m][16]` and must be that long. `next` is what
+    /// this thread multiplies then, if it knows.
     ///
     /// # Panics
     /// When `acts` has not the form or the k of the weights, or the tile is too short.
     pub(crate) fn mul(
         &mut self,
         kernels: &MatmulKernels,
-        w: &Weights,
-        expert: usize,
-        first: usize,
-        count: usize,
+        part: Part<'_>,
+        next: Option<Part<'_>>,
         (acts, total): (ActsView<'_>, usize),
         at: usize,
     ) {
+        let Part {
+            w,
+            expert,
+            first,
+            count,
+        } = part;
         assert!(acts.k == w.k() && acts.forms.has(kernels.form(w, total)));
         assert!(count <= MAX_STRIPS);
         let len = count * acts.m * ROWS;
-        let bytes = w.strip_bytes();
         let tiles = kernels.tiles_for(w, total);
         let takes = tiles.map_or(kernels.sparse, |t| t.sparse);
+        let mut strips = [std::ptr::null(); MAX_STRIPS];
+        let mut bytes = [w.strip_bytes(); MAX_STRIPS];
         // Sparse strips that the kernel does not know become dense ones.
         let expand = w.encoding() == Encoding::Sparse16 && !takes(w.ty());
         if expand || w.encoding() == Encoding::Raw {
-            self.packed.fit(count * bytes);
+            self.packed.fit(count * w.strip_bytes());
         }
-        let mut strips = [std::ptr::null(); MAX_STRIPS];
         let mut packed = &mut self.packed[..];
         for (i, slot) in strips[..count].iter_mut().enumerate() {
-            let scratch = packed.split_off_mut(..bytes).unwrap_or_default();
+            let scratch = packed.split_off_mut(..w.strip_bytes()).unwrap_or_default();
             *slot = if expand {
                 let strip = w.strip(expert, first + i, &mut []);
                 // SAFETY: the strip was checked; the scratch has a dense strip's bytes.
                 unsafe { sparse::expand(w.ty(), w.k(), strip.as_ptr(), scratch.as_mut_ptr()) };
                 scratch.as_ptr()
             } else {
-                w.strip(expert, first + i, scratch).as_ptr()
+                let strip = w.strip(expert, first + i, scratch);
+                bytes[i] = strip.len();
+                strip.as_ptr()
             };
+        }
+        let mut after = [std::ptr::null(); MAX_STRIPS];
+        let next = next.filter(|n| n.count == count && n.w.encoding() != Encoding::Raw);
+        if let Some(n) = next {
+            for (i, slot) in after[..count].iter_mut().enumerate() {
+                *slot = n.w.strip(n.expert, n.first + i, &mut []).as_ptr();
+            }
         }
         let panel = tiles.map_or(PANEL_BYTES, |t| t.scratch);
         self.panel.fit(panel);
@@ -90,6 +111,8 @@ impl Scratch {
             ty: if expand { w.ty().dense() } else { w.ty() },
             k: w.k(),
             strips: &strips[..count],
+            bytes: &bytes[..count],
+            next: &after[..next.map_or(0, |n| n.count)],
             acts,
             tile: self.tile[at..at + len].as_mut_ptr(),
             panel: self.panel.as_mut_ptr(),
@@ -287,13 +310,19 @@ impl Compute {
         self.pool.run(tasks.len(), &|task| {
             let Run { item, first, count } = tasks[task];
             let (w, y) = &outputs[item];
+            let part = Part {
+                w,
+                expert: 0,
+                first,
+                count,
+            };
             let row = first * ROWS;
             let rows = (count * ROWS).min(w.n() - row);
             with_scratch(|scratch| {
                 for (start, len) in token_blocks(m) {
                     let acts = x.view().slice(start, len);
                     scratch.tile.fit(count * len * ROWS);
-                    scratch.mul(kernels, w, 0, first, count, (acts, m), 0);
+                    scratch.mul(kernels, part, None, (acts, m), 0);
                     for t in 0..len {
                         let at = (start + t) * w.n() + row;
                         // SAFETY: strips belong to one task each, so do their columns.

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use super::{
     Compute,
-    matmul::{Item, Run, runs, token_blocks, with_scratch},
+    matmul::{Item, Part, Run, runs, token_blocks, with_scratch},
 };
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP},
@@ -286,7 +286,13 @@ impl Compute {
         self.pool.run(tasks.len(), &|task| {
             let Run { item, first, count } = tasks[task];
             let Segment { expert, start, len } = segments[item];
-            let (first_strip, strips, first_col) = (first, count, first * ROWS);
+            let (strips, first_col) = (count, first * ROWS);
+            let [gate, up] = [gate, up].map(|w| Part {
+                w,
+                expert,
+                first,
+                count,
+            });
             let form = kernels.form(down, len);
             let view = if shared {
                 x.view()
@@ -298,8 +304,8 @@ impl Compute {
                     let acts = (view.slice(first, m), len);
                     let up_at = strips * m * ROWS;
                     scratch.tile.fit(2 * up_at);
-                    scratch.mul(kernels, gate, expert, first_strip, strips, acts, 0);
-                    scratch.mul(kernels, up, expert, first_strip, strips, acts, up_at);
+                    scratch.mul(kernels, gate, Some(up), acts, 0);
+                    scratch.mul(kernels, up, None, acts, up_at);
                     for t in 0..m {
                         for c in (0..strips).step_by(FF_STRIPS) {
                             let col = first_col + c * ROWS;
@@ -422,11 +428,19 @@ impl Compute {
             let rows = (strips * ROWS).min(n - row);
             with_scratch(|scratch| {
                 scratch.tile.fit(assigned * strips * ROWS);
-                for &Segment { expert, start, len } in &groups.segments {
-                    for (first, count) in token_blocks(len) {
-                        let acts = hidden.segment(start, len).slice(first, count);
-                        let at = (start + first) * strips * ROWS;
-                        scratch.mul(kernels, down, expert, first_strip, strips, (acts, len), at);
+                let part = |s: &Segment| Part {
+                    w: down,
+                    expert: s.expert,
+                    first: first_strip,
+                    count: strips,
+                };
+                for (i, s) in groups.segments.iter().enumerate() {
+                    // An expert's strips are short: the next ones' beginnings come meanwhile.
+                    let next = groups.segments.get(i + 1).map(part);
+                    for (first, count) in token_blocks(s.len) {
+                        let acts = hidden.segment(s.start, s.len).slice(first, count);
+                        let at = (s.start + first) * strips * ROWS;
+                        scratch.mul(kernels, part(s), next, (acts, s.len), at);
                     }
                 }
                 for t in 0..m {

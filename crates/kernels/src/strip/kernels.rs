@@ -32,6 +32,11 @@ pub struct StripArgs<'a> {
     /// Up to [`MAX_STRIPS`] strips of [`super::Layout::strip_bytes`]`(k)` bytes each; of a
     /// sparse type, checked strips with [`crate::sparse::SLACK`] readable bytes behind.
     pub strips: &'a [*const u8],
+    /// Bytes of each strip, about; sparse ones differ. Memory is asked for by them.
+    pub bytes: &'a [usize],
+    /// As many strips that this thread multiplies after these, if it knows: their first bytes
+    /// may be asked for.
+    pub next: &'a [*const u8],
     /// Activations with the form [`MatmulKernels::form`]`(ty)`.
     pub acts: ActsView<'a>,
     /// Receives `[strips][tokens][16]` products.

@@ -182,6 +182,7 @@ pub fn with_guarded_strips(
 ) -> Result<(), Failed> {
     let guarded: Vec<_> = strips.iter().map(|s| Guarded::new(s, end)).collect();
     let strips: Vec<_> = guarded.iter().map(|s| s.as_ptr()).collect();
+    let bytes: Vec<_> = guarded.iter().map(|s| s.len()).collect();
     let guarded_acts = GuardedActs::new(acts, end);
     let mut tile = Guarded::at_end(&vec![f32::NAN; strips.len() * acts.m * ROWS]);
     let mut panel = Guarded::at_end(&vec![0xaa_u8; panel]);
@@ -190,6 +191,8 @@ pub fn with_guarded_strips(
         ty,
         k,
         strips: &strips,
+        bytes: &bytes,
+        next: &strips,
         acts: guarded_acts.view(acts),
         tile: tile.as_mut_ptr(),
         panel: panel.as_mut_ptr(),

@@ -152,7 +152,8 @@ fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
     let mut random = Random::new(u64::from(ty.id()));
     for (i, &k) in widths(ty).iter().enumerate() {
         for (j, percent) in DENSITIES.into_iter().enumerate() {
-            let count = 1 + (i + j) % 3;
+            // More than take turns.
+            let count = 1 + (i + j) % 7;
             let bytes = dense_bytes(ty.dense(), count * ROWS, k, percent, &mut random);
             let x = random.normals(17 * k);
             let pattern = if percent == 0 && k % 4 == 0 {
@@ -193,7 +194,11 @@ fn tile_strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
         for (j, percent) in [0, 50, 100].into_iter().enumerate() {
             let bytes = dense_bytes(ty.dense(), (1 + i) * ROWS, k, percent, &mut random);
             let strips = sparse_strips(ty, k, &bytes, None);
-            let m = [1, 17, 33][(i + j) % 3];
+            // The last: more activations than are read anew for each pair of strips.
+            let m = match (i, percent) {
+                (3, 50) => 130,
+                _ => [1, 17, 33][(i + j) % 3],
+            };
             let x = random.normals(m * k);
             let mut acts = Acts::new();
             c.prepare(&mut acts, &x, m, k, Forms::TILES);
