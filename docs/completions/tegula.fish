@@ -119,7 +119,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l think -d 'Whether
 off\t''
 auto\t''"
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l stop -d 'End an answer before this text; may be repeated' -r
-complete -c tegula -n "__fish_tegula_using_subcommand chat" -s n -l n-predict -d 'Tokens of an answer at most; -1: until the model ends or the context is full' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -s n -l n-predict -d 'Tokens to generate at most; -1: until the model ends or the context is full' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -s c -l ctx-size -d 'Tokens that the context holds; 0: what the model was trained with' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -s b -l batch-size -d 'Tokens that are submitted together' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l ubatch-size -d 'Tokens that run through the layers together (-ub)' -r

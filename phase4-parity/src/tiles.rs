@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs::File, io, os::unix::fs::FileExt as _};
 
-use tegula_gguf::{Bytes, GgmlType, blocks};
+use tegula_gguf::{Bytes, GgmlType, blocks, fuzz::driver};
 use tegula_kernels::{
     Acts, Amx, Compute, Forms, PoolConfig, Tier, Weights,
     kv::{KvCache, KvShape, KvType, PageTable},
@@ -39,20 +39,16 @@ pub fn compute(threads: usize) -> Result<Compute, String> {
 }
 
 /// Numbers that look random and are the same every time.
-struct Random(u64);
+struct Random(driver::Random);
 
 impl Random {
-    /// By splitmix64.
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+    fn new(seed: u64) -> Random {
+        Random(driver::Random::new(seed))
     }
 
     /// Sums of four: near enough to normal, of variance 1.
     fn values(&mut self, n: usize) -> Vec<f32> {
-        let mut one = || (self.bits() >> 40) as f32 / (1 << 24) as f32 - 0.5;
+        let mut one = || (self.0.next_u64() >> 40) as f32 / (1 << 24) as f32 - 0.5;
         (0..n)
             .map(|_| (one() + one() + one() + one()) * 3f32.sqrt())
             .collect()
@@ -65,7 +61,7 @@ impl Random {
         let mut plain = vec![0.0; ty.block_len()];
         for block in bytes.chunks_exact_mut(ty.block_bytes()) {
             loop {
-                block.fill_with(|| self.bits() as u8);
+                block.fill_with(|| self.0.next_u64() as u8);
                 let decoded = blocks::dequantize(ty, block, &mut plain);
                 if decoded.is_ok() && plain.iter().all(|w| w.abs() < 100.0) {
                     break;
@@ -128,7 +124,7 @@ fn within(what: &str, distance: f64, bound: f64) -> Result<f64, String> {
 /// Distances of each of these types' products, ragged in every direction, from exact ones.
 fn distances(types: &[GgmlType]) -> Result<BTreeMap<String, f64>, String> {
     let c = compute(2)?;
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     let mut all = BTreeMap::new();
     for &ty in types {
         // Strips that are not full, more inputs than are decoded at a time, tokens over tiles.
@@ -247,7 +243,7 @@ pub fn balance() -> Result<String, String> {
 /// Row 19: strips give back the file's bytes, rows and all.
 pub fn inverse() -> Result<String, String> {
     let c = compute(2)?;
-    let mut random = Random(19);
+    let mut random = Random::new(19);
     let mut count = 0;
     for &ty in GgmlType::ALL {
         if strip::layout(ty).is_none() {
@@ -255,7 +251,7 @@ pub fn inverse() -> Result<String, String> {
         }
         let (n, k, experts) = (21, 512, 3);
         let len = n * experts * k / ty.block_len() * ty.block_bytes();
-        let bytes: Vec<u8> = (0..len).map(|_| random.bits() as u8).collect();
+        let bytes: Vec<u8> = (0..len).map(|_| random.0.next_u64() as u8).collect();
         let packed = weights(ty, (n, k), experts, &bytes)?.pack(&c.pool);
         if packed.unpack_raw(&c.pool) != bytes {
             return Err(format!("{ty}: unpacked are other bytes"));
@@ -285,7 +281,7 @@ struct Experts {
 
 impl Experts {
     fn new(ty: GgmlType, experts: usize, (k, ff, n): (usize, usize, usize)) -> Experts {
-        let mut random = Random(7);
+        let mut random = Random::new(7);
         // Small enough that the activation function is not a step.
         let mut stack = |rows: usize, k: usize| random.weights(ty, experts * rows, k);
         Experts {
@@ -359,7 +355,7 @@ pub fn experts() -> Result<String, String> {
     for ty in [GgmlType::Q4_0, GgmlType::Q4_K, GgmlType::BF16] {
         let e = Experts::new(ty, 4, (256, 256, 40));
         let m = 33;
-        let x = Random(8).values(m * e.k);
+        let x = Random::new(8).values(m * e.k);
         // Expert 0 gets every token, expert 1 one, expert 2 the others, expert 3 none.
         let routing = Routing {
             used: 2,
@@ -393,7 +389,7 @@ pub fn attention() -> Result<String, String> {
     const KV_HEADS: usize = 2;
     const DIM: usize = 64;
     let c = compute(2)?;
-    let mut random = Random(14);
+    let mut random = Random::new(14);
     let shape = KvShape {
         layers: 1,
         heads: KV_HEADS,
@@ -467,7 +463,7 @@ pub fn beyond_two_gib() -> Result<String, String> {
     let e = Experts::new(GgmlType::Q8_0, 1, (4096, 256, 32));
     let count = 4100;
     let m = 17;
-    let x = Random(9).values(m * e.k);
+    let x = Random::new(9).values(m * e.k);
     let routing = |expert: usize| Routing {
         used: 1,
         ids: vec![expert as u32; m],

@@ -6,7 +6,7 @@
 
 use crate::{TokenSet, Top};
 use std::collections::{HashMap, VecDeque};
-use tegula_kernels::device::MOST_LARGEST;
+use tegula_kernels::device::{self, MAXIMA_BLOCK, MOST_LARGEST};
 
 /// Settings of the chain. The defaults are llama.cpp's.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,12 +63,15 @@ impl SamplerOptions {
             ..SamplerOptions::default()
         }
     }
-}
 
-impl SamplerOptions {
     /// True if the choice is the first of the largest logits, whatever came before.
     pub fn is_argmax(&self) -> bool {
-        self.temperature <= 0.0 && self.logit_bias.is_empty() && !self.penalizes()
+        self.temperature <= 0.0 && !self.changes_logits()
+    }
+
+    /// True if some logits are not taken as they are.
+    fn changes_logits(&self) -> bool {
+        self.penalizes() || !self.logit_bias.is_empty()
     }
 
     fn penalizes(&self) -> bool {
@@ -116,10 +119,13 @@ pub struct Sampler {
     options: SamplerOptions,
     recent: VecDeque<u32>,
     random: SplitMix64,
-    /// Scratch: logits with biases and penalties, largest logits of blocks, what may be chosen.
+    /// Scratch: logits with biases and penalties, largest logits of blocks as they stand and
+    /// partly sorted, what may be chosen, and what sorts that.
     logits: Vec<f32>,
     maxima: Vec<f32>,
+    order: Vec<f32>,
     candidates: Vec<Candidate>,
+    keys: [Vec<(u32, u32)>; 2],
 }
 
 impl Sampler {
@@ -132,7 +138,9 @@ impl Sampler {
             random,
             logits: Vec::new(),
             maxima: Vec::new(),
+            order: Vec::new(),
             candidates: Vec::new(),
+            keys: Default::default(),
         }
     }
 
@@ -158,29 +166,49 @@ impl Sampler {
     /// them is possible, the first of them.
     pub fn sample_allowed(&mut self, logits: &[f32], allowed: Option<&TokenSet>) -> u32 {
         let o = &self.options;
-        self.logits.clear();
-        self.logits.extend(logits.iter().map(|&l| clean(l)));
-        adjust(o, &self.recent, |id, change| {
-            if let Some(logit) = self.logits.get_mut(id as usize) {
-                *logit = clean(change(*logit));
+        // Vocabularies have 150,000 tokens: as long as nothing is changed they are not copied.
+        let logits = match o.changes_logits() {
+            false => logits,
+            true => {
+                self.logits.clear();
+                self.logits.extend_from_slice(logits);
+                adjust(o, &self.recent, |id, change| {
+                    if let Some(logit) = self.logits.get_mut(id as usize) {
+                        *logit = clean(change(clean(*logit)));
+                    }
+                });
+                &self.logits
             }
-        });
-        let possible = (0..).zip(&self.logits);
-        let possible = possible.filter(|(id, _)| allowed.is_none_or(|set| set.contains(*id)));
-        if o.temperature <= 0.0 {
-            let best = possible.reduce(|best, x| if x.1 > best.1 { x } else { best });
-            return best.map_or(0, |(id, _)| id);
-        }
-        let floor = match (allowed, o.kept()) {
-            (None, 1..) => reached_by(o.kept(), &self.logits, &mut self.maxima),
-            _ => f32::NEG_INFINITY,
         };
-        self.candidates.clear();
-        self.candidates.extend(
-            possible
-                .filter(|x| *x.1 >= floor)
-                .map(|(id, &logit)| Candidate { id, logit, p: 0.0 }),
-        );
+        let candidate = |id: usize| Candidate {
+            id: id as u32,
+            logit: clean(logits[id]),
+            p: 0.0,
+        };
+        let c = &mut self.candidates;
+        c.clear();
+        let k = o.kept();
+        match allowed {
+            None if o.temperature <= 0.0 => return device::largest(logits),
+            None if k > 0 => {
+                device::maxima(logits, &mut self.maxima);
+                let floor = reached_by(k, &self.maxima, &mut self.order);
+                let blocks = (0..).step_by(MAXIMA_BLOCK).zip(&self.maxima);
+                for (start, _) in blocks.filter(|(_, most)| **most >= floor) {
+                    let end = logits.len().min(start + MAXIMA_BLOCK);
+                    let block = (start..end).map(candidate);
+                    c.extend(block.filter(|c| c.logit >= floor));
+                }
+            }
+            None => c.extend((0..logits.len()).map(candidate)),
+            Some(set) => {
+                let ids = (0..logits.len()).filter(|&id| set.contains(id as u32));
+                c.extend(ids.map(candidate));
+            }
+        }
+        if o.temperature <= 0.0 {
+            return first_of_largest(c);
+        }
         self.draw()
     }
 
@@ -221,18 +249,15 @@ impl Sampler {
             }
         });
         if self.options.temperature <= 0.0 {
-            let best = c
-                .iter()
-                .reduce(|a, b| if b.logit > a.logit { b } else { a });
-            return best.map_or(0, |c| c.id);
+            return first_of_largest(c);
         }
         self.draw()
     }
 
-    /// Drops candidates and draws one of the others.
+    /// Drops candidates, which are in the order of their ids, and draws one of the others.
     fn draw(&mut self) -> u32 {
         let (o, c) = (&self.options, &mut self.candidates);
-        top_k(c, o.kept());
+        top_k(c, o.kept(), &mut self.keys);
         typical(c, o.typical, o.min_keep);
         top_p(c, o.top_p, o.min_keep);
         min_p(c, o.min_p, o.min_keep);
@@ -253,6 +278,14 @@ impl Sampler {
             .or(c.first())
             .map_or(0, |c| c.id)
     }
+}
+
+/// The token of the first of the largest logits; 0 if there is none.
+fn first_of_largest(c: &[Candidate]) -> u32 {
+    let best = c
+        .iter()
+        .reduce(|a, b| if b.logit > a.logit { b } else { a });
+    best.map_or(0, |c| c.id)
 }
 
 /// A logit as the chain takes it: a NaN is impossible, and there is one zero.
@@ -291,37 +324,84 @@ fn adjust(
     }
 }
 
-/// A logit that at least `k` of them reach, and with luck few more: vocabularies have 150,000
-/// tokens, and sorting them all out would take longer than a GPU takes for a token.
+/// A logit that at least `k` of them reach, and with luck few more, from the maxima of blocks:
+/// sorting all of them out would take longer than a GPU takes for a token.
 ///
 /// Of that many blocks the largest logit reaches it.
-fn reached_by(k: usize, logits: &[f32], maxima: &mut Vec<f32>) -> f32 {
-    const BLOCK: usize = 64;
-    let largest = |block: &[f32]| {
-        let larger = |most, &l| if l > most { l } else { most };
-        block.iter().fold(f32::NEG_INFINITY, larger)
-    };
-    maxima.clear();
-    maxima.extend(logits.chunks(BLOCK).map(largest));
+fn reached_by(k: usize, maxima: &[f32], order: &mut Vec<f32>) -> f32 {
     if maxima.len() < k {
         return f32::NEG_INFINITY;
     }
-    *maxima
-        .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
-        .1
+    order.clear();
+    order.extend_from_slice(maxima);
+    *order.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
 }
 
 fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
 }
 
-/// Sorts, best first, and keeps `k` (all when 0).
-fn top_k(c: &mut Vec<Candidate>, k: usize) {
+/// Sorts, best first, and keeps `k` (all when 0). The candidates are in the order of their ids.
+fn top_k(c: &mut Vec<Candidate>, k: usize, keys: &mut [Vec<(u32, u32)>; 2]) {
     if k > 0 && k < c.len() {
         c.select_nth_unstable_by(k - 1, by_logit);
         c.truncate(k);
+        c.sort_unstable_by(by_logit);
+    } else if c.len() < MANY {
+        c.sort_unstable_by(by_logit);
+    } else {
+        sort_many(c, keys);
     }
-    c.sort_unstable_by(by_logit);
+}
+
+/// From so many candidates on they are sorted by digits: comparing 150,000 of them takes five
+/// times as long.
+const MANY: usize = 4096;
+
+/// Sorts candidates that are in the order of their ids as [`by_logit`] says: by digits of what
+/// orders logits as integers, the lowest digit first, each time keeping the order of equals.
+fn sort_many(c: &mut [Candidate], keys: &mut [Vec<(u32, u32)>; 2]) {
+    const BITS: u32 = 11;
+    const DIGITS: usize = 1 << BITS;
+    let digit = |key: u32, pass: u32| (key >> (pass * BITS)) as usize % DIGITS;
+    // The order of `total_cmp`, the largest first.
+    let key = |logit: f32| {
+        let bits = logit.to_bits();
+        match bits >> 31 {
+            0 => !(bits | 1 << 31),
+            _ => bits,
+        }
+    };
+    let [from, to] = keys;
+    from.clear();
+    from.extend(c.iter().map(|c| (key(c.logit), c.id)));
+    to.clear();
+    to.resize(from.len(), (0, 0));
+    for pass in 0..32u32.div_ceil(BITS) {
+        let mut places = [0usize; DIGITS];
+        from.iter().for_each(|k| places[digit(k.0, pass)] += 1);
+        let mut sum = 0;
+        for place in &mut places {
+            sum += std::mem::replace(place, sum);
+        }
+        for &k in from.iter() {
+            let place = &mut places[digit(k.0, pass)];
+            to[*place] = k;
+            *place += 1;
+        }
+        std::mem::swap(from, to);
+    }
+    for (c, &(key, id)) in c.iter_mut().zip(from.iter()) {
+        let bits = match key >> 31 {
+            0 => !key & !(1 << 31),
+            _ => key,
+        };
+        *c = Candidate {
+            id,
+            logit: f32::from_bits(bits),
+            p: 0.0,
+        };
+    }
 }
 
 /// Fills in the probabilities of sorted candidates.
@@ -519,7 +599,9 @@ mod tests {
                 .map(|_| (random.uniform() * distinct).floor() as f32)
                 .collect();
             logits[n / 2] = f32::NEG_INFINITY;
-            let floor = reached_by(k, &logits, &mut Vec::new());
+            let mut maxima = Vec::new();
+            device::maxima(&logits, &mut maxima);
+            let floor = reached_by(k, &maxima, &mut Vec::new());
             let reach = logits.iter().filter(|l| **l >= floor).count();
             assert!(reach >= k, "{n} {k} {distinct}");
             logits.sort_by(|a, b| b.total_cmp(a));
@@ -671,5 +753,121 @@ mod tests {
         };
         assert_eq!(run(7), run(7));
         assert_ne!(run(7), run(8));
+    }
+
+    /// The chain without what makes it fast: every logit cleaned and copied, all of them sorted.
+    fn plainly(sampler: &mut Sampler, logits: &[f32], allowed: Option<&TokenSet>) -> u32 {
+        let o = &sampler.options;
+        let mut logits: Vec<f32> = logits.iter().map(|&l| clean(l)).collect();
+        adjust(o, &sampler.recent, |id, change| {
+            logits[id as usize] = clean(change(logits[id as usize]));
+        });
+        let ids = (0..logits.len() as u32).filter(|&id| allowed.is_none_or(|set| set.contains(id)));
+        let mut c: Vec<Candidate> = ids
+            .map(|id| Candidate {
+                id,
+                logit: logits[id as usize],
+                p: 0.0,
+            })
+            .collect();
+        c.sort_by(by_logit);
+        if o.temperature <= 0.0 {
+            return match c.first() {
+                Some(best) if best.logit > f32::NEG_INFINITY => best.id,
+                _ => c.iter().map(|c| c.id).min().unwrap_or(0),
+            };
+        }
+        if o.top_k > 0 {
+            c.truncate(o.top_k.max(o.min_keep));
+        }
+        typical(&mut c, o.typical, o.min_keep);
+        top_p(&mut c, o.top_p, o.min_keep);
+        min_p(&mut c, o.min_p, o.min_keep);
+        c.iter_mut().for_each(|c| c.logit /= o.temperature);
+        softmax(&mut c);
+        let point = sampler.random.uniform();
+        let mut sum = 0.0;
+        let drawn = c.iter().find(|c| {
+            sum += f64::from(c.p);
+            point < sum
+        });
+        let last = c.iter().rev().find(|c| c.p > 0.0);
+        drawn.or(last).or(c.first()).map_or(0, |c| c.id)
+    }
+
+    #[test]
+    fn what_makes_it_fast_changes_no_choice() {
+        let mut random = SplitMix64(5);
+        let mut rows: Vec<Vec<f32>> = [(6000, 12.0), (6000, 3.0), (100, 12.0)]
+            .iter()
+            .map(|&(n, scale)| {
+                let logit = |_| ((random.uniform() - 0.7) * scale) as f32;
+                (0..n).map(logit).collect()
+            })
+            .collect();
+        // Equals, both zeros, and what is no number.
+        rows.push((0..9000).map(|i| (i % 7) as f32 - 3.0).collect());
+        for (i, l) in rows[1].iter_mut().enumerate() {
+            match i % 50 {
+                0 => *l = f32::NAN,
+                1 => *l = f32::NEG_INFINITY,
+                2 => *l = -0.0,
+                3 => *l = 0.0,
+                _ => {}
+            }
+        }
+        rows.push(vec![f32::NAN; 5000]);
+        let allowed: TokenSet = (0..5000).filter(|id| id % 3 > 0).collect();
+        let all = SamplerOptions {
+            top_p: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+            ..SamplerOptions::default()
+        };
+        let options = [
+            SamplerOptions::greedy(),
+            SamplerOptions {
+                repeat_penalty: 1.3,
+                ..SamplerOptions::greedy()
+            },
+            SamplerOptions::default(),
+            SamplerOptions {
+                logit_bias: vec![(3, f32::NEG_INFINITY), (70, 4.0)],
+                presence_penalty: 0.5,
+                ..SamplerOptions::default()
+            },
+            SamplerOptions {
+                top_k: 5000,
+                ..all.clone()
+            },
+            SamplerOptions {
+                typical: 0.8,
+                ..all.clone()
+            },
+            SamplerOptions {
+                top_p: 0.9,
+                ..all.clone()
+            },
+            all,
+        ];
+        for (r, row) in rows.iter().enumerate() {
+            for (i, options) in options.iter().enumerate() {
+                let ids = options.logit_bias.iter().map(|b| b.0 as usize);
+                if ids.max().is_some_and(|id| id >= row.len()) {
+                    continue;
+                }
+                for set in [None, Some(&allowed)] {
+                    let mut fast = Sampler::new(options.clone());
+                    let mut plain = fast.clone();
+                    for step in 0..6 {
+                        let id = fast.sample_allowed(row, set);
+                        let expected = plainly(&mut plain, row, set);
+                        assert_eq!(id, expected, "row {r}, options {i}, step {step}");
+                        fast.accept(id);
+                        plain.accept(id);
+                    }
+                }
+            }
+        }
     }
 }

@@ -354,6 +354,24 @@ fn require_memory(what: &str, needed: u64, instead: &str) -> anyhow::Result<()> 
     Err(Refusal::Requirement(message).into())
 }
 
+/// How long what is generated may become.
+#[derive(Args, Clone, Debug)]
+pub struct LengthArgs {
+    /// Tokens to generate at most; -1: until the model ends or the context is full
+    #[arg(short, long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    n_predict: i64,
+    /// Tokens that the context holds; 0: what the model was trained with
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    pub ctx_size: usize,
+}
+
+impl LengthArgs {
+    /// Tokens to generate at most, if there is a limit.
+    pub fn limit(&self) -> Option<usize> {
+        usize::try_from(self.n_predict).ok()
+    }
+}
+
 /// Batches and the context's cache.
 #[derive(Args, Clone, Debug)]
 pub struct CacheArgs {

@@ -1,12 +1,18 @@
 //! Models from a hub: a server on the loopback interface that answers as the hub does, or fails
 //! as networks and servers fail.
 
+use rustix::{
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, VecDeque},
+    ffi::OsString,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream},
+    os::unix::{ffi::OsStringExt as _, fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex},
@@ -648,4 +654,45 @@ fn ctrl_c_keeps_what_has_arrived() {
         [(format!("{}.incomplete", sha256(&bytes)), 300_000)]
     );
     hub.ok(&PULL);
+}
+
+/// On a terminal a bar shows what has come of how much, and goes when all is there.
+#[test]
+fn progress_is_seen_on_a_terminal() {
+    let bytes = noise(1_000_000);
+    let hub = Hub::new(&[("m-Q4_0.gguf", &bytes)]);
+    hub.faults(&[
+        Fault::CloseAfter(300_000),
+        Fault::Status(503, "retry-after: 1\r\n"),
+    ]);
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let size = Winsize {
+        ws_row: 40,
+        ws_col: 120,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&master, size).unwrap();
+    let name = OsString::from_vec(ptsname(&master, Vec::new()).unwrap().into_bytes());
+    let mut options = fs::OpenOptions::new();
+    let slave = options
+        .write(true)
+        .custom_flags(OpenptFlags::NOCTTY.bits() as i32)
+        .open(&name)
+        .unwrap();
+    let mut child = {
+        let mut command = hub.command(&PULL);
+        command.env("TERM", "xterm").stdout(Stdio::null());
+        command.stderr(slave).spawn().unwrap()
+    };
+    let mut shown = Vec::new();
+    // Reading fails when nobody has the terminal open any more.
+    let _ = fs::File::from(master).read_to_end(&mut shown);
+    assert!(child.wait().unwrap().success());
+    let shown = text(&shown);
+    assert!(shown.contains("fetching ["), "{shown}");
+    assert!(shown.contains("292.97 KiB/976.56 KiB"), "{shown}");
+    assert!(shown.contains("m-Q4_0.gguf"), "{shown}");
 }

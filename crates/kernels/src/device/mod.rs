@@ -734,13 +734,42 @@ pub fn largest_of(row: &[f32], k: usize) -> Vec<(u32, f32)> {
 
 /// The index of a row's largest value, the lowest of equals; a NaN is less than any number.
 pub fn largest(row: &[f32]) -> u32 {
+    // Where it is costs more than what it is, so only one block is searched for it.
     let mut best = (0, f32::NEG_INFINITY);
-    for (i, &v) in row.iter().enumerate() {
-        if v > best.1 {
-            best = (i, v);
+    for (block, values) in row.chunks(MAXIMA_BLOCK).enumerate() {
+        let most = maximum(values);
+        if most > best.1 {
+            best = (block, most);
         }
     }
-    best.0 as u32
+    let start = best.0 * MAXIMA_BLOCK;
+    match row[start..].iter().position(|&v| v == best.1) {
+        Some(at) if best.1 > f32::NEG_INFINITY => (start + at) as u32,
+        _ => 0,
+    }
+}
+
+/// Values in a block of [`maxima`].
+pub const MAXIMA_BLOCK: usize = 64;
+
+/// The largest value of each block of [`MAXIMA_BLOCK`], −∞ where there are but NaNs.
+pub fn maxima(row: &[f32], out: &mut Vec<f32>) {
+    out.clear();
+    out.extend(row.chunks(MAXIMA_BLOCK).map(maximum));
+}
+
+/// The largest of some values. Eight at a time, none of which waits for another.
+fn maximum(values: &[f32]) -> f32 {
+    let larger = |most: f32, v: f32| if v > most { v } else { most };
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let (eights, rest) = values.as_chunks::<8>();
+    for eight in eights {
+        for (most, &v) in lanes.iter_mut().zip(eight) {
+            *most = larger(*most, v);
+        }
+    }
+    let both = lanes.iter().chain(rest);
+    both.fold(f32::NEG_INFINITY, |most, &v| larger(most, v))
 }
 
 /// Cosines and sines of a batch as a device takes them.
@@ -757,6 +786,21 @@ mod tests {
         assert_eq!(largest(&[f32::NAN, 1.0, 3.0, f32::NAN, 3.0]), 2);
         assert_eq!(largest(&[f32::NEG_INFINITY, f32::NAN]), 0);
         assert_eq!(largest(&[]), 0);
+        // Whatever the block, and the place in it.
+        for n in [1, 7, 8, 63, 64, 65, 200] {
+            for at in 0..n {
+                let mut row = vec![-1.0; n];
+                row[at] = 0.5;
+                row[n - 1] = 0.5;
+                assert_eq!(largest(&row), at as u32, "{n}");
+            }
+        }
+        let mut blocks = Vec::new();
+        let row: Vec<f32> = (0..130).map(|i| [-3.0, f32::NAN][i % 2]).collect();
+        maxima(&row, &mut blocks);
+        assert_eq!(blocks, [-3.0; 3]);
+        maxima(&[f32::NAN; 3], &mut blocks);
+        assert_eq!(blocks, [f32::NEG_INFINITY]);
     }
 
     #[test]

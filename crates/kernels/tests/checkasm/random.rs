@@ -1,23 +1,21 @@
 //! Numbers for tests and benches.
 
+use tegula_gguf::fuzz::driver;
+
 /// A deterministic stream of numbers.
-pub struct Random(u64);
+pub struct Random(driver::Random);
 
 impl Random {
     pub fn new(seed: u64) -> Random {
-        Random(seed ^ 0x5851_f42d_4c95_7f2d)
+        Random(driver::Random::new(seed ^ 0x5851_f42d_4c95_7f2d))
     }
 
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
+        self.0.below(n)
     }
 
     /// About normal, standard deviation 1.

@@ -1,7 +1,10 @@
 //! `run`: continues a text.
 
 use crate::{
-    args::{self, CpuArgs, ModelArgs, PromptArgs, SamplingArgs, SparseCacheArgs, check_biases},
+    args::{
+        self, CpuArgs, LengthArgs, ModelArgs, PromptArgs, SamplingArgs, SparseCacheArgs,
+        check_biases,
+    },
     constrain::{ConstraintArgs, guide},
     exit::Refusal,
     facts, interrupt, output,
@@ -39,12 +42,8 @@ pub struct RunArgs {
     model: ModelArgs,
     #[command(flatten)]
     prompt: PromptArgs,
-    /// Tokens to generate at most; -1: until the model ends or the context is full
-    #[arg(short, long = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
-    n_predict: i64,
-    /// Tokens that the context holds; 0: what the model was trained with
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
-    ctx_size: usize,
+    #[command(flatten)]
+    length: LengthArgs,
     #[command(flatten)]
     cache: SparseCacheArgs,
     #[command(flatten)]
@@ -130,7 +129,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         return Err(Refusal::Usage("no prompt: give one with -p or -f".to_owned()).into());
     }
     let options = GenerateOptions {
-        limit: usize::try_from(args.n_predict).ok(),
+        limit: args.length.limit(),
         stop: args.stop.clone(),
         sampler: args.sampling.options()?,
         ignore_eog: args.ignore_eos,
@@ -203,7 +202,7 @@ fn engine(
         Some(grammar) => Some(guide(grammar, model.tokenizer())?),
         None => None,
     };
-    let mut ctx = args.cache.context(&model, args.ctx_size)?;
+    let mut ctx = args.cache.context(&model, args.length.ctx_size)?;
     if args.verbose {
         describe(&model, &ctx);
     }

@@ -5,7 +5,9 @@ mod input;
 mod thinking;
 
 use crate::{
-    args::{CpuArgs, ModelArgs, SamplingArgs, SparseCacheArgs, check_biases, read_text},
+    args::{
+        CpuArgs, LengthArgs, ModelArgs, SamplingArgs, SparseCacheArgs, check_biases, read_text,
+    },
     cmd::run::{Stdout, print_timings, warm_up},
     constrain::{ConstraintArgs, guide},
     exit::{self, Refusal},
@@ -64,12 +66,8 @@ pub struct ChatArgs {
     /// End an answer before this text; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Tokens of an answer at most; -1: until the model ends or the context is full
-    #[arg(short, long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
-    n_predict: i64,
-    /// Tokens that the context holds; 0: what the model was trained with
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
-    ctx_size: usize,
+    #[command(flatten)]
+    length: LengthArgs,
     #[command(flatten)]
     cache: SparseCacheArgs,
     #[command(flatten)]
@@ -96,7 +94,7 @@ enum Think {
 pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let settings = Settings {
         sampler: args.sampling.options()?,
-        limit: usize::try_from(args.n_predict).ok(),
+        limit: args.length.limit(),
         think: match args.think {
             Think::On => Some(true),
             Think::Off => Some(false),
@@ -113,7 +111,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         let text = |id: Option<u32>| Some(tokenizer.token_text(id?)?.to_owned());
         template = template.with_tokens(text(tokenizer.bos()), text(tokenizer.eos()));
     }
-    let mut ctx = args.cache.context(&model, args.ctx_size)?;
+    let mut ctx = args.cache.context(&model, args.length.ctx_size)?;
     warm_up(&mut ctx)?;
     let guide = match grammar {
         Some(grammar) => Some(guide(&grammar, model.tokenizer())?),
