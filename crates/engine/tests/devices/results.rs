@@ -188,3 +188,29 @@ fn a_seed_is_the_same_text_wherever_logits_are_chosen_from() {
         assert_eq!(read < all / 2, samples_some, "{read} bytes");
     }
 }
+
+#[test]
+fn the_first_override_that_matches_counts_before_all_else() {
+    let options = with(&sims(2, GIB), |f| {
+        f.layers = GpuLayers::Count(99);
+        f.cpu_moe = 2;
+        let ot = |text: &str| f.parse_override(text).unwrap();
+        f.overrides = vec![
+            ot(r"blk\.0\.ffn_up_exps=SIM1"),
+            ot(r"blk\.[01]\.ffn_.*_exps=SIM0"),
+            ot("exps=CPU"),
+            ot(r"blk\.3\.ffn_gate_exps=SIM1"),
+        ];
+    });
+    let gguf = options.open().unwrap();
+    let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+    let plan = tegula_engine::plan(&config, &gguf, &options.plan_flags());
+    let at = |tensor: &str| plan.get(tensor).unwrap().device;
+    // A unit goes as a whole where the first rule sends one of its tensors.
+    for part in ["gate", "up", "down"] {
+        let of = |layer: usize| at(&format!("blk.{layer}.ffn_{part}_exps.weight"));
+        assert_eq!((of(0), of(1)), (At::Gpu(1), At::Gpu(0)));
+        assert_eq!((of(2), of(3)), (At::Cpu, At::Cpu));
+    }
+    assert_ne!(at("blk.3.attn_q.weight"), At::Cpu);
+}
