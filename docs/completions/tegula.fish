@@ -182,7 +182,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand serve" -s n -l n-predict -
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -s a -l alias -d 'What the model is called in /v1/models and in answers [default: its name]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l chat-template -d 'Jinja template to use instead of the model\'s own' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l pooling -d 'How /v1/embeddings makes one vector of a text: mean or last [default: what the model says, or mean]' -r
-complete -c tegula -n "__fish_tegula_using_subcommand serve" -l prompt-chunk -d 'Prompt tokens that run between two tokens of those who are being answered; 0: a quarter of -ub' -r
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l prompt-chunk -d 'Prompt tokens that run between two tokens of those who are being answered; 0: of -ub the part that prompts are of all requests at work, a quarter at least' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l api-key -d 'A key that requests must bear; may be repeated. Other users of the machine can see it in the list of processes: rather use --api-key-file' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l api-key-file -d 'File of keys, one a line' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l cors-origin -d 'Origin whose pages may use the server, such as https://example.com, or `*`; may be repeated [default: none but the server\'s own]' -r

@@ -57,11 +57,7 @@ pub fn run(root: &Path, binary: Option<&Path>, out: &Path) -> Result<()> {
 
 /// A release build, linked with the compiler's own unwinder instead of the system's.
 fn build(root: &Path) -> Result<PathBuf> {
-    // The standard library asks for `gcc_s`, which exists as a shared library alone. This directory
-    // has something else by that name: the archive of the same functions.
     let linking = root.join("target/dist-link");
-    fs::create_dir_all(&linking)?;
-    fs::write(linking.join("libgcc_s.so"), "INPUT(-lgcc_eh)\n")?;
     let mut cargo = Command::new("cargo");
     cargo
         .args([
@@ -74,7 +70,7 @@ fn build(root: &Path) -> Result<PathBuf> {
             "tegula",
         ])
         .arg("--")
-        .arg("-Lnative=".to_owned() + linking.to_str().context("the path is not UTF-8")?)
+        .arg(own_unwinder(&linking)?)
         .args(["-C", "strip=debuginfo"])
         .current_dir(root);
     let target = match env::var_os("CARGO_TARGET_DIR") {
@@ -86,6 +82,25 @@ fn build(root: &Path) -> Result<PathBuf> {
         "the build failed"
     );
     Ok(target.join("release/tegula"))
+}
+
+/// Makes a directory for the linker; rustc's flag that lets the program have its unwinder inside,
+/// at no newer glibc than without it.
+fn own_unwinder(dir: &Path) -> Result<String> {
+    fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    let dir = dir.canonicalize()?;
+    let (source, object) = (dir.join("find_object.c"), dir.join("find_object.o"));
+    fs::write(&source, include_str!("dist/find_object.c"))?;
+    let mut cc = Command::new("cc");
+    cc.args(["-std=c11", "-O2", "-fPIC", "-ffunction-sections", "-Wall"]);
+    cc.args(["-Wextra", "-Werror", "-c", "-o"]);
+    let out = cc.arg(&object).arg(&source).output().context("cc")?;
+    ensure!(out.status.success(), "cc: {}", said(&out));
+    // The standard library asks for `gcc_s`, which exists as a shared library alone. This directory
+    // has something else by that name: the archive of the same functions, and what that may lack.
+    let script = format!("INPUT(-lgcc_eh \"{}\")\n", object.display());
+    fs::write(dir.join("libgcc_s.so"), script)?;
+    Ok("-Lnative=".to_owned() + dir.to_str().context("the path is not UTF-8")?)
 }
 
 /// The newest version of the C library's symbols that the program asks for.
@@ -481,6 +496,36 @@ mod tests {
     fn versions_are_whole_strings() {
         let bytes = b"\0GLIBC_2.34\0GLIBC_2.2.5\0xGLIBC_2.99\0GLIBC_PRIVATE\0GLIBC_2.40x\0";
         assert_eq!(glibc_versions(bytes), [(2, 34), (2, 2)]);
+    }
+
+    /// A program that catches a panic, built as the release is: it asks for nothing newer and
+    /// nothing else than the release may.
+    #[test]
+    fn the_own_unwinder_unwinds_and_asks_for_no_newer_glibc() {
+        let dir = Scratch::new("unwinder").unwrap();
+        let (source, program) = (dir.path().join("main.rs"), dir.path().join("main"));
+        let text = r#"fn main() {
+            let caught = std::panic::catch_unwind(|| {
+                let text = String::from("a value with a destructor");
+                assert!(text.is_empty());
+            });
+            println!("caught: {}", caught.is_err());
+        }"#;
+        fs::write(&source, text).unwrap();
+        let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let built = Command::new(rustc)
+            .args(["--edition=2024", "-O", "-o"])
+            .arg(&program)
+            .arg(own_unwinder(&dir.path().join("link")).unwrap())
+            .arg(&source)
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", said(&built));
+        oldest_glibc(&program).unwrap();
+        libraries(&program, None).unwrap();
+        let out = Command::new(&program).output().unwrap();
+        assert!(out.status.success(), "{}", said(&out));
+        assert_eq!(String::from_utf8_lossy(&out.stdout), "caught: true\n");
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::{sync::Arc, time::Duration};
 
 use common::{client, collect, model, model_on, scheduler, service, submit};
 use serde_json::{Value, json};
-use tegula_engine::{Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
+use tegula_engine::{Batch, Context, ContextOptions, GenerateOptions, SamplerOptions, generate};
 use tegula_gguf::tokenizer::EncodeOptions;
 use tegula_kernels::{Tier, device::sim::SimDevice};
 use tegula_server::{
-    Prepared, Scheduler, Service,
+    Pooling, Prepared, Scheduler, Service,
     scheduler::{Event, Failure, Generate, Reason, Refused, SlotState, Task, Work},
 };
 
@@ -323,6 +323,48 @@ fn embeddings_are_of_length_one_and_tell_texts_apart() {
     assert!(s.slots.iter().all(|slot| slot.state == SlotState::Idle));
 }
 
+/// The vectors that the engine's hidden states say, by the mean of all and by the last one.
+#[test]
+fn embeddings_are_pooled_as_they_should() {
+    let model = model();
+    let ids = model.tokenizer().encode(WORDS, EncodeOptions::default());
+    let options = ContextOptions {
+        context: CONTEXT,
+        ..ContextOptions::default()
+    };
+    let mut ctx = Context::new(Arc::clone(&model), &options).unwrap();
+    let outputs = ctx.decode_hidden(&Batch::all_logits(0, &ids)).unwrap();
+    let unit = |v: Vec<f64>| -> Vec<f32> {
+        let length = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        v.iter().map(|x| (x / length) as f32).collect()
+    };
+    let row = |i: usize| outputs.hidden(i).iter().map(|&x| f64::from(x));
+    let last = unit(row(ids.len() - 1).collect());
+    let mut sum = vec![0.0; last.len()];
+    for i in 0..ids.len() {
+        sum.iter_mut().zip(row(i)).for_each(|(sum, x)| *sum += x);
+    }
+    let scheduler = scheduler(&model, 2, 9, CONTEXT);
+    for (pooling, expected) in [(Pooling::Mean, unit(sum)), (Pooling::Last, last)] {
+        let (mut sink, client) = client();
+        let task = Task {
+            prompt: ids.clone(),
+            work: Work::Embed(pooling),
+            owner: 0,
+            reuse: false,
+            deadline: None,
+            sink: sink(0),
+        };
+        scheduler.submit(vec![task]).unwrap();
+        let (_, Event::Embedding(vector)) = client.next() else {
+            panic!("no vector");
+        };
+        for (a, b) in vector.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-5, "{pooling:?}: {a} {b}");
+        }
+    }
+}
+
 #[test]
 fn stop_strings_limits_and_chosen_tokens_end_answers() {
     let model = model();
@@ -410,8 +452,13 @@ fn a_device_that_is_lost_fails_tasks_and_hangs_nobody() {
     };
     sim.fail_after(300);
     for _ in 0..2 {
-        let error = format!("{:?}", run().unwrap_err());
-        assert!(error.contains("the simulated device is lost"), "{error}");
+        let error = run().unwrap_err();
+        assert_eq!((error.status, error.code), (500, "internal_error"));
+        let message = &error.message;
+        assert!(
+            message.contains("the simulated device is lost"),
+            "{message}"
+        );
     }
     sim.repair();
     assert!(run().is_ok());
@@ -447,4 +494,88 @@ fn a_device_sends_only_the_logits_that_all_who_choose_together_need() {
         assert_eq!(texts, run(&here, &more));
         assert_eq!(read < 30 * 4 * vocab, some, "{read} bytes");
     }
+}
+
+/// Submits prompts of these lengths that have nothing in common as one request, and returns
+/// whose events came, in order, each task answering with so many tokens of one letter.
+fn order(
+    model: &Arc<tegula_engine::Model>,
+    slots: usize,
+    prompts: &[(usize, usize)],
+) -> Vec<usize> {
+    let letters = model.tokenizer().encode("x", EncodeOptions::default());
+    let scheduler = scheduler(model, slots, 9, CONTEXT);
+    let (mut sink, client) = client();
+    let tasks = prompts.iter().enumerate().map(|(i, &(len, limit))| Task {
+        prompt: (0..len).map(|k| (1000 + 100 * i + k % 50) as u32).collect(),
+        work: Work::Generate(Box::new(Generate {
+            limit: Some(limit),
+            stop: Vec::new(),
+            sampler: SamplerOptions {
+                logit_bias: vec![(letters[0], 1e6)],
+                ..SamplerOptions::greedy()
+            },
+            ignore_eog: true,
+            logprobs: None,
+            constraint: None,
+        })),
+        owner: 0,
+        reuse: false,
+        deadline: None,
+        sink: sink(i),
+    });
+    scheduler.submit(tasks.collect()).unwrap();
+    let mut done = 0;
+    let mut texts = Vec::new();
+    while done < prompts.len() {
+        match client.next() {
+            (task, Event::Text(_)) => texts.push(task),
+            (_, Event::Done(_)) => done += 1,
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+    texts
+}
+
+/// How many tokens of `task` came before the first of `other`.
+fn before(order: &[usize], task: usize, other: usize) -> usize {
+    let first = order.iter().position(|&t| t == other).unwrap();
+    order[..first].iter().filter(|&&t| t == task).count()
+}
+
+/// Micro-batches have 128 tokens. Prompts that are alike begin to be answered one after the
+/// other, each turn going on with all that are being answered.
+#[test]
+fn prompts_are_run_one_after_the_other() {
+    let order = order(&model(), 8, &[(100, 40); 8]);
+    for i in 1..8 {
+        assert!(before(&order, i - 1, i) > 0, "{i}: {order:?}");
+    }
+    // The first turn is all for prompts, then they get 112 tokens, 96, 80, 64 and so on, at last
+    // 32 a turn.
+    let ahead: Vec<usize> = (1..8).map(|i| before(&order, 0, i)).collect();
+    assert_eq!(ahead, [2, 3, 4, 6, 8, 10, 13], "{order:?}");
+    assert_eq!(order.len(), 8 * 40);
+}
+
+/// A prompt of four micro-batches comes first, but doesn't keep a short one waiting.
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one() {
+    let order = order(&model(), 2, &[(480, 20), (10, 20)]);
+    // The long one has what the short one leaves of the first turn, then a half of each, while
+    // the short one is answered in every turn.
+    assert_eq!(before(&order, 1, 0), 6, "{order:?}");
+}
+
+/// A model whose template can't be used completes texts, and says why it doesn't converse.
+#[test]
+fn without_a_template_there_is_no_chat() {
+    let model = model();
+    let options = service(&model, CONTEXT, None).options().clone();
+    let service = Service::new(options, model.tokenizer(), Err("line 3: why".to_owned()));
+    let body = json!({"messages": [{"role": "user", "content": "x"}]});
+    let error = service.chat(body.to_string().as_bytes()).err().unwrap();
+    assert_eq!((error.status, error.code), (400, "no_chat_template"));
+    assert!(error.message.contains("line 3: why"), "{error}");
+    completion(&service, &json!({"prompt": "x"}));
 }

@@ -5,7 +5,7 @@
 //! a product, so all formats share one micro-kernel and every tile is full.
 //!
 //! What limits it is where tiles come from: each is used for two products of 16 cycles, so
-//! that 64 bytes a cycle must arrive. The activations of 32 tokens (64 KiB) are brought from
+//! that 64 bytes a cycle must arrive. The activations of 32 tokens (128 KiB) are brought from
 //! the third-level cache once per stretch, while the tokens before them are multiplied; they,
 //! the weight tiles (512 KiB) and the sums are then in the second-level cache, from which the
 //! micro-kernel prefetches ahead of its loads.
@@ -30,12 +30,9 @@ use crate::{
     tier::Tier,
 };
 
-/// Inputs that are decoded at a time, of as many strips as a call can have. Of fewer it may
-/// be up to [`MOST_K`], in the same memory: then sums are loaded and stored less often.
-const PANEL_K: usize = 1024;
-
-/// Most inputs that are decoded at a time.
-const MOST_K: usize = 2048;
+/// Inputs that are decoded at a time: the tiles of all strips of a call then take a quarter of
+/// the second-level cache, and sums are not loaded and stored too often.
+const PANEL_K: usize = 2048;
 
 /// Bytes of all strips' tiles.
 const TILES: usize = MAX_STRIPS * PANEL_K / TILE_K * TILE_BYTES;
@@ -84,7 +81,7 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
     unsafe {
         match args.ty {
             T::BF16 => in_place(args),
-            T::F16 => through(args, MOST_K, |s, k, len, out, _| {
+            T::F16 => through(args, PANEL_K, |s, k, len, out, _| {
                 let w = args.strips[s].add(k / 2 * F16::PAIR_BYTES);
                 D::floats::<F16>(w, len, out);
             }),
@@ -120,7 +117,7 @@ unsafe fn quantized<D: Decoders, F: Format>(args: &StripArgs<'_>) {
     let per_block = F::GROUPS * 32;
     // SAFETY: the caller's; panels begin at whole blocks.
     unsafe {
-        through(args, MOST_K, |s, k, len, out, (next, next_k)| {
+        through(args, PANEL_K, |s, k, len, out, (next, next_k)| {
             let at = |k| k / per_block * F::BYTES;
             let next = next.wrapping_add(at(next_k));
             D::quantized::<F>(args.strips[s].add(at(k)), len / per_block, out, next);
@@ -151,13 +148,13 @@ unsafe fn sparse(args: &StripArgs<'_>) {
     at[..args.strips.len()].copy_from_slice(args.strips);
     // SAFETY: the caller's; stretches but the last are whole super-blocks.
     unsafe {
-        through(args, MOST_K, |s, _, len, out, _| {
+        through(args, PANEL_K, |s, _, len, out, _| {
             at[s] = sparse::to_tiles(args.ty, at[s], len, out);
         });
     }
 }
 
-/// Decodes stretches of the strips, of at most `most_k` inputs, with `decode(index of the strip,
+/// Decodes stretches of the strips, of `panel_k` inputs, with `decode(index of the strip,
 /// first input, inputs, out, next)` and multiplies them. `next` is the strip, and the input in it, that comes after this one: few
 /// tokens leave no time to wait for memory, which stops prefetching by itself where a stretch
 /// ends.
@@ -166,10 +163,9 @@ unsafe fn sparse(args: &StripArgs<'_>) {
 /// As [`mul_strips`].
 unsafe fn through(
     args: &StripArgs<'_>,
-    most_k: usize,
+    panel_k: usize,
     mut decode: impl FnMut(usize, usize, usize, *mut u8, (*const u8, usize)),
 ) {
-    let panel_k = (MAX_STRIPS / args.strips.len().next_power_of_two() * PANEL_K).min(most_k);
     for k in (0..args.k).step_by(panel_k) {
         let len = panel_k.min(args.k - k);
         let strip_tiles = panel_k / TILE_K * TILE_BYTES;
@@ -191,8 +187,8 @@ unsafe fn through(
 /// # Safety
 /// As [`mul_strips`].
 unsafe fn in_place(args: &StripArgs<'_>) {
-    for k in (0..args.k).step_by(MOST_K) {
-        let len = MOST_K.min(args.k - k);
+    for k in (0..args.k).step_by(PANEL_K) {
+        let len = PANEL_K.min(args.k - k);
         let tile = |s: usize| args.strips[s].wrapping_add(k / 2 * BF16::PAIR_BYTES);
         // SAFETY: a strip has the tiles of all its inputs.
         unsafe { all_tokens(args, tile, k, len) };

@@ -121,37 +121,35 @@ pub(crate) struct Block {
 pub(crate) unsafe fn multiply(tokens: usize, strips: usize, block: &Block) {
     // SAFETY: the caller's.
     unsafe {
-        match (tokens > TILE_ROWS, strips) {
-            (true, 2) => multiply_2x2(block),
-            (true, _) => multiply_2x1(block),
-            (false, 2) => multiply_1x2(block),
-            (false, _) => multiply_1x1(block),
+        match (tokens, strips) {
+            (MOST_TOKENS, 2) => multiply_2x2(block),
+            (_, 2) if tokens > TILE_ROWS => multiply_2x2_part(block),
+            (_, 2) => multiply_1x2(block),
+            _ if tokens > TILE_ROWS => multiply_2x1(block),
+            _ => multiply_1x1(block),
         }
     }
 }
 
-/// Asks for the 16 lines of the tile that follows two tiles later.
+/// Asks for half of the lines of the tile that follows the one at a pointer.
 ///
-/// Tile loads don't run far ahead: without this they wait for the second-level cache, which
-/// costs a third of the speed (`docs/bench`).
+/// Tile loads don't run far ahead: without this they wait for the second-level cache.
 macro_rules! prefetch {
-    ($at:literal) => {
-        concat!(
-            prefetch!(4 $at, "0"), prefetch!(4 $at, "256"), prefetch!(4 $at, "512"), prefetch!(4 $at, "768")
-        )
+    ($at:literal, first) => {
+        concat!(prefetch!(4 $at, "0"), prefetch!(4 $at, "256"))
+    };
+    ($at:literal, second) => {
+        concat!(prefetch!(4 $at, "512"), prefetch!(4 $at, "768"))
     };
     (4 $at:literal, $offset:literal) => {
         concat!(
-            "prefetcht0 [{", $at, "} + {ahead} + ", $offset, "]\n",
-            "prefetcht0 [{", $at, "} + {ahead} + ", $offset, " + 64]\n",
-            "prefetcht0 [{", $at, "} + {ahead} + ", $offset, " + 128]\n",
-            "prefetcht0 [{", $at, "} + {ahead} + ", $offset, " + 192]\n",
+            "prefetcht0 [{", $at, "} + {tile} + ", $offset, "]\n",
+            "prefetcht0 [{", $at, "} + {tile} + ", $offset, " + 64]\n",
+            "prefetcht0 [{", $at, "} + {tile} + ", $offset, " + 128]\n",
+            "prefetcht0 [{", $at, "} + {tile} + ", $offset, " + 192]\n",
         )
     };
 }
-
-/// Bytes from the tile that is loaded to the one that is asked for.
-const AHEAD: usize = 2 * TILE_BYTES;
 
 /// Bytes of [`Block::next`] that a step asks for: every other line, since the second-level
 /// cache fetches lines in pairs.
@@ -160,73 +158,91 @@ pub(crate) const NEXT: usize = 512;
 /// Bytes between the sums of the first and the second 16 tokens.
 const SECOND: usize = TILE_ROWS * ROWS * 4;
 
-/// 32 tokens by two strips: every loaded tile is used twice.
-unsafe fn multiply_2x2(x: &Block) {
-    // SAFETY: the caller's; only the pointers of `Block` are read and written.
-    unsafe {
-        std::arch::asm!(
-            "test {fresh:e}, {fresh:e}",
-            "jnz 2f",
-            "tileloadd tmm0, [{c0} + {row}*1]",
-            "tileloadd tmm1, [{c1} + {row}*1]",
-            "tileloadd tmm2, [{c0} + {row}*1 + {second}]",
-            "tileloadd tmm3, [{c1} + {row}*1 + {second}]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "3:",
-            "tileloadd tmm4, [{a0} + {row}*1]",
-            "tileloadd tmm6, [{b0} + {row}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            prefetch!("a0"),
-            "tileloadd tmm7, [{b1} + {row}*1]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            prefetch!("b0"),
-            "tileloadd tmm5, [{a1} + {row}*1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            prefetch!("a1"),
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            prefetch!("b1"),
-            "prefetcht1 [{next}]",
-            "prefetcht1 [{next} + 128]",
-            "prefetcht1 [{next} + 256]",
-            "prefetcht1 [{next} + 384]",
-            "add {next}, {next_step}",
-            "add {a0}, {step0}",
-            "add {a1}, {step1}",
-            "add {b0}, {tile}",
-            "add {b1}, {tile}",
-            "dec {steps}",
-            "jnz 3b",
-            "tilestored [{c0} + {row}*1], tmm0",
-            "tilestored [{c1} + {row}*1], tmm1",
-            "tilestored [{c0} + {row}*1 + {second}], tmm2",
-            "tilestored [{c1} + {row}*1 + {second}], tmm3",
-            fresh = in(reg) u32::from(x.fresh),
-            a0 = inout(reg) x.a[0] => _,
-            a1 = inout(reg) x.a[1] => _,
-            b0 = inout(reg) x.b[0] => _,
-            b1 = inout(reg) x.b[1] => _,
-            c0 = in(reg) x.c[0],
-            c1 = in(reg) x.c[1],
-            step0 = in(reg) x.a_step[0],
-            step1 = in(reg) x.a_step[1],
-            next = inout(reg) x.next => _,
-            next_step = const NEXT,
-            steps = inout(reg) x.steps => _,
-            row = in(reg) 64usize,
-            second = const SECOND,
-            tile = const TILE_BYTES,
-            ahead = const AHEAD,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
+/// 32 tokens by two strips, or 17 to 31, whose second tile is smaller: it is a register of its
+/// own.
+///
+/// There are four tiles of sums and no more of operands than need be, though one of them is
+/// loaded a second time: with all eight tiles in use, loads wait for the products before them
+/// as soon as the core's other thread is busy, and this loop takes 1.2 to 1.6 times as long. For
+/// the same reason the prefetches stand between all instructions instead of behind some
+/// (`docs/bench`).
+macro_rules! multiply_2x2 {
+    ($name:ident, $second:literal) => {
+        unsafe fn $name(x: &Block) {
+            // SAFETY: the caller's; only the pointers of `Block` are read and written.
+            unsafe {
+                std::arch::asm!(
+                    "test {fresh:e}, {fresh:e}",
+                    "jnz 2f",
+                    "tileloadd tmm0, [{c0} + {row}*1]",
+                    "tileloadd tmm1, [{c1} + {row}*1]",
+                    "tileloadd tmm2, [{c0} + {row}*1 + {second}]",
+                    "tileloadd tmm3, [{c1} + {row}*1 + {second}]",
+                    "jmp 3f",
+                    "2:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "3:",
+                    "tileloadd tmm4, [{a0} + {row}*1]",
+                    prefetch!("a0", first),
+                    "tileloadd tmm6, [{b0} + {row}*1]",
+                    prefetch!("a0", second),
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    prefetch!("b0", first),
+                    "tileloadd tmm6, [{b1} + {row}*1]",
+                    prefetch!("b0", second),
+                    "tdpbf16ps tmm1, tmm4, tmm6",
+                    prefetch!("b1", first),
+                    concat!("tileloadd ", $second, ", [{a1} + {row}*1]"),
+                    prefetch!("b1", second),
+                    concat!("tdpbf16ps tmm3, ", $second, ", tmm6"),
+                    prefetch!("a1", first),
+                    "tileloadd tmm6, [{b0} + {row}*1]",
+                    prefetch!("a1", second),
+                    concat!("tdpbf16ps tmm2, ", $second, ", tmm6"),
+                    "prefetcht1 [{next}]",
+                    "prefetcht1 [{next} + 128]",
+                    "prefetcht1 [{next} + 256]",
+                    "prefetcht1 [{next} + 384]",
+                    "add {next}, {next_step}",
+                    "add {a0}, {step0}",
+                    "add {a1}, {step1}",
+                    "add {b0}, {tile}",
+                    "add {b1}, {tile}",
+                    "dec {steps}",
+                    "jnz 3b",
+                    "tilestored [{c0} + {row}*1], tmm0",
+                    "tilestored [{c1} + {row}*1], tmm1",
+                    "tilestored [{c0} + {row}*1 + {second}], tmm2",
+                    "tilestored [{c1} + {row}*1 + {second}], tmm3",
+                    fresh = in(reg) u32::from(x.fresh),
+                    a0 = inout(reg) x.a[0] => _,
+                    a1 = inout(reg) x.a[1] => _,
+                    b0 = inout(reg) x.b[0] => _,
+                    b1 = inout(reg) x.b[1] => _,
+                    c0 = in(reg) x.c[0],
+                    c1 = in(reg) x.c[1],
+                    step0 = in(reg) x.a_step[0],
+                    step1 = in(reg) x.a_step[1],
+                    next = inout(reg) x.next => _,
+                    next_step = const NEXT,
+                    steps = inout(reg) x.steps => _,
+                    row = in(reg) 64usize,
+                    second = const SECOND,
+                    tile = const TILE_BYTES,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
 }
+
+multiply_2x2!(multiply_2x2, "tmm4");
+multiply_2x2!(multiply_2x2_part, "tmm5");
 
 /// 32 tokens by one strip.
 unsafe fn multiply_2x1(x: &Block) {
@@ -403,11 +419,12 @@ unsafe fn contract_2x2(x: &Contraction) {
             "tileloadd tmm4, [{a0} + {row}*1]",
             "tileloadd tmm6, [{b0} + {row}*1]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b1} + {row}*1]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a1} + {row}*1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm6, [{b1} + {row}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "tileloadd tmm4, [{a1} + {row}*1]",
+            "tdpbf16ps tmm3, tmm4, tmm6",
+            "tileloadd tmm6, [{b0} + {row}*1]",
+            "tdpbf16ps tmm2, tmm4, tmm6",
             "add {a0}, {tile}",
             "add {a1}, {tile}",
             "add {b0}, {tile}",

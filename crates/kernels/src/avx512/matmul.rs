@@ -62,38 +62,40 @@ unsafe fn mul_strips<const BF16_DOTS: bool>(args: &StripArgs<'_>) {
 unsafe fn bf16(args: &StripArgs<'_>) {
     let acts = &args.acts;
     let pairs = args.k.div_ceil(2);
-    // Few tokens wait for memory, which likes one stream; many for L1 and L2.
-    let (together, panel) = match acts.m {
-        0..8 => (1, PANEL_K / 2),
-        _ => (2, BATCH_PAIRS),
-    };
-    for (c, strips) in args.strips.chunks(together).enumerate() {
-        let tiles = [0, strips.len() - 1].map(|s| args.tile_of(c * together + s));
+    let panel = if acts.m < 8 { PANEL_K / 2 } else { BATCH_PAIRS };
+    let mut some = |first: usize, count: usize| {
+        let at = |s: usize| first + s.min(count - 1);
+        let tiles: [_; 4] = std::array::from_fn(|s| args.tile_of(at(s)));
         // SAFETY: the caller's; pairs and tokens are inside the strips and the view.
         unsafe {
-            tiles
-                .iter()
-                .for_each(|tile| tile.write_bytes(0, acts.m * ROWS));
+            for tile in &tiles[..count] {
+                tile.write_bytes(0, acts.m * ROWS);
+            }
             for i in (0..pairs).step_by(panel) {
                 let len = panel.min(pairs - i);
-                let w = [strips[0], strips[strips.len() - 1]].map(|strip| strip.add(i * 64));
+                let w: [_; 4] = std::array::from_fn(|s| args.strips[at(s)].add(i * 64));
                 generic::token_runs(acts.m, 8, |base, stride, at, run| {
                     let x = acts.pairs.add(base * pairs + i * stride + at);
-                    let [a, b] = tiles.map(|tile| tile.add((base + at) * ROWS));
-                    match (strips.len(), run) {
-                        (2, 8) => bf16_pairs::<2, 8>(w, len, x, stride, [a, b]),
-                        (2, 4) => bf16_pairs::<2, 4>(w, len, x, stride, [a, b]),
-                        (2, 2) => bf16_pairs::<2, 2>(w, len, x, stride, [a, b]),
-                        (2, _) => bf16_pairs::<2, 1>(w, len, x, stride, [a, b]),
-                        (_, 8) => bf16_pairs::<1, 8>([w[0]], len, x, stride, [a]),
-                        (_, 4) => bf16_pairs::<1, 4>([w[0]], len, x, stride, [a]),
-                        (_, 2) => bf16_pairs::<1, 2>([w[0]], len, x, stride, [a]),
-                        _ => bf16_pairs::<1, 1>([w[0]], len, x, stride, [a]),
+                    let to = tiles.map(|tile| tile.add((base + at) * ROWS));
+                    let (w2, to2) = ([w[0], w[1]], [to[0], to[1]]);
+                    match (count, run) {
+                        (4, _) => bf16_pairs::<4, 1>(w, len, x, stride, to),
+                        (2, 8) => bf16_pairs::<2, 8>(w2, len, x, stride, to2),
+                        (2, 4) => bf16_pairs::<2, 4>(w2, len, x, stride, to2),
+                        (2, 2) => bf16_pairs::<2, 2>(w2, len, x, stride, to2),
+                        (2, _) => bf16_pairs::<2, 1>(w2, len, x, stride, to2),
+                        (_, 8) => bf16_pairs::<1, 8>([w[0]], len, x, stride, [to[0]]),
+                        (_, 4) => bf16_pairs::<1, 4>([w[0]], len, x, stride, [to[0]]),
+                        (_, 2) => bf16_pairs::<1, 2>([w[0]], len, x, stride, [to[0]]),
+                        _ => bf16_pairs::<1, 1>([w[0]], len, x, stride, [to[0]]),
                     }
                 });
             }
         }
-    }
+    };
+    // One token waits for memory, which wants several streams; many for L1 and L2.
+    let together = if acts.m == 1 { 4 } else { 2 };
+    generic::streams(args.strips.len(), together, &mut some);
 }
 
 /// Adds the products of `len` pairs of inputs of `S` strips with `T` tokens to their sums
@@ -117,7 +119,7 @@ pub(super) unsafe fn bf16_pairs<const S: usize, const T: usize>(
         }
         for i in 0..len {
             let w: [__m512bh; S] = w.map(|w| {
-                generic::ask_ahead(w.add(64 * i), 64);
+                generic::ask_ahead::<_MM_HINT_T0>(w.add(64 * i), 64);
                 std::mem::transmute(_mm512_loadu_si512(w.add(64 * i).cast()))
             });
             let x = x.add(i * stride);

@@ -106,7 +106,7 @@ unsafe fn step<C: Codes, const HIGH: bool>(bits: *const u64, values: &mut *const
     unsafe {
         let mask = bits.read_unaligned();
         if !HIGH {
-            ask_ahead(*values, 1);
+            ask_ahead::<_MM_HINT_T1>(*values, 1);
         }
         let codes = C::load::<HIGH>(*values);
         *values = values.add(mask.count_ones() as usize);
@@ -143,7 +143,7 @@ unsafe fn walk<C: Codes>(mut at: *const u8, k: usize, visitor: &mut impl Visit<C
             let block = Super::new(C::TYPE, at, of);
             let group = |g: usize| {
                 let head = block.heads.add(g * head_bytes(C::TYPE));
-                ask_ahead(head, head_bytes(C::TYPE));
+                ask_ahead::<_MM_HINT_T1>(head, head_bytes(C::TYPE));
                 Group {
                     kb: block.first + g,
                     head,
@@ -384,10 +384,10 @@ unsafe fn bf16_tokens<const T: usize>(strip: *const u8, k: usize, x: *const u32,
             let mut values = block.values;
             for g in 0..block.groups {
                 let head = block.heads.add(g * head_bytes(GgmlType::S_BF16));
-                ask_ahead(head, 64);
+                ask_ahead::<_MM_HINT_T1>(head, 64);
                 let first = (block.first + g) * (GROUP / 2);
                 for i in 0..(GROUP / 2).min(pairs - first) {
-                    ask_ahead(values, 1);
+                    ask_ahead::<_MM_HINT_T1>(values, 1);
                     let w = bf16_step(head.cast::<u32>().add(i), &mut values);
                     let w: __m512bh = std::mem::transmute(w);
                     for (t, acc) in acc.iter_mut().enumerate() {
@@ -419,10 +419,10 @@ unsafe fn bf16_expand(mut at: *const u8, len: usize, out: *mut u8) -> *const u8 
             let mut values = block.values;
             for g in 0..block.groups {
                 let head = block.heads.add(g * head_bytes(GgmlType::S_BF16));
-                ask_ahead(head, 64);
+                ask_ahead::<_MM_HINT_T1>(head, 64);
                 let out = out.add((block.first + g) * GROUP * ROWS * 2);
                 for i in 0..GROUP / 2 {
-                    ask_ahead(values, 1);
+                    ask_ahead::<_MM_HINT_T1>(values, 1);
                     let w = bf16_step(head.cast::<u32>().add(i), &mut values);
                     _mm512_storeu_si512(out.add(64 * i).cast(), w);
                 }

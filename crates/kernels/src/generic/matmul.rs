@@ -17,7 +17,7 @@ use crate::{
         kernels::{PANEL_K, StripArgs},
     },
 };
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use tegula_gguf::{GgmlType, blocks};
 
 /// How far ahead of a token's reading memory is asked for, in bytes. Instructions in flight
@@ -26,11 +26,14 @@ use tegula_gguf::{GgmlType, blocks};
 const AHEAD: usize = 4096;
 
 /// Asks for what lies [`AHEAD`] of `bytes` bytes at `p`, which need not be valid memory.
+///
+/// A single stream does best with `_MM_HINT_T1`, since more lines can be on their way to the
+/// second-level cache than to the first; several with `_MM_HINT_T0`.
 #[inline(always)]
-pub(crate) fn ask_ahead(p: *const u8, bytes: usize) {
+pub(crate) fn ask_ahead<const HINT: i32>(p: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(64) {
         // SAFETY: prefetching reads nothing that the program could see, and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast()) };
+        unsafe { _mm_prefetch::<HINT>(p.wrapping_add(AHEAD + line).cast()) };
     }
 }
 
@@ -137,7 +140,12 @@ impl FloatWeights for BF16 {
 /// The CPU has the features; pointers are valid as the functions of this module state.
 pub(crate) trait Machine {
     type Lanes: Lanes;
-    unsafe fn one_token<F: Format>(strip: *const u8, blocks: usize, tokens: &Tokens);
+    unsafe fn one_token<F: Format, const S: usize>(
+        strips: [*const u8; S],
+        blocks: usize,
+        tokens: &Tokens,
+        tiles: [*mut f32; S],
+    );
     unsafe fn decode<F: Format>(block: *const u8, blocks: usize, panel: &Panel);
     unsafe fn product<S: Shape, const T: usize>(panel: &Panel, tokens: &Tokens);
     unsafe fn floats<W: FloatWeights, const T: usize>(w: *const u8, k: usize, x: &Floats);
@@ -155,13 +163,18 @@ macro_rules! tier_kernels {
 
             #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn one_token<F: $crate::generic::format::Format>(
-                strip: *const u8,
+            unsafe fn one_token<F: $crate::generic::format::Format, const S: usize>(
+                strips: [*const u8; S],
                 blocks: usize,
                 tokens: &$crate::generic::matmul::Tokens,
+                tiles: [*mut f32; S],
             ) {
                 // SAFETY: see above.
-                unsafe { $crate::generic::matmul::one_token::<$lanes, F>(strip, blocks, tokens) }
+                unsafe {
+                    $crate::generic::matmul::one_token::<$lanes, F, S>(
+                        strips, blocks, tokens, tiles,
+                    );
+                }
             }
 
             #[inline]
@@ -250,56 +263,65 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     }
 }
 
-/// A whole strip times one token; the tile is written, not added to.
+/// Whole strips times one token; the tiles are written, not added to.
+///
+/// All strips at once, block by block: one of them alone keeps too few cache lines on their
+/// way from memory (`docs/bench`).
 #[inline(always)]
-pub(crate) unsafe fn one_token<L: Lanes, F: Format>(
-    strip: *const u8,
+pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
+    strips: [*const u8; S],
     blocks: usize,
     tokens: &Tokens,
+    tiles: [*mut f32; S],
 ) {
     unsafe {
-        let mut acc = [L::fsplat(0.0)];
+        let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
-            let block = strip.add(b * F::BYTES);
-            for g in 0..F::GROUPS {
-                ask_ahead(
-                    block.wrapping_add(g * (F::BYTES / F::GROUPS)),
-                    F::BYTES / F::GROUPS,
-                );
-                let codes = F::codes::<L>(block, g);
-                let scales = if F::Shape::HALVES {
-                    [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
-                } else {
-                    [F::scale::<L>(block, g); 2]
-                };
-                let kb = b * F::GROUPS + g;
-                add_group::<L, F::Shape, 1>(
-                    &mut acc,
-                    #[inline(always)]
-                    |e| codes[e],
-                    scales,
-                    F::ZERO,
-                    kb,
-                    tokens,
-                );
+            for (acc, strip) in acc.iter_mut().zip(strips) {
+                let block = strip.add(b * F::BYTES);
+                for g in 0..F::GROUPS {
+                    ask_ahead::<_MM_HINT_T0>(
+                        block.wrapping_add(g * (F::BYTES / F::GROUPS)),
+                        F::BYTES / F::GROUPS,
+                    );
+                    let codes = F::codes::<L>(block, g);
+                    let scales = if F::Shape::HALVES {
+                        [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
+                    } else {
+                        [F::scale::<L>(block, g); 2]
+                    };
+                    let kb = b * F::GROUPS + g;
+                    add_group::<L, F::Shape, 1>(
+                        acc,
+                        #[inline(always)]
+                        |e| codes[e],
+                        scales,
+                        F::ZERO,
+                        kb,
+                        tokens,
+                    );
+                }
             }
         }
-        L::fstore(acc[0], tokens.tile);
+        for (acc, tile) in acc.iter().zip(tiles) {
+            L::fstore(acc[0], tile);
+        }
     }
 }
 
-/// Decodes blocks to a panel.
+/// Decodes blocks to a panel, and asks for as many that follow: they come while this panel is
+/// multiplied.
 #[inline(always)]
 pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
     let parts = if F::Shape::HALVES { 2 } else { 1 };
     unsafe {
         for b in 0..blocks {
+            let next = block.wrapping_add((blocks + b) * F::BYTES);
+            for line in (0..F::BYTES).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
+            }
             let block = block.add(b * F::BYTES);
             for g in 0..F::GROUPS {
-                ask_ahead(
-                    block.wrapping_add(g * (F::BYTES / F::GROUPS)),
-                    F::BYTES / F::GROUPS,
-                );
                 let out = panel.codes.add((b * F::GROUPS + g) * CODES);
                 let codes = F::codes::<L>(block, g);
                 for e in 0..8 {
@@ -377,7 +399,7 @@ pub(crate) unsafe fn floats<L: Lanes, W: FloatWeights, const T: usize>(
             acc[t] = L::fload(x.tile.add(t * ROWS));
         }
         for i in 0..k / 2 {
-            ask_ahead(w.add(i * W::PAIR_BYTES), W::PAIR_BYTES);
+            ask_ahead::<_MM_HINT_T1>(w.add(i * W::PAIR_BYTES), W::PAIR_BYTES);
             let (a, b) = W::pair::<L>(w.add(i * W::PAIR_BYTES));
             let even = x.x.add(2 * i * x.stride);
             let odd = even.add(x.stride);
@@ -481,22 +503,56 @@ pub(crate) unsafe fn tokens_at<S: Shape>(
     }
 }
 
+/// Cuts strips into runs of at most `most` that are read at once: `f(first, count)`, with counts
+/// that kernels are compiled for.
+#[inline(always)]
+pub(crate) fn streams(strips: usize, most: usize, mut f: impl FnMut(usize, usize)) {
+    let mut first = 0;
+    for count in [4, 2, 1].into_iter().filter(|&count| count <= most) {
+        while strips - first >= count {
+            f(first, count);
+            first += count;
+        }
+    }
+}
+
+/// Strips `first .. first + S` times the one token.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`; there are so many strips.
+unsafe fn one_run<M: Machine, F: Format, const S: usize>(
+    args: &StripArgs<'_>,
+    first: usize,
+    blocks: usize,
+    tokens: &Tokens,
+) {
+    let strips = std::array::from_fn(|s| args.strips[first + s]);
+    let tiles = std::array::from_fn(|s| args.tile_of(first + s));
+    // SAFETY: the caller's.
+    unsafe { M::one_token::<F, S>(strips, blocks, tokens, tiles) };
+}
+
 /// # Safety
 /// As `MatmulKernels::mul_strips`.
 unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
     let per_block = F::GROUPS * 32;
+    if args.acts.m == 1 {
+        // SAFETY: the caller's.
+        unsafe {
+            let tokens = tokens_at::<F::Shape>(&args.acts, 0, 1);
+            let blocks = args.k / per_block;
+            streams(args.strips.len(), 4, |first, count| match count {
+                4 => one_run::<M, F, 4>(args, first, blocks, &tokens),
+                2 => one_run::<M, F, 2>(args, first, blocks, &tokens),
+                _ => one_run::<M, F, 1>(args, first, blocks, &tokens),
+            });
+        }
+        return;
+    }
     for (s, &strip) in args.strips.iter().enumerate() {
         let tile = args.tile_of(s);
         // SAFETY: the caller's; blocks and groups are inside the strip.
         unsafe {
-            if args.acts.m == 1 {
-                let tokens = Tokens {
-                    tile,
-                    ..tokens_at::<F::Shape>(&args.acts, 0, 1)
-                };
-                M::one_token::<F>(strip, args.k / per_block, &tokens);
-                continue;
-            }
             tile.write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);

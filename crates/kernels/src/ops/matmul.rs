@@ -128,9 +128,10 @@ pub(crate) struct Item {
 }
 
 impl Item {
-    /// A whole product: with tiles strips are multiplied in pairs and gain from company.
+    /// A whole product: with tiles strips are multiplied in pairs and gain from company, so that
+    /// the last runs are not the shortest possible.
     fn product(w: &Weights, tiles: bool) -> Item {
-        let (most, least) = if tiles { (MAX_STRIPS, 2) } else { (4, 1) };
+        let (most, least) = if tiles { (MAX_STRIPS, 4) } else { (4, 1) };
         Item {
             strips: w.strips(),
             cost: w.k(),

@@ -272,8 +272,12 @@ impl Compute {
             Item {
                 strips: gate.strips(),
                 cost: s.len + DECODE_TOKENS,
-                // With tiles gate and up share a pass over the activations.
-                most: if tiles { MAX_STRIPS / 2 } else { FF_STRIPS },
+                // One token reads several strips at once.
+                most: match (tiles, s.len) {
+                    (true, _) => MAX_STRIPS,
+                    (false, 1) => 2 * FF_STRIPS,
+                    (false, _) => FF_STRIPS,
+                },
                 least: FF_STRIPS,
             }
         };
@@ -405,8 +409,8 @@ impl Compute {
                 blocks.extend(std::iter::repeat_n((start + first, count), count));
             }
         }
-        // With tiles strips are multiplied in pairs.
-        let run = if kernels.tiles_for(down, m).is_some() {
+        // With tiles strips are multiplied in pairs, and one token reads two at once.
+        let run = if shared || kernels.tiles_for(down, m).is_some() {
             2
         } else {
             1

@@ -17,7 +17,7 @@ use crate::{
 pub const PANEL_K: usize = 1024;
 
 /// Most strips of one call: with tiles, as many as share a pass over the activations.
-pub const MAX_STRIPS: usize = 16;
+pub const MAX_STRIPS: usize = 8;
 
 /// Bytes of the scratch that [`MatmulKernels::mul_strips`] wants: codes, then scales and
 /// minima of sub-blocks of 16.

@@ -4,8 +4,9 @@
 //! chunk of the prompts that are on their way (continuous batching). What a task gets doesn't
 //! depend on the others, since a token's result depends on its own sequence alone.
 //!
-//! - **Fairness.** Requests wait in one queue and take turns ([`queue`]); prompts share a
-//!   turn's chunk equally, so that a long one doesn't keep a short one waiting.
+//! - **Fairness.** Requests wait in one queue and take turns ([`queue`]). Answers get their next
+//!   token in every turn; prompts are run one after the other, in the order of when they are due
+//!   ([`prompts`]), so that a long one doesn't keep a short one waiting, nor short ones a long one.
 //! - **Prefix cache.** A finished sequence is kept, and shares its pages with whoever begins
 //!   alike; so does a sequence in a slot. A prompt whose beginning is being run right now
 //!   waits for it rather than run it a second time. What is kept goes, the longest unused
@@ -13,6 +14,7 @@
 //! - **Cancellation.** A task whose client has gone ends before the next turn.
 //! - **Draining.** No new tasks are taken; those that are there end as they would have.
 
+mod prompts;
 mod queue;
 mod slot;
 mod stats;
@@ -31,6 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prompts::{Parts, Prompt};
 use queue::{Queue, Waiting};
 use slot::{Active, End, Slot};
 use tegula_engine::{Batch, BatchToken, Context, ContextOptions, Outputs, Top};
@@ -49,7 +52,8 @@ pub struct SchedulerOptions {
     pub slots: usize,
     /// Requests that may wait for a slot.
     pub queue: usize,
-    /// Prompt tokens per turn while others generate; 0: a quarter of the micro-batch.
+    /// Prompt tokens per turn while others generate; 0: the part of the micro-batch that slots
+    /// with prompts are of all that have work, a quarter at least.
     pub chunk: usize,
 }
 
@@ -138,14 +142,10 @@ impl Scheduler {
             }),
             service: Mutex::new(1.0),
         });
-        let ubatch = context.options().ubatch;
         let worker = Worker {
             shared: Arc::clone(&shared),
             tokenizer: context.model().tokenizer().clone(),
-            chunk: match options.chunk {
-                0 => (ubatch / 4).max(1),
-                n => n.min(ubatch),
-            },
+            chunk: options.chunk,
             slots: (0..options.slots).map(|_| None).collect(),
             kept: (options.slots..sequences).map(Kept::empty).collect(),
             last: vec![SlotInfo::IDLE; options.slots],
@@ -299,8 +299,9 @@ impl Worker {
             self.end_unwanted();
             let start = Instant::now();
             let steps = self.totals.steps;
-            self.generate();
-            self.embed();
+            let (texts, prompts) = self.prompt_parts();
+            self.generate(&prompts);
+            self.embed(&texts);
             if self.totals.steps > steps {
                 self.totals.busy += start.elapsed();
             }
@@ -429,7 +430,8 @@ impl Worker {
             }
         }
         self.totals.cached_tokens += cached as u64;
-        self.slots[i] = Some(Slot::new(waiting, cached, &self.tokenizer));
+        let due = self.totals.prompt_tokens + (task.prompt.len() - cached) as u64;
+        self.slots[i] = Some(Slot::new(waiting, cached, due, &self.tokenizer));
     }
 
     fn end_unwanted(&mut self) {
@@ -446,8 +448,8 @@ impl Worker {
         }
     }
 
-    /// One batch of tokens that generate and prompts on their way to that.
-    fn generate(&mut self) {
+    /// One batch of tokens that generate and parts of prompts on their way to that.
+    fn generate(&mut self, parts: &[(usize, usize)]) {
         let mut batch = Batch::default();
         let mut rows = Vec::new();
         for (sequence, slot) in self.slots.iter().enumerate() {
@@ -462,8 +464,7 @@ impl Worker {
                 rows.push(sequence);
             }
         }
-        let parts = self.prompt_parts(true, !rows.is_empty());
-        for &(sequence, len) in &parts {
+        for &(sequence, len) in parts {
             let Some(slot) = &self.slots[sequence] else {
                 continue;
             };
@@ -485,7 +486,7 @@ impl Worker {
             Some(top) => context.decode_top(batch, top),
             None => context.decode(batch),
         };
-        let Some(outputs) = self.decode(&batch, &parts, run) else {
+        let Some(outputs) = self.decode(&batch, parts, run) else {
             return;
         };
         self.choose(&rows, &outputs);
@@ -543,25 +544,28 @@ impl Worker {
         }
     }
 
-    /// Which slots' prompts go on, and by how many tokens.
-    fn prompt_parts(&self, generate: bool, others: bool) -> Vec<(usize, usize)> {
+    /// Which slots go on with their prompts, and by how many tokens: texts to embed, and prompts
+    /// to answer.
+    fn prompt_parts(&self) -> (Parts, Parts) {
+        let mut prompts = Vec::new();
+        let mut answering = 0;
+        for (i, slot) in self.slots.iter().enumerate() {
+            let Some(slot) = slot else { continue };
+            match slot.left() {
+                0 => answering += 1,
+                left => prompts.push(Prompt {
+                    due: slot.due,
+                    number: slot.number,
+                    slot: i,
+                    left,
+                }),
+            }
+        }
         let ubatch = self.context.options().ubatch;
-        let budget = if others { self.chunk } else { ubatch };
-        let mut left: Vec<(u64, usize, usize)> = self
-            .slots
-            .iter()
-            .enumerate()
-            .filter_map(|(i, slot)| {
-                let slot = slot.as_ref()?;
-                let kind = slot.generation().is_some() == generate;
-                (kind && slot.left() > 0).then_some((slot.number, i, slot.left()))
-            })
-            .collect();
-        left.sort_unstable();
-        let wants: Vec<usize> = left.iter().map(|l| l.2).collect();
-        let shares = share(budget, &wants);
-        let parts = left.iter().zip(shares).map(|(l, share)| (l.1, share));
-        parts.filter(|part| part.1 > 0).collect()
+        let budget = prompts::budget(ubatch, self.chunk, answering, prompts.len());
+        let embeds = |i: usize| self.slots[i].as_ref().is_some_and(Slot::embeds);
+        let parts = prompts::fill(budget, prompts);
+        parts.into_iter().partition(|part| embeds(part.0))
     }
 
     /// Lets kept sequences go, the longest unused first, until the batch fits.
@@ -623,16 +627,10 @@ impl Worker {
         }
     }
 
-    /// One batch of texts to embed.
-    fn embed(&mut self) {
-        let others = self
-            .slots
-            .iter()
-            .flatten()
-            .any(|s| s.generation().is_some());
-        let parts = self.prompt_parts(false, others);
+    /// One batch of parts of texts to embed.
+    fn embed(&mut self, parts: &[(usize, usize)]) {
         let mut batch = Batch::default();
-        for &(sequence, len) in &parts {
+        for &(sequence, len) in parts {
             let Some(slot) = &self.slots[sequence] else {
                 continue;
             };
@@ -647,7 +645,7 @@ impl Worker {
                     logits: every || (ends && k + 1 == len),
                 }));
         }
-        let Some(outputs) = self.decode(&batch, &parts, Context::decode_hidden) else {
+        let Some(outputs) = self.decode(&batch, parts, Context::decode_hidden) else {
             return;
         };
         let wanted = batch.tokens.iter().filter(|t| t.logits);
@@ -658,7 +656,7 @@ impl Worker {
                 embedding.add(outputs.hidden(row));
             }
         }
-        for (i, _) in parts {
+        for &(i, _) in parts {
             if let Some(slot) = &self.slots[i]
                 && slot.left() == 0
             {
@@ -743,37 +741,4 @@ impl Worker {
 /// Tokens that both begin with.
 fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-/// Divides `budget` among those who want that much: nobody gets more than it wants, nobody
-/// less than another unless it wants less, and what division leaves goes to the first.
-fn share(budget: usize, wants: &[usize]) -> Vec<usize> {
-    let mut shares = vec![0; wants.len()];
-    let mut left = budget;
-    loop {
-        let hungry: Vec<_> = (0..wants.len()).filter(|&i| shares[i] < wants[i]).collect();
-        if hungry.is_empty() || left == 0 {
-            return shares;
-        }
-        let each = (left / hungry.len()).max(1);
-        for i in hungry {
-            let more = each.min(wants[i] - shares[i]).min(left);
-            shares[i] += more;
-            left -= more;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_are_equal_as_far_as_they_are_wanted() {
-        assert_eq!(share(100, &[1000, 10, 1000]), [45, 10, 45]);
-        assert_eq!(share(100, &[30, 20]), [30, 20]);
-        assert_eq!(share(2, &[5, 5, 5]), [1, 1, 0]);
-        assert_eq!(share(7, &[9, 9]), [4, 3]);
-        assert_eq!(share(5, &[]), [0usize; 0]);
-    }
 }

@@ -20,6 +20,8 @@ pub(super) struct Slot {
     pub reuse: bool,
     pub deadline: Option<Instant>,
     pub sink: Box<dyn Sink>,
+    /// When its prompt should have been run; see [`super::prompts`].
+    pub due: u64,
     /// Prompt tokens that were in the cache.
     pub cached: usize,
     /// Prompt tokens that the sequence holds.
@@ -41,8 +43,9 @@ pub(super) enum End {
 }
 
 impl Slot {
-    /// The task in a slot whose sequence holds its first `cached` tokens.
-    pub fn new(waiting: Waiting, cached: usize, tokenizer: &Tokenizer) -> Slot {
+    /// The task in a slot whose sequence holds its first `cached` tokens. The rest is `due` as
+    /// [`super::prompts`] says.
+    pub fn new(waiting: Waiting, cached: usize, due: u64, tokenizer: &Tokenizer) -> Slot {
         let Waiting {
             task,
             number,
@@ -77,6 +80,7 @@ impl Slot {
             reuse: task.reuse,
             deadline: task.deadline,
             sink: task.sink,
+            due,
             cached,
             done: cached,
             active,
@@ -90,6 +94,11 @@ impl Slot {
     /// Prompt tokens that are still to be run.
     pub fn left(&self) -> usize {
         self.prompt.len() - self.done
+    }
+
+    /// Whether a vector is wanted, not an answer.
+    pub fn embeds(&self) -> bool {
+        matches!(self.active, Active::Embed(_))
     }
 
     pub fn generation(&self) -> Option<&Generation> {

@@ -163,6 +163,12 @@ function addMessage(role, content) {
 
 /** Whether the end is to be kept in sight: until the reader goes back. */
 let following = true;
+/** The size of the conversation's window, when the end was last brought into sight. */
+let seen = "";
+
+function logSize() {
+  return `${$("log").clientWidth} ${$("log").clientHeight}`;
+}
 
 function scroll(always = false) {
   following ||= always;
@@ -434,8 +440,13 @@ $("input").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 $("log").addEventListener("scroll", () => {
   const log = $("log");
-  following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  // A window that changes its size moves what is in it: that is not the reader going back.
+  if (logSize() === seen) following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 });
+new ResizeObserver(() => {
+  seen = logSize();
+  scroll();
+}).observe($("log"));
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clearChat);
 $("show-chat").addEventListener("click", () => show(false));

@@ -57,7 +57,8 @@ pub struct ServeArgs {
     /// mean]
     #[arg(long, value_name = "HOW", value_parser = pooling)]
     pooling: Option<Pooling>,
-    /// Prompt tokens that run between two tokens of those who are being answered; 0: a quarter of -ub
+    /// Prompt tokens that run between two tokens of those who are being answered; 0: of -ub the part
+    /// that prompts are of all requests at work, a quarter at least
     #[arg(long, value_name = "N", default_value_t = 0)]
     prompt_chunk: usize,
     /// A key that requests must bear; may be repeated. Other users of the machine can see it in the

@@ -10,7 +10,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use rustix::{net::sockopt, process};
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, task::Poll, time::Duration};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, Runtime},
@@ -139,7 +139,7 @@ async fn either<T>(first: impl Future<Output = T>, second: impl Future<Output = 
     let (mut first, mut second) = (std::pin::pin!(first), std::pin::pin!(second));
     std::future::poll_fn(|cx| {
         if second.as_mut().poll(cx).is_ready() {
-            return std::task::Poll::Ready(None);
+            return Poll::Ready(None);
         }
         first.as_mut().poll(cx).map(Some)
     })
@@ -191,8 +191,10 @@ impl Server {
 /// Waits for SIGINT or SIGTERM; true if the inference thread ended before. From then on the
 /// next signal ends the process.
 async fn until_signal(app: &App) -> io::Result<bool> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut signals = Signals {
+        interrupt: signal(SignalKind::interrupt())?,
+        terminate: signal(SignalKind::terminate())?,
+    };
     let ended = async {
         loop {
             sleep(Duration::from_millis(500)).await;
@@ -201,26 +203,30 @@ async fn until_signal(app: &App) -> io::Result<bool> {
             }
         }
     };
-    let both = |mut a: tokio::signal::unix::Signal, mut b: tokio::signal::unix::Signal| async move {
-        std::future::poll_fn(move |cx| match (a.poll_recv(cx), b.poll_recv(cx)) {
-            (std::task::Poll::Pending, std::task::Poll::Pending) => std::task::Poll::Pending,
-            _ => std::task::Poll::Ready(()),
-        })
-        .await;
-    };
-    let first = std::future::poll_fn(|cx| {
-        let got = interrupt.poll_recv(cx).is_ready() | terminate.poll_recv(cx).is_ready();
-        if got {
-            std::task::Poll::Ready(())
-        } else {
-            std::task::Poll::Pending
-        }
-    });
-    let failed = either(first, ended).await.is_none();
+    let failed = either(signals.next(), ended).await.is_none();
     tokio::spawn(async move {
-        both(interrupt, terminate).await;
-        // 128 and the number of SIGINT, as shells do.
-        std::process::exit(130);
+        let second = signals.next().await;
+        // 128 and the signal's number, as shells do.
+        std::process::exit(128 + second.as_raw_value());
     });
     Ok(failed)
+}
+
+/// What asks the server to end.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) -> SignalKind {
+        std::future::poll_fn(|cx| {
+            if self.interrupt.poll_recv(cx).is_ready() {
+                return Poll::Ready(SignalKind::interrupt());
+            }
+            let terminate = self.terminate.poll_recv(cx);
+            terminate.map(|_| SignalKind::terminate())
+        })
+        .await
+    }
 }

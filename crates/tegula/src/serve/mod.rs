@@ -78,3 +78,56 @@ impl App {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        sync::Arc,
+    };
+
+    /// While the model is being loaded every route that needs it says so, and the page is there.
+    #[test]
+    fn a_server_without_a_model_yet_tells_when_to_come_back() {
+        let limits = Limits {
+            body: 1 << 20,
+            header_time: Duration::from_secs(10),
+            body_time: Duration::from_secs(10),
+            connections: 10,
+            drain: Duration::from_secs(1),
+        };
+        let access = Access {
+            loopback: true,
+            ..Access::default()
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = start(listener, Arc::new(App::new(access, limits, false))).unwrap();
+        let ask = |method: &str, path: &str| {
+            let mut stream = TcpStream::connect(server.address()).unwrap();
+            let head = format!(
+                "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+                 Content-Length: 2\r\n\r\n{{}}"
+            );
+            stream.write_all(head.as_bytes()).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        };
+        for (method, path) in [
+            ("GET", "/health"),
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/tokenize"),
+        ] {
+            let answer = ask(method, path);
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{path}: {answer}");
+            assert!(answer.contains("\r\nretry-after: 5\r\n"), "{answer}");
+            assert!(answer.contains("\"code\":\"loading\""), "{answer}");
+            assert!(answer.contains("\"type\":\"overloaded_error\""));
+        }
+        assert!(ask("GET", "/").starts_with("HTTP/1.1 200 "));
+    }
+}

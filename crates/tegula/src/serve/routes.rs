@@ -17,7 +17,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Instant};
-use tegula_server::{ApiError, Prepared, Service, metrics};
+use tegula_server::{ApiError, Prepared, Service, metrics, scheduler::Refused};
 
 /// An error on its way to the client.
 struct Failed(ApiError);
@@ -178,7 +178,7 @@ async fn health(State(app): State<Arc<App>>) -> Result {
     let ready = app.ready()?;
     match ready.scheduler.has_ended() {
         false => Ok(json_body(&json!({"status": "ok"}))),
-        true => Err(ApiError::new(503, "shutting_down", "the server is shutting down").into()),
+        true => Err(ApiError::from(Refused::ShuttingDown).into()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod chat;
 mod commands;
+mod constrained;
 mod errors;
 mod help;
 mod settings;

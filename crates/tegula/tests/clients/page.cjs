@@ -135,15 +135,53 @@ const { chromium } = require(path.join(modules, "node_modules", "playwright-core
   await shot("7-what-runs-where");
   await busy;
 
-  // Dark, and narrow as a phone.
+  // Dark, and narrow as a phone: whoever read the end goes on seeing it, whatever changes the
+  // size of the conversation's window, and nothing sticks out of it.
   await page.emulateMedia({ colorScheme: "dark" });
   await shot("8-dark-where");
   await page.click("#show-chat");
   await shot("9-dark-chat");
-  await page.setViewportSize({ width: 390, height: 780 });
-  await shot("10-narrow");
-  const overflow = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
-  assert.ok(!overflow, "nothing sticks out of a narrow window");
+  const below = () => page.evaluate(async () => {
+    // Two frames: one that lays out, one behind what that brings about.
+    for (let i = 0; i < 2; i += 1) await new Promise(requestAnimationFrame);
+    const log = document.getElementById("log");
+    return log.scrollHeight - log.scrollTop - log.clientHeight;
+  });
+  const overflow = () => page.evaluate(() => {
+    const wide = [...document.querySelectorAll("header *, #chat, #log > *, #form *, #foot *")];
+    return wide.filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && e.getBoundingClientRect().width > 1)
+      .map((e) => e.id || e.className).concat(document.documentElement.scrollWidth > innerWidth ? ["all"] : []);
+  });
+  for (const [width, height] of [[390, 780], [360, 640], [1600, 1000], [700, 500], [360, 500]]) {
+    await page.setViewportSize({ width, height });
+    assert.ok(await below() < 2, `the end of the conversation is seen at ${width}x${height}`);
+    assert.deepEqual(await overflow(), [], `nothing sticks out at ${width}x${height}`);
+    await shot(`10-${width}x${height}`);
+  }
+  await page.click("#show-settings");
+  assert.ok(await below() < 2, "settings push the conversation up");
+  await shot("11-narrow-settings");
+  await page.click("#show-settings");
+  await page.fill("#input", "one\ntwo\nthree\nfour");
+  assert.ok(await below() < 2, "and so does a long message");
+  await page.fill("#input", "");
+  await below();
+  // Who has gone back is left there.
+  await page.evaluate(() => { document.getElementById("log").scrollTop = 0; });
+  await below();
+  await page.setViewportSize({ width: 800, height: 400 });
+  assert.ok(await below() > 40, "the reader is not dragged to the end");
+  await page.setViewportSize({ width: 1600, height: 1000 });
+  await page.emulateMedia({ colorScheme: "light" });
+  await page.click("#show-where");
+  await page.waitForFunction(() => document.querySelectorAll("#tensors tbody tr").length > 10);
+  await shot("12-wide-where");
+  await page.setViewportSize({ width: 360, height: 640 });
+  assert.ok(!await page.evaluate(() => document.documentElement.scrollWidth > innerWidth), "tables scroll by themselves");
+  assert.ok(await page.evaluate(() => document.getElementById("slots").scrollWidth <= document.getElementById("now").clientWidth),
+    "the slots need no scrolling");
+  await shot("13-narrow-where");
+  await page.click("#show-chat");
   await page.setViewportSize({ width: 1100, height: 800 });
 
   // Everything that can be used can be reached by Tab, and shows that it has the focus.

@@ -116,11 +116,11 @@ fn other_origins_and_names_are_refused_unless_allowed() {
         let mut stream = server.connect();
         let head = format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
         std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
-        assert_eq!(
-            crate::support::Response::read(stream).status,
-            status,
-            "{host}"
-        );
+        let response = crate::support::Response::read(stream);
+        assert_eq!(response.status, status, "{host}");
+        if status == 403 {
+            assert_eq!(response.error(), "forbidden_host");
+        }
     }
 }
 
@@ -216,8 +216,12 @@ fn no_path_leads_to_the_file_system() {
         "/.git/config",
     ] {
         let response = server.get(path);
-        assert_eq!(response.status, 404, "{path}");
-        response.error();
+        let error = (response.status, response.error());
+        let expected = match path.starts_with("/v1/models/") {
+            true => "model_not_found",
+            false => "unknown_route",
+        };
+        assert_eq!(error, (404, expected.to_owned()), "{path}");
     }
     for (method, path) in [
         ("POST", "/"),

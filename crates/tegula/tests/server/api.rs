@@ -202,6 +202,13 @@ fn many_prompts_and_embeddings_come_back_in_order() {
         .fold(0u64, |bits, c| bits << 6 | u64::from(digit(c)));
     let bytes = ((bits >> 4) as u32).to_be_bytes();
     assert_eq!(f32::from_le_bytes(bytes), first);
+    let last = Server::start(&["--pooling", "last"]);
+    let vector = |server: &Server| {
+        let body = json!({"input": prompts[1]});
+        server.post("/v1/embeddings", &body).json()["data"][0]["embedding"].clone()
+    };
+    assert_eq!(vector(&server), floats["data"][1]["embedding"]);
+    assert_ne!(vector(&server), vector(&last), "two ways to pool");
 }
 
 /// The ends of streams that nobody has waited for.

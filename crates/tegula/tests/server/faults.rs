@@ -7,8 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{PATIENCE, Response, Server, head};
+use crate::support::{PATIENCE, Response, Server, Signal, error_code, head};
 use serde_json::{Value, json};
+use tegula_gguf::fuzz::driver::Random;
 
 /// Waits until it holds.
 fn eventually(what: &str, holds: impl Fn() -> bool) {
@@ -276,6 +277,27 @@ fn bodies_of_a_hundred_megabytes() {
 }
 
 #[test]
+fn bodies_that_break_off() {
+    let server = Server::start(&[]);
+    // Chunks whose length is none, or that are not there.
+    for body in [&b"zz\r\n"[..], b"10\r\n{\"prompt\"", b""] {
+        let chunked = ["Transfer-Encoding: chunked"];
+        let mut stream = server.connect();
+        let head = head(server.address, "POST", "/v1/completions", &chunked, None);
+        stream.write_all(&head).unwrap();
+        stream.write_all(body).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let response = Response::read(stream);
+        assert_eq!(
+            (response.status, response.error().as_str()),
+            (400, "broken_body"),
+            "{body:?}"
+        );
+    }
+    server.assert_well();
+}
+
+#[test]
 fn heads_that_are_too_large_or_no_http() {
     let server = Server::start(&[]);
     let long = format!("X-Long: {}", "x".repeat(200_000));
@@ -442,7 +464,7 @@ fn a_signal_under_load_lets_all_finish() {
     streams[0].read_line(&mut String::new()).unwrap();
     eventually("all have arrived", || arrived(&server) >= 6.0);
     let mut open = server.connect();
-    server.signal();
+    server.signal(Signal::TERM);
     let (status, said) = {
         let done: Vec<_> = streams.into_iter().map(finish).collect();
         assert!(done.iter().all(|(done, _)| *done), "{done:?}");
@@ -469,15 +491,45 @@ fn what_does_not_end_in_time_is_told_so() {
     eventually("they have arrived", || {
         server.metric("requests_waiting") >= 30.0
     });
-    server.signal();
+    server.signal(Signal::TERM);
     let ends: Vec<_> = streams.into_iter().map(finish).collect();
-    let told = ends
+    let told: Vec<Value> = ends
         .iter()
-        .filter(|(done, last)| !done && last.contains("shutting_down"));
-    assert!(told.count() > 0, "{ends:?}");
+        .filter(|(done, last)| !done && last.starts_with("{\"error\""))
+        .map(|(_, last)| serde_json::from_str(last).unwrap())
+        .collect();
+    assert!(!told.is_empty(), "{ends:?}");
+    assert!(told.iter().all(|e| error_code(e) == "shutting_down"));
     let (status, said) = server.wait();
     assert_eq!(status.code(), Some(0), "{said}");
     assert!(said.contains("did not end in time"), "{said}");
+}
+
+/// Whoever can't wait for the end of what is under way sends a second signal.
+#[test]
+fn a_second_signal_ends_at_once() {
+    for (first, second, code) in [
+        (Signal::TERM, Signal::TERM, 143),
+        (Signal::INT, Signal::INT, 130),
+        (Signal::TERM, Signal::INT, 130),
+    ] {
+        let mut server = Server::start(&["-np", "1", "--drain-timeout", "600", "--timeout", "0"]);
+        // Work for far longer than the signals take.
+        let mut streams: Vec<_> = (0..40)
+            .map(|_| server.open_stream("/v1/completions", &slow(1_000_000)))
+            .collect();
+        streams[0].read_line(&mut String::new()).unwrap();
+        eventually("all have arrived", || arrived(&server) >= 40.0);
+        server.signal(first);
+        eventually("the port is closed", || {
+            TcpStream::connect(server.address).is_err()
+        });
+        server.signal(second);
+        let (status, said) = server.wait();
+        assert_eq!(status.code(), Some(code), "{said}");
+        assert!(said.contains("a second signal ends at once"), "{said}");
+        assert!(streams.into_iter().any(|stream| !finish(stream).0));
+    }
 }
 
 #[test]
@@ -508,18 +560,6 @@ fn a_port_in_use_and_other_things_that_prevent_the_start() {
     }
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-}
-
 /// Requests with random damage, on the wire: each is answered with a status that is documented
 /// or the connection is closed, and the server goes on.
 #[test]
@@ -539,7 +579,7 @@ fn damaged_requests() {
         bytes
     })
     .collect();
-    let mut r = Random(7);
+    let mut r = Random::new(7);
     let mut answered = 0;
     for round in 0..300 {
         let mut bytes = good[r.below(good.len())].clone();

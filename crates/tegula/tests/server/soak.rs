@@ -14,26 +14,15 @@ use std::{
 
 use crate::support::Server;
 use serde_json::{Value, json};
+use tegula_gguf::fuzz::driver::Random;
 
 const CLIENTS: u64 = 32;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-}
 
 /// What a client may ask for.
 fn body(r: &mut Random) -> Value {
     let words =
         "An iterator adaptor yields the elements of a vector until the predicate is false. ";
-    let prompt = words.repeat(1 + r.below(12) as usize);
+    let prompt = words.repeat(1 + r.below(12));
     let user = format!("{} {prompt}", r.below(50));
     let mut body = json!({
         "messages": [{"role": "system", "content": "Answer in the style of a manual."}, {"role": "user", "content": user}],
@@ -95,7 +84,7 @@ fn soak() {
             .map(|client| {
                 let (server, over, done, left) = (&server, &over, &done, &left);
                 scope.spawn(move || {
-                    let mut r = Random(client);
+                    let mut r = Random::new(client);
                     let mut firsts = Vec::new();
                     while !over.load(Ordering::Relaxed) {
                         if r.below(10) == 0 {

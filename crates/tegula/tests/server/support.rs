@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 use serde_json::Value;
 
 /// Longer than anything here takes.
@@ -127,8 +128,8 @@ impl Server {
         self.child.id()
     }
 
-    pub fn signal(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Waits for its end: how it ended and what it said.
@@ -220,19 +221,38 @@ impl Response {
         })
     }
 
-    /// An error of OpenAI's shape; its code.
+    /// An error of OpenAI's shape that the handbook knows; its code.
     pub fn error(&self) -> String {
-        let json = self.json();
-        let error = json["error"]
-            .as_object()
-            .unwrap_or_else(|| panic!("{json}"));
-        assert!(!error["message"].as_str().unwrap().is_empty());
+        assert_eq!(self.header("Content-Type"), Some("application/json"));
+        let code = error_code(&self.json());
         assert!(
-            error["type"].is_string() && error.contains_key("param"),
-            "{json}"
+            is_documented(self.status, &code),
+            "the handbook has no {} {code}",
+            self.status
         );
-        error["code"].as_str().unwrap().to_owned()
+        code
     }
+}
+
+/// The code of an error of OpenAI's shape.
+pub fn error_code(json: &Value) -> String {
+    let error = json["error"]
+        .as_object()
+        .unwrap_or_else(|| panic!("{json}"));
+    assert!(!error["message"].as_str().unwrap().is_empty());
+    assert!(
+        error["type"].is_string() && error.contains_key("param"),
+        "{json}"
+    );
+    error["code"].as_str().unwrap().to_owned()
+}
+
+/// Whether the handbook's table of errors has this status with this code.
+fn is_documented(status: u16, code: &str) -> bool {
+    let (status, code) = (status.to_string(), format!("`{code}`"));
+    let rows = include_str!("../../../../docs/book/src/server.md").lines();
+    let mut rows = rows.filter_map(|line| line.strip_prefix("| ")?.split_once(" | "));
+    rows.any(|(statuses, codes)| statuses.split(", ").any(|s| s == status) && codes.contains(&code))
 }
 
 fn unchunk(mut bytes: &[u8]) -> Vec<u8> {
