@@ -22,6 +22,8 @@ const RING: usize = 32 << 20;
 pub(crate) const PIECE: usize = 8 << 20;
 /// Bytes up to which a kernel copies.
 const SMALL: usize = 64 << 10;
+/// Bytes from which threads share the copying here.
+const MUCH: usize = 256 << 10;
 /// Bytes of a large copy that cross the link together.
 const LARGE: usize = 2 << 20;
 
@@ -138,12 +140,13 @@ impl CudaDevice {
 
     /// The same to its beginning, where `feeder` fills the ring if it is much.
     pub(crate) fn write_by(&self, dst: &Buffer, src: &[u8], feeder: &mut dyn Feeder) -> Result<()> {
-        match src.len() <= SMALL {
-            true => self.write_starts(&[(dst, src)]),
-            false => self.write_pieces(dst, 0, src, LARGE, &mut |to, from| {
-                feeder.fill(to, &[from]);
-            }),
+        if src.len() <= SMALL {
+            return self.write_starts(&[(dst, src)]);
         }
+        if src.len() <= MUCH {
+            return self.write_at(dst, 0, src);
+        }
+        self.write_pieces(dst, 0, src, LARGE, &mut |to, from| feeder.fill(to, &[from]))
     }
 
     fn write_pieces(
@@ -242,7 +245,7 @@ impl CudaDevice {
         parts: &mut [(&Buffer, &mut [u8])],
         feeder: &mut dyn Feeder,
     ) -> Result<()> {
-        if parts.iter().map(|p| p.1.len()).sum::<usize>() <= LARGE {
+        if parts.iter().map(|p| p.1.len()).sum::<usize>() <= MUCH {
             return self.read_starts(parts);
         }
         let mut pieces = Vec::new();
@@ -252,31 +255,30 @@ impl CudaDevice {
             pieces.extend(starts.zip(to.chunks_mut(LARGE)));
         }
         let (mut ring, gpu) = (self.ring(), &self.pool.gpu);
-        // So many fit into the ring, from the front.
-        for pieces in pieces.chunks_mut(RING / LARGE) {
-            if ring.at > 0 {
-                gpu.sync()?;
-                ring.at = 0;
-            }
+        // So many fit into half of the ring: seldom must one wait before they are on their way.
+        for pieces in pieces.chunks_mut(RING / LARGE / 2) {
             while ring.events.len() < pieces.len() {
                 let event = gpu.event()?;
                 ring.events.push(event);
             }
-            let place = |i: usize| {
-                // SAFETY: inside the ring.
-                unsafe { ring.start.add(i * LARGE) }
-            };
+            let start = ring.take(gpu, together(pieces.iter().map(|p| p.1.len())))?;
+            let mut at = 0;
             for (i, (from, to)) in pieces.iter().enumerate() {
-                // SAFETY: a place of its own in the ring, which is read once it was waited for.
-                unsafe { gpu.copy_out(place(i), *from, to.len())? };
+                // SAFETY: a place of its own behind `start`, which is read once it was waited for.
+                unsafe { gpu.copy_out(start.add(at), *from, to.len())? };
+                at += to.len().next_multiple_of(64);
                 gpu.record(Stream::Work, &ring.events[i])?;
             }
+            at = 0;
             for (i, (_, to)) in pieces.iter_mut().enumerate() {
                 gpu.wait_for(&ring.events[i])?;
                 // SAFETY: the copy to this place is done, and nothing else writes there.
-                let staged = unsafe { slice::from_raw_parts(place(i), to.len()) };
+                let staged = unsafe { slice::from_raw_parts(start.add(at), to.len()) };
+                at += to.len().next_multiple_of(64);
                 feeder.fill(to, &[staged]);
             }
+            // Everything before has been waited for.
+            ring.at = 0;
         }
         Ok(())
     }

@@ -8,13 +8,23 @@ use crate::{
     plan::{Buffer, Encoding, plan},
     tensor_split::{Cut, TensorSplit},
 };
-use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Instant};
+use std::{
+    panic::resume_unwind,
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks, sparse};
 use tegula_kernels::{
     Amx, Compute, PoolConfig, Tier, Weights,
     device::{self, Device, RawMatrix},
     weights::WeightsError,
 };
+
+/// How long idle threads spin where the CPU and devices take turns: longer than most devices work on
+/// their part of a token.
+const HYBRID_SPIN: Duration = Duration::from_millis(3);
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -178,10 +188,16 @@ impl Model {
         let mut flags = options.plan_flags();
         flags.offload.check()?;
         let mut placed = plan(&config, &gguf, &flags);
-        let pool = PoolConfig {
+        let mut pool = PoolConfig {
             distribute: options.distribute,
             ..PoolConfig::new(options.threads)
         };
+        let offload = &placed.offload;
+        if !offload.is_cpu_only() && offload.only_device().is_none() {
+            // Devices take longer for their layers of a token than threads spin otherwise, and
+            // waking all of them takes a part of what the CPU's layers take.
+            pool.spin = HYBRID_SPIN;
+        }
         let compute = match options.amx {
             None => Compute::new(flags.tier, pool),
             Some(amx) => Compute::with_amx(flags.tier, amx, pool),

@@ -513,7 +513,8 @@ fn activations(c: &ModelConfig, ubatch: usize) -> u64 {
         false => 0,
     };
     let top = 4 * device::MOST_LARGEST * (3 * TOP_ROWS.min(ubatch) + 1);
-    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch) + top + decoded) as u64)
+    let norm = 4 * c.embd;
+    ((per_token * ubatch + 4 * c.vocab * LOGIT_ROWS.min(ubatch) + top + norm + decoded) as u64)
         + 64 * device::ALIGN
 }
 

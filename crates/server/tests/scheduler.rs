@@ -464,6 +464,38 @@ fn a_device_that_is_lost_fails_tasks_and_hangs_nobody() {
     assert!(run().is_ok());
 }
 
+#[test]
+fn a_device_sends_only_the_logits_that_all_who_choose_together_need() {
+    let sim = Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::detect_max()));
+    let (there, here) = (model_on(&sim), model());
+    let run = |model: &Arc<tegula_engine::Model>, more: &Value| -> Vec<String> {
+        let service = service(model, CONTEXT, None);
+        let scheduler = scheduler(model, 2, 10, CONTEXT);
+        let bodies = [
+            json!({"prompt": "An iterator adaptor that", "max_tokens": 30, "seed": 5}),
+            json!({
+                "prompt": "The vector grows as", "max_tokens": 30, "seed": 6, "top_k": 9,
+                "frequency_penalty": 0.8, "logit_bias": {"40": 3.5, "41": -100},
+            }),
+        ];
+        let answers = bodies.map(|mut body| {
+            let more = more.as_object().unwrap().clone();
+            body.as_object_mut().unwrap().extend(more);
+            submit(&service, &scheduler, completion(&service, &body)).unwrap()
+        });
+        let bodies = answers.map(|answer| collect(answer).unwrap());
+        bodies.iter().map(|body| text(&body.1).to_owned()).collect()
+    };
+    let vocab = there.config().vocab;
+    for (more, some) in [(json!({}), true), (json!({"logprobs": 2}), false)] {
+        let before = sim.copies().read;
+        let texts = run(&there, &more);
+        let read = (sim.copies().read - before) as usize;
+        assert_eq!(texts, run(&here, &more));
+        assert_eq!(read < 30 * 4 * vocab, some, "{read} bytes");
+    }
+}
+
 /// Submits prompts of these lengths that have nothing in common as one request, and returns
 /// whose events came, in order, each task answering with so many tokens of one letter.
 fn order(

@@ -197,15 +197,6 @@ impl Step<'_> {
         }
     }
 
-    /// `x += delta (+ bias)`, where `delta = out · attention` was made elsewhere.
-    pub fn add_attention_delta(&mut self, layer: &HostAttention) {
-        let b = &mut *self.buffers;
-        if let Some(bias) = &layer.out_bias {
-            self.compute.add_bias(&mut b.delta, bias);
-        }
-        self.compute.add_assign(&mut b.x, &b.delta);
-    }
-
     /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see
     /// [`Step::add_experts`].
     pub fn norm_ffn(&mut self, layer: &HostFfn) -> Option<Routing> {

@@ -169,14 +169,14 @@ impl<'a> Graph<'a> {
             ..
         } = self.layer(layer);
         self.run(|g| match attention {
-            Placed::Host(a) => {
-                g.move_to(At::Host)?;
-                match g.streams(&streamed.attention) {
-                    Some((d, (qkv, _))) => return g.stream_qkv(d, a, qkv),
-                    None => g.step.norm_qkv(a),
+            Placed::Host(a) => match g.streams(&streamed.attention) {
+                Some((d, (qkv, _))) => g.stream_qkv(d, a, qkv),
+                None => {
+                    g.move_to(At::Host)?;
+                    g.step.norm_qkv(a);
+                    Ok(())
                 }
-                Ok(())
-            }
+            },
             Placed::Device(d, a) => {
                 g.move_to(At::Device(*d))?;
                 g.norm_qkv_on(*d, a)
@@ -249,6 +249,10 @@ impl<'a> Graph<'a> {
         self.run(|g| {
             let devices = match attention {
                 Placed::Host(_) => {
+                    let keeps = g.step.outputs.len() != g.step.m;
+                    if keeps && layer + 1 == g.step.config.layers {
+                        g.move_to(At::Host)?;
+                    }
                     g.step.last_layer_keeps_outputs(layer);
                     return Ok(());
                 }
@@ -281,13 +285,14 @@ impl<'a> Graph<'a> {
         } = self.layer(layer);
         let m = self.step.m;
         self.run(|g| match attention {
-            Placed::Host(a) => {
-                match g.streams(&streamed.attention) {
-                    Some((d, (_, out))) => return g.stream_attention_output(d, a, out),
-                    None => g.step.add_attention_output(a),
+            Placed::Host(a) => match g.streams(&streamed.attention) {
+                Some((d, (_, out))) => g.stream_attention_output(d, a, out),
+                None => {
+                    g.move_to(At::Host)?;
+                    g.step.add_attention_output(a);
+                    Ok(())
                 }
-                Ok(())
-            }
+            },
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
             Placed::Device(d, a) => g.lanes[*d].add_attention_output(a, m),
             Placed::Split(parts) => {
@@ -310,11 +315,11 @@ impl<'a> Graph<'a> {
         let m = self.step.m;
         self.run(|g| match ffn {
             Placed::Host(f) => {
-                g.move_to(At::Host)?;
                 if let (FfnKind::Dense(_), Some((d, network))) = (&f.kind, g.streams(&streamed.ffn))
                 {
                     return g.stream_ffn(d, f, network);
                 }
+                g.move_to(At::Host)?;
                 g.routing = g.step.norm_ffn(f);
                 Ok(())
             }
@@ -372,12 +377,13 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Norm and the three projections, which are multiplied on device `d`.
+    /// Norm and the three projections on device `d`, where x goes and stays: between layers that
+    /// stream it need not cross the link.
     fn stream_qkv(&mut self, d: usize, a: &HostAttention, qkv: &[RawMatrix; 3]) -> Result<()> {
-        self.step.norm(&a.norm);
+        self.move_to(At::Device(d))?;
         let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
         let feeder = &mut OnPool(self.step.compute);
-        lane.write_input(&b.input, feeder)?;
+        lane.norm_by(&a.norm, m)?;
         lane.stream_qkv(qkv, m, feeder)?;
         lane.read_qkv(m, [&mut b.q, &mut b.k, &mut b.v], feeder)?;
         self.step.add_biases(a);
@@ -390,26 +396,27 @@ impl<'a> Graph<'a> {
         a: &HostAttention,
         out: &RawMatrix,
     ) -> Result<()> {
+        self.move_to(At::Device(d))?;
         let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
         let feeder = &mut OnPool(self.step.compute);
         lane.write_attention(&b.attention, feeder)?;
-        lane.stream_attention_output(out, m, feeder)?;
-        lane.read_delta(m, &mut b.delta, feeder)?;
-        self.step.add_attention_delta(a);
+        let apart = a.out_bias.is_some();
+        lane.stream_attention_output(out, m, apart, feeder)?;
+        if let Some(bias) = &a.out_bias {
+            lane.read_delta(m, &mut b.delta, feeder)?;
+            self.step.compute.add_bias(&mut b.delta, bias);
+            lane.add_delta(&b.delta, feeder)?;
+        }
         Ok(())
     }
 
-    /// Norm and a dense network, which is multiplied on device `d`.
+    /// Norm and a dense network on device `d`, where x goes and stays.
     fn stream_ffn(&mut self, d: usize, f: &HostFfn, network: &Network<RawMatrix>) -> Result<()> {
-        self.step.norm(&f.norm);
-        let (lane, m, b) = (&mut self.lanes[d], self.step.m, &mut *self.step.buffers);
-        let feeder = &mut OnPool(self.step.compute);
-        lane.write_input(&b.input, feeder)?;
-        lane.stream_network(network, None, feeder)?;
-        lane.streamed_ffn(m)?;
-        lane.read_delta(m, &mut b.delta, feeder)?;
-        self.step.compute.add_assign(&mut b.x, &b.delta);
-        Ok(())
+        self.move_to(At::Device(d))?;
+        let (lane, m) = (&mut self.lanes[d], self.step.m);
+        lane.norm_by(&f.norm, m)?;
+        lane.stream_network(network, None, &mut OnPool(self.step.compute))?;
+        lane.streamed_ffn(m)
     }
 
     /// Experts of the CPU on device `d`, which has their input: those that tokens use are

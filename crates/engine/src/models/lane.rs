@@ -48,6 +48,8 @@ pub(crate) struct Lane {
     best: Option<Buffer>,
     /// Likewise.
     top: Option<LaneTop>,
+    /// `[embd]`: a norm's weights of a layer on the CPU.
+    norm: Buffer,
     /// For matrices that stay on the CPU, if any are multiplied here.
     slots: Option<Network<Matrix>>,
     /// Row numbers.
@@ -142,6 +144,7 @@ impl Lane {
                 }),
                 false => None,
             },
+            norm: floats(c.embd)?,
             slots: match slots {
                 Some([gate, up, down]) => Some(Network {
                     gate: device.slot(gate as usize)?,
@@ -268,6 +271,16 @@ impl Lane {
         let c = &self.config;
         let (x, out) = (&self.x, &self.input);
         Ok(self.device.rms_norm(x, w, c.rms_eps, m, c.embd, out)?)
+    }
+
+    /// The same by weights that come from here.
+    pub fn norm_by(&self, w: &[f32], m: usize) -> Result<()> {
+        {
+            let _span = self.profile.span(Op::Upload);
+            self.device.write_all(&[(&self.norm, cast_slice(w))])?;
+        }
+        let _span = self.issuing();
+        self.norm(&self.norm, m)
     }
 
     pub fn norm_qkv(&self, a: &DeviceAttention, m: usize) -> Result<()> {
@@ -557,11 +570,13 @@ impl Lane {
         Ok(())
     }
 
-    /// `delta = out · attention` with a matrix that is brought here.
+    /// `x += out · attention` or, apart, `delta = out · attention`, with a matrix that is brought
+    /// here.
     pub fn stream_attention_output(
         &mut self,
         out: &RawMatrix,
         m: usize,
+        apart: bool,
         feeder: &mut dyn Feeder,
     ) -> Result<()> {
         let device = Arc::clone(&self.device);
@@ -573,9 +588,9 @@ impl Lane {
         let _span = self.profile.span(Op::Issue);
         let product = Product {
             w: slot,
-            out: &self.delta,
+            out: if apart { &self.delta } else { &self.x },
             bias: None,
-            add: false,
+            add: !apart,
         };
         Ok(device.matmul(&[product], &self.attention, m)?)
     }
@@ -597,15 +612,14 @@ impl Lane {
         Ok(device.stream(&network.down, chosen, feeder, down)?)
     }
 
-    /// `delta = network(input)`, of the dense network that was brought here.
+    /// `x += network(input)`, of the dense network that was brought here.
     pub fn streamed_ffn(&self, m: usize) -> Result<()> {
         let _span = self.issuing();
         let Some(slots) = &self.slots else {
             unreachable!("the plan streams nothing to this device");
         };
-        self.device.zero(&self.delta)?;
         let network = on_device(slots);
-        Ok(self.device.ffn(&network, &self.input, m, &self.delta)?)
+        Ok(self.device.ffn(&network, &self.input, m, &self.x)?)
     }
 
     /// Experts that were brought here, as routed here: added to x or, apart, to `delta`.

@@ -910,4 +910,23 @@ fn dense_models_and_other_caches() {
         assert!(run(streaming) == want);
         assert!(sims[0].copies().streams > 0);
     }
+    // Between layers that stream, x stays on the device: what is seen here is what attends here.
+    let sims = sims(1, GIB);
+    let streaming = with(&sims, |f| {
+        f.layers = GpuLayers::Count(1);
+        f.op_offload_min_batch = Some(6);
+    });
+    let mut context = context(&load(streaming)).unwrap();
+    let model = Arc::clone(context.model());
+    let c = model.config();
+    let before = sims[0].copies();
+    let ids: Vec<u32> = (1..=32).collect();
+    context.decode(&Batch::all_logits(0, &ids)).unwrap();
+    let after = sims[0].copies();
+    let (x, q) = (32 * c.embd, 32 * c.heads * c.head_dim);
+    let kv = 32 * c.kv_heads * c.head_dim;
+    let up = 4 * (x + c.layers * (q + 2 * c.embd)) as u64;
+    assert_eq!(after.written - before.written, up);
+    let down = 4 * (c.layers * (q + 2 * kv) + 32 * (c.vocab + c.embd)) as u64;
+    assert_eq!(after.read - before.read, down);
 }

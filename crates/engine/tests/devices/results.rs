@@ -188,3 +188,135 @@ fn a_seed_is_the_same_text_wherever_logits_are_chosen_from() {
         assert_eq!(read < all / 2, samples_some, "{read} bytes");
     }
 }
+
+#[test]
+fn the_first_override_that_matches_counts_before_all_else() {
+    let options = with(&sims(2, GIB), |f| {
+        f.layers = GpuLayers::Count(99);
+        f.cpu_moe = 2;
+        let ot = |text: &str| f.parse_override(text).unwrap();
+        f.overrides = vec![
+            ot(r"blk\.0\.ffn_up_exps=SIM1"),
+            ot(r"blk\.[01]\.ffn_.*_exps=SIM0"),
+            ot("exps=CPU"),
+            ot(r"blk\.3\.ffn_gate_exps=SIM1"),
+        ];
+    });
+    let gguf = options.open().unwrap();
+    let config = tegula_engine::ModelConfig::from_gguf(&gguf).unwrap();
+    let plan = tegula_engine::plan(&config, &gguf, &options.plan_flags());
+    let at = |tensor: &str| plan.get(tensor).unwrap().device;
+    // A unit goes as a whole where the first rule sends one of its tensors.
+    for part in ["gate", "up", "down"] {
+        let of = |layer: usize| at(&format!("blk.{layer}.ffn_{part}_exps.weight"));
+        assert_eq!((of(0), of(1)), (At::Gpu(1), At::Gpu(0)));
+        assert_eq!((of(2), of(3)), (At::Cpu, At::Cpu));
+    }
+    assert_ne!(at("blk.3.attn_q.weight"), At::Cpu);
+}
+
+/// Tokens one by one, several sequences in turn, with and without results: what was recorded of
+/// one shape must not serve another.
+#[test]
+fn replayed_layers_give_the_logits_of_the_cpu() {
+    let steps = |context: &mut Context| -> Vec<f32> {
+        let mut all = Vec::new();
+        let mut run = |context: &mut Context, tokens: &[(u32, usize, bool)]| {
+            let token = |&(id, sequence, logits): &(u32, usize, bool)| BatchToken {
+                id,
+                sequence,
+                logits,
+            };
+            let tokens = tokens.iter().map(token).collect();
+            let out = context.decode(&Batch { tokens }).unwrap();
+            (0..out.len()).for_each(|i| all.extend_from_slice(out.logits(i)));
+            (0..out.len()).for_each(|i| all.extend_from_slice(out.hidden(i)));
+        };
+        for i in 0..9 {
+            run(context, &[(i + 1, 0, true)]);
+            run(context, &[(i + 50, 1, i % 3 > 0)]);
+            run(context, &[(i + 90, 0, false), (i + 7, 1, true)]);
+            run(
+                context,
+                &[(i + 30, 0, true), (i + 31, 0, true), (i + 32, 1, true)],
+            );
+            if i % 4 == 3 {
+                context.truncate(0, 5).unwrap();
+            }
+        }
+        all
+    };
+    let want = steps(&mut context(&options()).unwrap());
+    let ot = |f: &OffloadFlags, text: &str| f.parse_override(text).unwrap();
+    type Set<'a> = Box<dyn Fn(&mut OffloadFlags) + 'a>;
+    let cases: Vec<(&str, usize, bool, Set<'_>)> = vec![
+        ("all", 1, true, Box::new(|_| {})),
+        (
+            "the last layers",
+            1,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(4)),
+        ),
+        (
+            "the first layers",
+            1,
+            true,
+            Box::new(move |f| {
+                f.layers = GpuLayers::Count(99);
+                f.overrides = vec![ot(f, r"blk\.[345]\.=CPU"), ot(f, "^output=CPU")];
+            }),
+        ),
+        (
+            "all layers, not the output",
+            1,
+            true,
+            Box::new(move |f| f.overrides = vec![ot(f, "^output=CPU")]),
+        ),
+        (
+            "experts on the CPU",
+            1,
+            true,
+            Box::new(|f| f.cpu_moe = usize::MAX),
+        ),
+        (
+            "some experts on the CPU",
+            1,
+            true,
+            Box::new(|f| f.cpu_moe = 3),
+        ),
+        (
+            "two",
+            2,
+            true,
+            Box::new(|f| f.layers = GpuLayers::Count(99)),
+        ),
+        (
+            "experts on the other",
+            2,
+            true,
+            Box::new(move |f| {
+                f.split = Split::None;
+                f.layers = GpuLayers::Count(99);
+                f.overrides = vec![ot(f, "exps=SIM1")];
+            }),
+        ),
+        (
+            "the cache on the CPU",
+            1,
+            false,
+            Box::new(|f| f.kv_on_cpu = true),
+        ),
+    ];
+    for (name, n, replays, set) in cases {
+        let sims = sims(n, GIB);
+        let mut context = context(&with(&sims, set)).unwrap();
+        same(name, &steps(&mut context), &want);
+        let replayed: usize = sims.iter().map(|d| d.replays()).sum();
+        assert_eq!(replayed > 9, replays, "{name}: {replayed}");
+        // Again, where all has been recorded.
+        context.truncate(0, 0).unwrap();
+        context.truncate(1, 0).unwrap();
+        same(name, &steps(&mut context), &want);
+        assert!(context.model().device_notes().is_empty(), "{name}");
+    }
+}

@@ -36,7 +36,7 @@ use std::{
 use prompts::{Parts, Prompt};
 use queue::{Queue, Waiting};
 use slot::{Active, End, Slot};
-use tegula_engine::{Batch, BatchToken, Context, ContextOptions, Outputs};
+use tegula_engine::{Batch, BatchToken, Context, ContextOptions, Outputs, Top};
 use tegula_gguf::Tokenizer;
 use tegula_kernels::kv::KV_PAGE;
 
@@ -481,10 +481,32 @@ impl Worker {
                 rows.push(sequence);
             }
         }
-        let Some(outputs) = self.decode(&batch, parts, Context::decode) else {
+        let top = self.needs(&rows);
+        let run = |context: &mut Context, batch: &Batch| match &top {
+            Some(top) => context.decode_top(batch, top),
+            None => context.decode(batch),
+        };
+        let Some(outputs) = self.decode(&batch, parts, run) else {
             return;
         };
         self.choose(&rows, &outputs);
+    }
+
+    /// The logits with which all of these slots can choose, where that is not all of them.
+    fn needs(&self, rows: &[usize]) -> Option<Top> {
+        let mut all = Top::default();
+        for &i in rows {
+            let slot = self.slots[i].as_ref()?;
+            let Active::Generate(generation) = &slot.active else {
+                return None;
+            };
+            let Top { k, ids } = generation.needs()?;
+            all.k = all.k.max(k);
+            all.ids.extend(ids);
+        }
+        all.ids.sort_unstable();
+        all.ids.dedup();
+        Some(all)
     }
 
     /// Runs a batch and counts it. On an error, which no task is to blame for, all that are
@@ -493,7 +515,7 @@ impl Worker {
         &mut self,
         batch: &Batch,
         parts: &[(usize, usize)],
-        run: fn(&mut Context, &Batch) -> tegula_engine::Result<Outputs>,
+        run: impl FnOnce(&mut Context, &Batch) -> tegula_engine::Result<Outputs>,
     ) -> Option<Outputs> {
         if batch.tokens.is_empty() {
             return None;
@@ -586,7 +608,7 @@ impl Worker {
         pool.run(jobs.len(), &|k| {
             let mut job = lock(&jobs[k]);
             let (i, row, generation, choice) = &mut *job;
-            *choice = Some(generation.choose(outputs.logits(*row), rooms[*i]));
+            *choice = Some(generation.choose(outputs, *row, rooms[*i]));
         });
         let choices: Vec<_> = jobs
             .into_iter()

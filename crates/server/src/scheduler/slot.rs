@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tegula_engine::{ConstraintError, Sampler, TextStream};
+use tegula_engine::{ConstraintError, Outputs, Sampler, TextStream, Top};
 use tegula_gguf::{Tokenizer, tokenizer::Decoder};
 
 use super::{
@@ -235,20 +235,39 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// Chooses the next token. `room` is how many the sequence can still take.
-    pub fn choose(&mut self, logits: &[f32], room: usize) -> Result<Choice, ConstraintError> {
+    /// The logits with which it can choose; `None` where that takes all.
+    pub fn needs(&self) -> Option<Top> {
+        let all = self.options.constraint.is_some() || self.options.logprobs.is_some();
+        if all { None } else { self.sampler.needs() }
+    }
+
+    /// Chooses the next token by a row of logits. `room` is how many the sequence can still take.
+    pub fn choose(
+        &mut self,
+        outputs: &Outputs,
+        row: usize,
+        room: usize,
+    ) -> Result<Choice, ConstraintError> {
         let limit = self.options.limit.map(|limit| limit - self.generated);
         let left = limit.map_or(room + 1, |limit| limit.min(room + 1));
         let allowed = match &mut self.options.constraint {
             Some(constraint) => Some(constraint.allowed_with(left, self.generated)?),
             None => None,
         };
-        let id = self.sampler.sample_allowed(logits, allowed.as_ref());
+        let id = match outputs.top(row) {
+            // Of all that choose together what any of them needs: more than it needs itself.
+            Some(top) => self.sampler.sample_among(top),
+            None => {
+                let logits = outputs.logits(row);
+                self.sampler.sample_allowed(logits, allowed.as_ref())
+            }
+        };
         self.sampler.accept(id);
         if let Some(constraint) = &mut self.options.constraint {
             constraint.accept(id)?;
         }
-        let logprob = self.options.logprobs.map(|n| logprobs(logits, id, n));
+        let logprob = self.options.logprobs;
+        let logprob = logprob.map(|n| logprobs(outputs.logits(row), id, n));
         Ok(Choice { id, logprob })
     }
 }

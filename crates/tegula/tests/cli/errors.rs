@@ -4,6 +4,7 @@ use crate::{fails, json, path, small_model, tegula, tegula_with_input, text};
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 use tegula_gguf::{Gguf, writer::GgufWriter};
 
@@ -189,6 +190,49 @@ fn what_the_machine_lacks() {
     assert!(memory.contains("smaller -c"), "{memory}");
     let unknown = fails(2, &["run", "-p", "x", "--isa", "sse9"]);
     assert!(unknown.contains("scalar, avx2, avx512"), "{unknown}");
+}
+
+#[test]
+fn gpus_that_are_not_there() {
+    // As on a machine without any, whatever this one has.
+    let without = |args: &[&str], split: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_tegula"))
+            .args(args)
+            .env("CUDA_VISIBLE_DEVICES", "")
+            .env("TEGULA_CUDA_SPLIT", split)
+            .output()
+            .unwrap();
+        let said = text(&output.stderr).to_owned();
+        assert!(
+            output.stdout.is_empty() && !said.contains("panicked"),
+            "{said}"
+        );
+        (output.status.code(), said)
+    };
+    for (code, wrong, what) in [
+        (4, &["-ngl", "1"][..], "there is none"),
+        (4, &["-ngl", "all"], "there is none"),
+        (4, &["-dev", "CUDA7"], "-dev CUDA7: there is no GPU"),
+        (2, &["-ot", "exps=CUDA7"], "no device `CUDA7`"),
+        (2, &["-ot", "exps"], "expected REGEX=DEVICE"),
+        (2, &["-ot", "(=CPU"], "-ot (=CPU"),
+        (2, &["-ts", "1,2"], "-ts has 2 shares for 0 devices"),
+        (2, &["-mg", "3"], "-mg 3"),
+    ] {
+        let args = [&["run", "-p", "x", "-n", "1"], wrong].concat();
+        let (ended, said) = without(&args, "1");
+        assert!(
+            ended == Some(code) && said.contains(what),
+            "{wrong:?}: {ended:?} {said}"
+        );
+    }
+    for split in ["0", "17", "two"] {
+        let (ended, said) = without(&["run", "-p", "x", "-n", "1"], split);
+        assert!(
+            ended == Some(2) && said.contains("from 1 to 16"),
+            "{split}: {said}"
+        );
+    }
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //! executes operations with the CPU's kernels, so that placement, splits, copies and
 //! out-of-memory run in ordinary tests.
 
+mod recordings;
+
 use super::{
     ALIGN, Budget, Buffer, Device, DeviceError, DeviceInfo, DeviceRouting, Ended, HeadOptions,
     Heads, Matrix, Memory, Network, Places, Product, RawMatrix, Recording, Result, largest,
@@ -16,6 +18,7 @@ use crate::{
         moe::{MoeScratch, RouteOptions, Routing},
     },
 };
+use recordings::{Open, Operation};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -51,11 +54,14 @@ struct Heap {
     copies: Copies,
     /// Operations until one fails.
     fuse: Option<usize>,
-    /// Recordings fail; after the first nothing is recorded.
+    /// Recordings fail.
     recordings_fail: bool,
     seen: HashSet<Vec<u64>>,
-    /// What memory held when the open recording began.
-    before: Option<HashMap<u64, Vec<u8>>>,
+    /// Nothing is recorded any more.
+    eager: bool,
+    open: Option<Open>,
+    recordings: HashMap<Vec<u64>, Vec<Operation>>,
+    replays: usize,
     notes: Vec<String>,
 }
 
@@ -123,6 +129,11 @@ impl SimDevice {
         self.shared.heap().copies
     }
 
+    /// Recordings that were replayed so far.
+    pub fn replays(&self) -> usize {
+        self.shared.heap().replays
+    }
+
     /// Bytes in use.
     pub fn used(&self) -> u64 {
         self.shared.budget.used()
@@ -162,6 +173,7 @@ impl SimDevice {
     }
 
     fn copy_out(&self, src: &Buffer, at: usize, dst: &mut [u8]) -> Result<()> {
+        self.not_recorded();
         self.step("copying from it")?;
         dst.copy_from_slice(&self.bytes(src)[at..at + dst.len()]);
         let copies = &mut self.shared.heap().copies;
@@ -266,12 +278,14 @@ impl Device for SimDevice {
     }
 
     fn zero(&self, dst: &Buffer) -> Result<()> {
+        self.record_on([dst], |d, [dst]| d.zero(dst));
         self.step("clearing")?;
         self.put_bytes(dst, 0, &vec![0; dst.bytes()]);
         Ok(())
     }
 
     fn write(&self, dst: &Buffer, at: usize, src: &[u8]) -> Result<()> {
+        self.not_recorded();
         self.step("copying to it")?;
         self.put_bytes(dst, at, src);
         let copies = &mut self.shared.heap().copies;
@@ -293,10 +307,12 @@ impl Device for SimDevice {
 
     fn sync(&self) -> Result<()> {
         self.shared.heap().copies.waits += 1;
+        self.not_recorded();
         self.step("waiting")
     }
 
     fn load(&self, matrix: &RawMatrix) -> Result<Matrix> {
+        self.not_recorded();
         self.step("loading weights")?;
         let RawMatrix {
             ty, n, k, experts, ..
@@ -324,6 +340,7 @@ impl Device for SimDevice {
         feeder: &mut dyn stream::Feeder,
         slot: &mut Matrix,
     ) -> Result<()> {
+        self.not_recorded();
         self.step("streaming weights")?;
         let RawMatrix { ty, n, k, .. } = *from;
         let experts = chosen.map_or(from.experts, <[u32]>::len);
@@ -357,6 +374,9 @@ impl Device for SimDevice {
         k: usize,
         out: &Buffer,
     ) -> Result<()> {
+        self.record_on([x, w, out], move |d, [x, w, out]| {
+            d.rms_norm(x, w, eps, m, k, out)
+        });
         self.step("rms_norm")?;
         let (x, w) = (self.floats(x, m * k), self.floats(w, k));
         let mut y = vec![0.0; m * k];
@@ -366,6 +386,7 @@ impl Device for SimDevice {
     }
 
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()> {
+        self.record_products(products, x, m);
         self.step("matmul")?;
         for p in products {
             let mut y = self.rows(&self.weights(p.w), &self.floats(x, m * p.w.k), m);
@@ -383,6 +404,7 @@ impl Device for SimDevice {
     }
 
     fn heads(&self, both: [Heads<'_>; 2], o: &HeadOptions, places: &Places) -> Result<()> {
+        self.record_heads(&both, o, places);
         self.step("heads")?;
         let len = places.m * places.pairs;
         let (cos, sin) = (self.floats(&places.cos, len), self.floats(&places.sin, len));
@@ -407,6 +429,12 @@ impl Device for SimDevice {
         k: &Buffer,
         v: &Buffer,
     ) -> Result<()> {
+        self.record_placed(
+            [cache, k, v],
+            shape,
+            places,
+            |d, [cache, k, v], shape, at| d.kv_store(cache, shape, at, k, v),
+        );
         self.step("kv_store")?;
         let (mut kv, tables, tokens) = self.cache(cache, shape, places);
         let len = places.m * shape.heads * shape.dim;
@@ -418,6 +446,8 @@ impl Device for SimDevice {
     }
 
     fn kv_copy(&self, cache: &Buffer, shape: &KvShape, from: u32, to: u32) -> Result<()> {
+        let of = *shape;
+        self.record_on([cache], move |d, [cache]| d.kv_copy(cache, &of, from, to));
         self.step("kv_copy")?;
         let page = shape.layer_page_bytes();
         let bytes = self.bytes(cache);
@@ -435,6 +465,12 @@ impl Device for SimDevice {
         heads: usize,
         out: &Buffer,
     ) -> Result<()> {
+        self.record_placed(
+            [cache, q, out],
+            shape,
+            places,
+            move |d, [cache, q, out], s, at| d.attention(cache, s, at, q, heads, out),
+        );
         self.step("attention")?;
         let (kv, tables, tokens) = self.cache(cache, shape, places);
         let q = self.floats(q, places.m * heads * shape.dim);
@@ -448,6 +484,7 @@ impl Device for SimDevice {
     }
 
     fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
+        self.record_network(network, input, None, m, x);
         self.step("ffn")?;
         let _hidden = self.alloc(4 * m * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
@@ -470,6 +507,7 @@ impl Device for SimDevice {
         options: &RouteOptions,
         routing: &DeviceRouting,
     ) -> Result<()> {
+        self.record_route(logits, m, experts, options, routing);
         self.step("route")?;
         let logits = self.floats(logits, m * experts);
         let chosen = self.compute.route(&logits, experts, options);
@@ -487,6 +525,7 @@ impl Device for SimDevice {
         m: usize,
         x: &Buffer,
     ) -> Result<()> {
+        self.record_network(network, input, Some(routing), m, x);
         self.step("experts")?;
         let _hidden = self.alloc(4 * m * routing.used * network.gate.n)?;
         let [gate, up, down] = [network.gate, network.up, network.down].map(|w| self.weights(w));
@@ -505,6 +544,7 @@ impl Device for SimDevice {
     }
 
     fn add(&self, dst: &Buffer, x: &Buffer, len: usize) -> Result<()> {
+        self.record_on([dst, x], move |d, [dst, x]| d.add(dst, x, len));
         self.step("add")?;
         let mut sum = self.floats(dst, len);
         self.compute.add_assign(&mut sum, &self.floats(x, len));
@@ -520,6 +560,9 @@ impl Device for SimDevice {
         k: usize,
         out: &Buffer,
     ) -> Result<()> {
+        self.record_on([x, rows, out], move |d, [x, rows, out]| {
+            d.gather(x, rows, count, k, out)
+        });
         self.step("gather")?;
         let rows = self.words(rows, count);
         let x = self.floats(x, x.bytes() / 4);
@@ -530,6 +573,7 @@ impl Device for SimDevice {
     }
 
     fn argmax(&self, x: &Buffer, m: usize, n: usize, out: &Buffer) -> Result<()> {
+        self.record_on([x, out], move |d, [x, out]| d.argmax(x, m, n, out));
         self.step("argmax")?;
         let x = self.floats(x, m * n);
         let best = x.chunks(n).flat_map(|row| largest(row).to_le_bytes());
@@ -546,6 +590,9 @@ impl Device for SimDevice {
         ids: &Buffer,
         values: &Buffer,
     ) -> Result<()> {
+        self.record_on([x, ids, values], move |d, [x, ids, values]| {
+            d.top_k(x, m, n, k, ids, values)
+        });
         self.step("top_k")?;
         let x = self.floats(x, m * n);
         let best: Vec<(u32, f32)> = x.chunks(n).flat_map(|row| largest_of(row, k)).collect();
@@ -564,6 +611,9 @@ impl Device for SimDevice {
         count: usize,
         out: &Buffer,
     ) -> Result<()> {
+        self.record_on([x, ids, out], move |d, [x, ids, out]| {
+            d.pick(x, m, n, ids, count, out)
+        });
         self.step("pick")?;
         let (x, ids) = (self.floats(x, m * n), self.words(ids, count));
         let row = |row: &[f32]| ids.iter().map(|&i| row[i as usize]).collect::<Vec<_>>();
@@ -573,25 +623,47 @@ impl Device for SimDevice {
 
     fn begin(&self, key: &[u64]) -> Result<Recording> {
         let mut heap = self.shared.heap();
-        if !heap.seen.insert(key.to_vec()) && heap.recordings_fail {
-            heap.before = Some(heap.blocks.clone());
+        heap.open = None;
+        if let Some(operations) = heap.recordings.get(key).cloned() {
+            heap.replays += 1;
+            drop(heap);
+            operations.iter().try_for_each(|again| again(self))?;
+            return Ok(Recording::Replayed);
+        }
+        if !heap.seen.insert(key.to_vec()) && !heap.eager {
+            heap.open = Some(Open {
+                key: key.to_vec(),
+                operations: Vec::new(),
+                before: heap.blocks.clone(),
+                broken: heap.recordings_fail,
+            });
         }
         Ok(Recording::Issue)
     }
 
     fn end(&self) -> Result<Ended> {
         let mut heap = self.shared.heap();
-        let Some(before) = heap.before.take() else {
+        let Some(open) = heap.open.take() else {
             return Ok(Ended::Done);
         };
-        heap.blocks = before;
-        heap.recordings_fail = false;
+        if !open.broken {
+            heap.recordings.insert(open.key, open.operations);
+            return Ok(Ended::Done);
+        }
+        heap.blocks = open.before;
+        heap.eager = true;
         let note = format!(
             "{}: recordings fail; operations are issued one by one",
             self.shared.name
         );
         heap.notes.push(note);
         Ok(Ended::Again)
+    }
+
+    fn forget(&self) {
+        let mut heap = self.shared.heap();
+        heap.recordings.clear();
+        heap.seen.clear();
     }
 
     fn notes(&self) -> Vec<String> {
