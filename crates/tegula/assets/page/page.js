@@ -170,8 +170,14 @@ function logSize() {
   return `${$("log").clientWidth} ${$("log").clientHeight}`;
 }
 
+function follow(on) {
+  following = on;
+  // The browser keeps in place what is read in the middle; at the end it would work against us.
+  $("log").style.overflowAnchor = on ? "none" : "auto";
+}
+
 function scroll(always = false) {
-  following ||= always;
+  follow(following || always);
   if (following) $("log").scrollTop = $("log").scrollHeight;
 }
 
@@ -441,7 +447,7 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") ru
 $("log").addEventListener("scroll", () => {
   const log = $("log");
   // A window that changes its size moves what is in it: that is not the reader going back.
-  if (logSize() === seen) following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  if (logSize() === seen) follow(log.scrollHeight - log.scrollTop - log.clientHeight < 40);
 });
 new ResizeObserver(() => {
   seen = logSize();
