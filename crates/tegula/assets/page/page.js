@@ -163,11 +163,12 @@ function addMessage(role, content) {
 
 /** Whether the end is to be kept in sight: until the reader goes back. */
 let following = true;
-/** The size of the conversation's window, when the end was last brought into sight. */
-let seen = "";
+/** What the conversation measured, and where it was, when it last moved. */
+let seen = { size: "", top: 0 };
 
-function logSize() {
-  return `${$("log").clientWidth} ${$("log").clientHeight}`;
+function look() {
+  const log = $("log");
+  return { size: `${log.clientWidth} ${log.clientHeight} ${log.scrollHeight}`, top: log.scrollTop };
 }
 
 function follow(on) {
@@ -179,6 +180,7 @@ function follow(on) {
 function scroll(always = false) {
   follow(following || always);
   if (following) $("log").scrollTop = $("log").scrollHeight;
+  seen = look();
 }
 
 function setRunning(controller) {
@@ -446,13 +448,13 @@ $("input").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 $("log").addEventListener("scroll", () => {
   const log = $("log");
-  // A window that changes its size moves what is in it: that is not the reader going back.
-  if (logSize() === seen) follow(log.scrollHeight - log.scrollTop - log.clientHeight < 40);
+  const now = look();
+  // Text that is laid out anew moves by itself: only upwards in the same text is a reader going back.
+  if (log.scrollHeight - log.scrollTop - log.clientHeight < 40) follow(true);
+  else if (now.size === seen.size && now.top < seen.top) follow(false);
+  seen = now;
 });
-new ResizeObserver(() => {
-  seen = logSize();
-  scroll();
-}).observe($("log"));
+new ResizeObserver(() => scroll()).observe($("log"));
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clearChat);
 $("show-chat").addEventListener("click", () => show(false));
