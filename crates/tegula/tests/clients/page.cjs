@@ -168,6 +168,8 @@ const { chromium } = require(path.join(modules, "node_modules", "playwright-core
   await endIsSeen("below the settings");
   await shot("11-narrow-settings");
   await page.click("#show-settings");
+  await frames();
+  await endIsSeen("without the settings");
   await page.fill("#input", "one\ntwo\nthree\nfour");
   await endIsSeen("above a long message");
   await page.fill("#input", "");
