@@ -163,24 +163,16 @@ function addMessage(role, content) {
 
 /** Whether the end is to be kept in sight: until the reader goes back. */
 let following = true;
-/** What the conversation measured, and where it was, when it last moved. */
-let seen = { size: "", top: 0 };
+/** The size of the conversation's window, when the end was last brought into sight. */
+let seen = "";
 
-function look() {
-  const log = $("log");
-  return { size: `${log.clientWidth} ${log.clientHeight} ${log.scrollHeight}`, top: log.scrollTop };
-}
-
-function follow(on) {
-  following = on;
-  // The browser keeps in place what is read in the middle; at the end it would work against us.
-  $("log").style.overflowAnchor = on ? "none" : "auto";
+function logSize() {
+  return `${$("log").clientWidth} ${$("log").clientHeight}`;
 }
 
 function scroll(always = false) {
-  follow(following || always);
+  following ||= always;
   if (following) $("log").scrollTop = $("log").scrollHeight;
-  seen = look();
 }
 
 function setRunning(controller) {
@@ -448,13 +440,13 @@ $("input").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 $("log").addEventListener("scroll", () => {
   const log = $("log");
-  const now = look();
-  // Text that is laid out anew moves by itself: only upwards in the same text is a reader going back.
-  if (log.scrollHeight - log.scrollTop - log.clientHeight < 40) follow(true);
-  else if (now.size === seen.size && now.top < seen.top) follow(false);
-  seen = now;
+  // A window that changes its size moves what is in it: that is not the reader going back.
+  if (logSize() === seen) following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 });
-new ResizeObserver(() => scroll()).observe($("log"));
+new ResizeObserver(() => {
+  seen = logSize();
+  scroll();
+}).observe($("log"));
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clearChat);
 $("show-chat").addEventListener("click", () => show(false));

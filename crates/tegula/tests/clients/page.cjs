@@ -141,17 +141,11 @@ const { chromium } = require(path.join(modules, "node_modules", "playwright-core
   await shot("8-dark-where");
   await page.click("#show-chat");
   await shot("9-dark-chat");
-  // How much of the conversation is below what is seen.
-  const BELOW = "(() => { const log = document.getElementById('log'); return log.scrollHeight - log.scrollTop - log.clientHeight; })()";
-  const endIsSeen = (when) => page.waitForFunction(`${BELOW} < 2`).catch(() => assert.fail(`the end of the conversation is hidden ${when}`));
-  const resize = async (width, height) => {
-    await page.setViewportSize({ width, height });
-    // The window may be told later than we are.
-    await page.waitForFunction((size) => innerWidth === size[0] && innerHeight === size[1], [width, height]);
-  };
-  // Some frames: one that lays out, and those behind what that brings about.
-  const frames = () => page.evaluate(async () => {
-    for (let i = 0; i < 4; i += 1) await new Promise(requestAnimationFrame);
+  const below = () => page.evaluate(async () => {
+    // Two frames: one that lays out, one behind what that brings about.
+    for (let i = 0; i < 2; i += 1) await new Promise(requestAnimationFrame);
+    const log = document.getElementById("log");
+    return log.scrollHeight - log.scrollTop - log.clientHeight;
   });
   const overflow = () => page.evaluate(() => {
     const wide = [...document.querySelectorAll("header *, #chat, #log > *, #form *, #foot *")];
@@ -159,34 +153,30 @@ const { chromium } = require(path.join(modules, "node_modules", "playwright-core
       .map((e) => e.id || e.className).concat(document.documentElement.scrollWidth > innerWidth ? ["all"] : []);
   });
   for (const [width, height] of [[390, 780], [360, 640], [1600, 1000], [700, 500], [360, 500]]) {
-    await resize(width, height);
-    await endIsSeen(`at ${width}x${height}`);
+    await page.setViewportSize({ width, height });
+    assert.ok(await below() < 2, `the end of the conversation is seen at ${width}x${height}`);
     assert.deepEqual(await overflow(), [], `nothing sticks out at ${width}x${height}`);
     await shot(`10-${width}x${height}`);
   }
   await page.click("#show-settings");
-  await endIsSeen("below the settings");
+  assert.ok(await below() < 2, "settings push the conversation up");
   await shot("11-narrow-settings");
   await page.click("#show-settings");
-  await frames();
-  await endIsSeen("without the settings");
   await page.fill("#input", "one\ntwo\nthree\nfour");
-  await endIsSeen("above a long message");
+  assert.ok(await below() < 2, "and so does a long message");
   await page.fill("#input", "");
-  await frames();
-  await endIsSeen("above a short message");
+  await below();
   // Who has gone back is left there.
   await page.evaluate(() => { document.getElementById("log").scrollTop = 0; });
-  await frames();
-  await resize(800, 400);
-  await frames();
-  assert.ok(await page.evaluate(BELOW) > 40, "the reader is not dragged to the end");
-  await resize(1600, 1000);
+  await below();
+  await page.setViewportSize({ width: 800, height: 400 });
+  assert.ok(await below() > 40, "the reader is not dragged to the end");
+  await page.setViewportSize({ width: 1600, height: 1000 });
   await page.emulateMedia({ colorScheme: "light" });
   await page.click("#show-where");
   await page.waitForFunction(() => document.querySelectorAll("#tensors tbody tr").length > 10);
   await shot("12-wide-where");
-  await resize(360, 640);
+  await page.setViewportSize({ width: 360, height: 640 });
   assert.ok(!await page.evaluate(() => document.documentElement.scrollWidth > innerWidth), "tables scroll by themselves");
   await shot("13-narrow-where");
   await page.click("#show-chat");
