@@ -21,7 +21,7 @@ use tegula_lab::{Check, Env, Need, Outcome};
 
 use crate::{
     bench::{self, Name, dense_rows},
-    prune::{PruneOptions, calibrate, leftovers, prune},
+    prune::{Calibration, PruneOptions, calibrate, leftovers, prune},
     quality,
     sparamx::{
         self,
@@ -352,7 +352,12 @@ fn pruner(env: &Env) -> Result<Outcome> {
     let path = embedded(env);
     let source = Gguf::open(&path).map_err(text)?;
     let words = "Iterators are lazy: they do nothing unless consumed. ".repeat(40);
-    let norms = calibrate(load(&path, 1)?, &words, 64, 4, &mut |_, _| {
+    let how = Calibration {
+        window: 64,
+        limit: 4,
+        ..Calibration::default()
+    };
+    let norms = calibrate(load(&path, 1)?, &words, &how, &mut |_, _| {
         ControlFlow::Continue(())
     });
     let norms = norms.map_err(text)?;
