@@ -352,7 +352,7 @@ fn interrupted_measurements_go_on_and_end_the_same() {
         norms: Some(again.unwrap().all()),
         ..options()
     };
-    let source = Gguf::open(&embedded()).unwrap();
+    let source = Gguf::open(embedded()).unwrap();
     let result = prune(&source, &out, &wanda, &mut |_| ControlFlow::Break(()));
     assert!(matches!(result, Err(PruneError::Cancelled)), "{result:?}");
     assert!(kept_norms(&out).is_file());

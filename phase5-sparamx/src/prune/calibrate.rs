@@ -311,7 +311,8 @@ pub fn calibrate(
     let options = ContextOptions {
         context: window,
         batch: pass * window,
-        ubatch: pass * window,
+        // A window that is longer runs in parts.
+        ubatch: (pass * window).min(how.together.max(1)),
         sequences: pass,
         ..ContextOptions::default()
     };
