@@ -21,7 +21,7 @@ use tegula_lab::{Check, Env, Need, Outcome};
 
 use crate::{
     bench::{self, Name, dense_rows},
-    prune::{PruneOptions, calibrate, leftovers, prune},
+    prune::{Calibration, PruneOptions, calibrate, leftovers, prune},
     quality,
     sparamx::{
         self,
@@ -352,7 +352,12 @@ fn pruner(env: &Env) -> Result<Outcome> {
     let path = embedded(env);
     let source = Gguf::open(&path).map_err(text)?;
     let words = "Iterators are lazy: they do nothing unless consumed. ".repeat(40);
-    let norms = calibrate(load(&path, 1)?, &words, 64, 4, &mut |_, _| {
+    let how = Calibration {
+        window: 64,
+        limit: 4,
+        ..Calibration::default()
+    };
+    let norms = calibrate(load(&path, 1)?, &words, &how, &mut |_, _| {
         ControlFlow::Continue(())
     });
     let norms = norms.map_err(text)?;
@@ -522,7 +527,7 @@ fn tiles() -> Result<Outcome> {
 
 fn experts() -> Result<Outcome> {
     let (k, ff, count, used) = (256, 96, 16, 4);
-    let mut compared = 0;
+    let (mut compared, mut jobs) = (0, BTreeMap::new());
     for &ty in GgmlType::SPARSE {
         let one = Compute::new(Tier::detect_max(), PoolConfig::new(1));
         let both = |n: usize, k: usize, seed| -> Result<[Weights; 2]> {
@@ -548,13 +553,19 @@ fn experts() -> Result<Outcome> {
                 let mut out = vec![0.0; m * k];
                 let mut scratch = MoeScratch::default();
                 let (gate, up, down) = (&gate[side], &up[side], &down[side]);
+                let before = c.pool.dispatched().jobs;
                 c.moe_ffn(&x, &routing, gate, up, down, &mut scratch, &mut out);
-                out
+                (out, c.pool.dispatched().jobs - before)
             };
-            let want = run(1, 0);
+            let (want, _) = run(1, 0);
             for threads in [1, 2, 5, 16] {
-                let same = run(threads, 1) == want;
-                holds(same, || {
+                let (got, count) = run(threads, 1);
+                jobs.insert(m, count);
+                let most = if m == 1 { 2 } else { 3 };
+                holds(count <= most, || {
+                    format!("{ty}, {m} tokens: {count} dispatches, {most} are enough")
+                })?;
+                holds(got == want, || {
                     format!("{ty}, {m} tokens, {threads} threads: not as dense")
                 })?;
                 compared += 1;
@@ -565,7 +576,11 @@ fn experts() -> Result<Outcome> {
         ("networks equal bit for bit", compared.to_string()),
         (
             "dispatches per layer",
-            "two: gate and up of all experts, down of all".to_owned(),
+            format!(
+                "{} for one token: gate and up of all experts, down of all; {} for several, with \
+                 tokens to experts",
+                jobs[&1], jobs[&20]
+            ),
         ),
     ]))
 }
@@ -762,4 +777,14 @@ pub(crate) fn greedy(model: &Arc<Model>, count: usize) -> Result<Vec<u32>> {
         ids = vec![best];
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_are_fused() {
+        experts().unwrap();
+    }
 }

@@ -13,7 +13,7 @@ use tegula_lab::{Env, Outcome, Record};
 
 use crate::{
     checks::{Result, Scratch, greedy, holds, load, score, text},
-    prune::{PruneOptions, calibrate, prune},
+    prune::{Calibration, PruneOptions, calibrate, prune},
 };
 
 /// The models, by their files.
@@ -123,7 +123,11 @@ fn go_on() -> ControlFlow<()> {
 fn measure(model: &str, source: &Path, held_out: &str, calibration: &str) -> Result<Vec<Point>> {
     let scratch = Scratch::new("quality")?;
     let threads = default_threads();
-    let norms = calibrate(load(source, threads)?, calibration, 512, 40, &mut |_, _| {
+    let how = Calibration {
+        limit: 40,
+        ..Calibration::default()
+    };
+    let norms = calibrate(load(source, threads)?, calibration, &how, &mut |_, _| {
         go_on()
     });
     let norms = norms.map_err(text)?.all();

@@ -10,7 +10,8 @@ use std::{
 };
 
 use phase5_sparamx::prune::{
-    Norms, PruneError, PruneOptions, Pruned, calibrate, leftovers, prune, read_norms,
+    Calibration, Norms, PruneError, PruneOptions, Pruned, calibrate, kept_norms, leftovers, prune,
+    read_norms,
 };
 use tegula_engine::{Batch, Context, ContextOptions, LoadOptions, Model, Source};
 use tegula_gguf::{
@@ -226,7 +227,12 @@ fn load(path: &Path) -> Arc<Model> {
 }
 
 fn measure(model: &Arc<Model>, text: &str, window: usize) -> Result<Norms, PruneError> {
-    calibrate(Arc::clone(model), text, window, 4, &mut |_, _| {
+    let how = Calibration {
+        window,
+        limit: 4,
+        ..Calibration::default()
+    };
+    calibrate(Arc::clone(model), text, &how, &mut |_, _| {
         ControlFlow::Continue(())
     })
 }
@@ -291,6 +297,74 @@ fn the_engine_measures_inputs_and_sparse_runs_as_dense() {
     assert!(pruned.packed + 1 >= pruned.tensors, "{pruned:?}");
     unpack(&sparse, &dense);
     assert!(logits(&sparse) == logits(&dense), "sparse is not as dense");
+}
+
+#[test]
+fn interrupted_measurements_go_on_and_end_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let kept = kept_norms(&out);
+    // Weights from the file as they are give the same inputs.
+    let mapped = || {
+        let options = LoadOptions {
+            threads: 2,
+            repack: false,
+            ..LoadOptions::new(Source::Path(embedded()))
+        };
+        Arc::new(Model::load(&options, &mut |_| ()).unwrap())
+    };
+    // Five windows, two at a time; breaks where `until` are done. Also where it began.
+    let text = TEXT.repeat(5);
+    let run = |model, text: &str, kept, until| {
+        let how = Calibration {
+            window: 32,
+            limit: 5,
+            together: 70,
+            kept,
+        };
+        let mut begin = None;
+        let norms = calibrate(model, text, &how, &mut |done, all| {
+            assert_eq!(all, 5);
+            begin.get_or_insert(done);
+            match done >= until {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        });
+        (norms, begin)
+    };
+    let (whole, _) = run(load(&embedded()), &text, None, 5);
+    let whole = whole.unwrap();
+    let (_, counts) = whole.counts("blk.0.attn_q.weight").unwrap();
+    assert_eq!(counts, [5 * 32]);
+
+    let kept = Some(kept.as_path());
+    let (broken, begin) = run(mapped(), &text, kept, 2);
+    assert!(matches!(broken, Err(PruneError::Cancelled)), "{broken:?}");
+    assert_eq!(begin, Some(0));
+    let (rest, begin) = run(mapped(), &text, kept, 5);
+    assert_eq!(begin, Some(2));
+    assert!(rest.unwrap() == whole);
+    // They are complete now, and pruning takes place beside them.
+    let (again, begin) = run(mapped(), &text, kept, 0);
+    assert_eq!(begin, None);
+    let wanda = PruneOptions {
+        norms: Some(again.unwrap().all()),
+        ..options()
+    };
+    let source = Gguf::open(embedded()).unwrap();
+    let result = prune(&source, &out, &wanda, &mut |_| ControlFlow::Break(()));
+    assert!(matches!(result, Err(PruneError::Cancelled)), "{result:?}");
+    assert!(kept_norms(&out).is_file());
+    // Another text starts anew, and so does a file that is damaged.
+    let (_, begin) = run(mapped(), &text[1..], kept, 2);
+    assert_eq!(begin, Some(0));
+    fs::write(kept_norms(&out), b"half").unwrap();
+    let (_, begin) = run(mapped(), &text, kept, 0);
+    assert_eq!(begin, Some(0));
+    // A finished run leaves nothing.
+    prune(&source, &out, &wanda, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert!(out.is_file() && !leftovers(&out).exists());
 }
 
 #[test]

@@ -2,16 +2,17 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fs,
     ops::ControlFlow,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use tegula_engine::{Batch, Context, ContextOptions, Model, windows};
 use tegula_gguf::{GgmlType, Gguf, Metadata, quantize::read_importance, writer::GgufWriter};
 use tegula_kernels::{Weights, ops::Observer};
 
-use super::PruneError;
+use super::{PruneError, hash, sources};
 
 /// Mean squares of the inputs of each matrix: per column, of a stack per column of each expert.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -93,6 +94,60 @@ impl Norms {
     }
 }
 
+/// Metadata keys of norms that an interrupted measurement keeps: of which model and windows, and
+/// how many of these are in it.
+const KEPT_OF: &str = "tegula.norms.of";
+const KEPT_WINDOWS: &str = "tegula.norms.windows";
+
+impl Norms {
+    /// Writes the sums as they are, `windows` of those that `of` names.
+    fn keep(&self, path: &Path, of: &str, windows: usize) -> Result<(), PruneError> {
+        let mut metadata = Metadata::default();
+        metadata.set(KEPT_OF, of);
+        metadata.set(KEPT_WINDOWS, windows as u32);
+        let mut writer = GgufWriter::new(metadata);
+        let mut data: Vec<Vec<u8>> = Vec::new();
+        for (name, (sums, counts)) in &self.sums {
+            let shape = [sums.len() as u64];
+            writer.add_tensor(&format!("{name}.sums"), GgmlType::F64, &shape)?;
+            data.push(sums.iter().flat_map(|s| s.to_le_bytes()).collect());
+            let shape = [counts.len() as u64];
+            writer.add_tensor(&format!("{name}.counts"), GgmlType::I64, &shape)?;
+            data.push(counts.iter().flat_map(|n| n.to_le_bytes()).collect());
+        }
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).map_err(|e| PruneError::io(dir, "create", e))?;
+        }
+        let mut out = writer.create(path)?;
+        data.iter().try_for_each(|data| out.write(data))?;
+        out.finish()?;
+        Ok(())
+    }
+
+    /// What [`Norms::keep`] wrote for the same `of`, and how many windows are in it.
+    fn kept(path: &Path, of: &str) -> Option<(Norms, usize)> {
+        let file = Gguf::open(path).ok()?;
+        let metadata = file.metadata();
+        let same = metadata.get(KEPT_OF)?.as_str() == Some(of);
+        let windows = metadata.get(KEPT_WINDOWS)?.as_int().filter(|_| same)?;
+        let mut norms = Norms::default();
+        for t in file.tensors() {
+            let Some(name) = t.name.strip_suffix(".sums") else {
+                continue;
+            };
+            let counts = file.require_tensor(&format!("{name}.counts")).ok()?;
+            let eights = |t| file.data(t).as_chunks::<8>().0.iter();
+            let sums: Vec<f64> = eights(t).map(|b| f64::from_le_bytes(*b)).collect();
+            let counts: Vec<u64> = eights(counts).map(|b| u64::from_le_bytes(*b)).collect();
+            if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
+                return None;
+            }
+            norms.sums.insert(name.to_owned(), (sums, counts));
+        }
+        Some((norms, usize::try_from(windows).ok()?))
+    }
+}
+
 /// Root mean squares by tensor, read from a file of `llama-imatrix` or of [`Norms::save`].
 ///
 /// # Errors
@@ -105,11 +160,43 @@ pub fn read_norms(file: &Gguf) -> Result<HashMap<String, Vec<f32>>, PruneError> 
     Ok(all)
 }
 
-/// Adds up squares while a model runs.
+/// Adds up squares while a model runs, and gives back the pages of a mapped layer when the next
+/// one begins.
 struct Listener {
     /// The tensor of a matrix, by its address in the model.
     names: HashMap<usize, String>,
-    norms: Mutex<Norms>,
+    model: Weak<Model>,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Default)]
+struct Heard {
+    norms: Norms,
+    /// What the names of the tensors of the layer begin with that runs.
+    layer: String,
+}
+
+impl Listener {
+    fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back the pages of the tensors whose names begin so.
+    fn release(&self, layer: &str) {
+        let Some(model) = self.model.upgrade().filter(|_| !layer.is_empty()) else {
+            return;
+        };
+        let file = model.gguf();
+        for t in file.tensors().iter().filter(|t| t.name.starts_with(layer)) {
+            file.bytes(t).release();
+        }
+    }
+}
+
+/// `blk.7.` of `blk.7.attn_q.weight`.
+fn layer_of(name: &str) -> Option<&str> {
+    let number = name.strip_prefix("blk.")?.find('.')?;
+    Some(&name[..number + "blk..".len()])
 }
 
 impl Observer for Listener {
@@ -118,8 +205,13 @@ impl Observer for Listener {
             return;
         };
         let (k, experts) = (weights.k(), weights.experts());
-        let mut norms = self.norms.lock().unwrap_or_else(PoisonError::into_inner);
-        let (sums, counts) = norms
+        let mut heard = self.heard();
+        if let Some(layer) = layer_of(name).filter(|layer| *layer != heard.layer) {
+            let before = std::mem::replace(&mut heard.layer, layer.to_owned());
+            self.release(&before);
+        }
+        let (sums, counts) = heard
+            .norms
             .sums
             .entry(name.clone())
             .or_insert_with(|| (vec![0.0; k * experts], vec![0; experts]));
@@ -133,20 +225,48 @@ impl Observer for Listener {
     }
 }
 
-/// Runs `text` through the model, in windows of `window` tokens of which at most `limit` (0:
-/// all), and returns the norms of all inputs of its matrices. Experts count the tokens that
-/// are theirs. The model must lie on the CPU, and no other must have been observed in it.
+/// How a text is run through a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Calibration<'a> {
+    /// Tokens of a window.
+    pub window: usize,
+    /// Windows at most; 0: all.
+    pub limit: usize,
+    /// Tokens, of whole windows, that go through a layer before the next layer begins.
+    pub together: usize,
+    /// Where an interrupted measurement is kept. The same call goes on with it.
+    pub kept: Option<&'a Path>,
+}
+
+impl Default for Calibration<'_> {
+    fn default() -> Self {
+        Calibration {
+            window: 512,
+            limit: 0,
+            together: 4096,
+            kept: None,
+        }
+    }
+}
+
+/// Runs `text` through the model and returns the norms of all inputs of its matrices. Experts
+/// count the tokens that are theirs. The model must lie on the CPU, and no other must have been
+/// observed in it.
+///
+/// Layers run one after the other, each for many windows. Of a model whose weights are mapped and
+/// not repacked each one's pages are given back behind it: the memory of one layer is enough,
+/// beside what the windows take, and the file is read once for every [`Calibration::together`].
 ///
 /// # Errors
 /// [`PruneError::ShortText`] when there are less than two windows, [`PruneError::Cancelled`]
-/// after a break, or when the model can't run.
+/// after a break, or when the model can't run or the norms can't be kept.
 pub fn calibrate(
     model: Arc<Model>,
     text: &str,
-    window: usize,
-    limit: usize,
+    how: &Calibration<'_>,
     progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Norms, PruneError> {
+    let window = how.window;
     let tokenizer = model.tokenizer();
     let tokens = tokenizer.encode(
         text,
@@ -156,10 +276,25 @@ pub fn calibrate(
         },
     );
     let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
-    let parts = windows(&tokens, window, limit, bos).map_err(|_| PruneError::ShortText {
+    let parts = windows(&tokens, window, how.limit, bos).map_err(|_| PruneError::ShortText {
         tokens: tokens.len(),
         needed: 2 * window.max(4),
     })?;
+    let pass = (how.together / window).clamp(1, parts.len());
+    let mut done = 0;
+    let mut heard = Heard::default();
+    let mut of = String::new();
+    if let Some(path) = how.kept {
+        let ids = parts.iter().flatten().flat_map(|id| id.to_le_bytes());
+        of = format!(
+            "{}windows of {window} tokens, {pass} together, {:016x}",
+            sources(model.gguf())?,
+            hash(ids)
+        );
+        if let Some((norms, windows)) = Norms::kept(path, &of).filter(|k| k.1 <= parts.len()) {
+            (heard.norms, done) = (norms, windows);
+        }
+    }
     let named = model.host_matrices();
     let names = named
         .iter()
@@ -167,27 +302,51 @@ pub fn calibrate(
         .collect();
     let listener = Arc::new(Listener {
         names,
-        norms: Mutex::default(),
+        model: Arc::downgrade(&model),
+        heard: Mutex::new(heard),
     });
     if !model.compute().observe(listener.clone()) {
         return Err(PruneError::Observed);
     }
     let options = ContextOptions {
         context: window,
+        batch: pass * window,
+        // A window that is longer runs in parts.
+        ubatch: (pass * window).min(how.together.max(1)),
+        sequences: pass,
         ..ContextOptions::default()
     };
     let mut ctx = Context::new(Arc::clone(&model), &options)?;
-    for (done, tokens) in parts.iter().enumerate() {
+    while done < parts.len() {
         if progress(done, parts.len()).is_break() {
             return Err(PruneError::Cancelled);
         }
-        ctx.truncate(0, 0)?;
-        // Logits of all, so that the last layer sees all tokens, too.
-        ctx.decode_hidden(&Batch::all_logits(0, tokens))?;
+        let together = &parts[done..parts.len().min(done + pass)];
+        let mut batch = Batch::default();
+        for (sequence, ids) in together.iter().enumerate() {
+            ctx.truncate(sequence, 0)?;
+            // Logits of all, so that the last layer sees all tokens, too.
+            batch.tokens.extend(Batch::all_logits(sequence, ids).tokens);
+        }
+        ctx.decode_hidden(&batch)?;
+        done += together.len();
+        if let Some(path) = how.kept {
+            listener.heard().norms.keep(path, &of, done)?;
+        }
     }
-    let norms = listener
-        .norms
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    Ok(norms.clone())
+    let norms = std::mem::take(&mut listener.heard().norms);
+    Ok(norms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_told_apart() {
+        assert_eq!(layer_of("blk.1.attn_q.weight"), Some("blk.1."));
+        assert_eq!(layer_of("blk.12.ffn_up.weight"), Some("blk.12."));
+        assert_eq!(layer_of("output.weight"), None);
+        assert_eq!(layer_of("blk.1"), None);
+    }
 }

@@ -4,9 +4,9 @@
 //! Rows are pruned by themselves, as Wanda does: a row loses the same share of its weights as
 //! any other, and all strips take about the same time.
 //!
-//! Tensors are taken one after the other, within the memory of one. Finished ones wait in a
-//! directory beside the result, so that an interrupted run goes on where it was; the result
-//! appears when it is complete.
+//! Inputs are measured layer by layer, tensors are pruned one after the other, within the memory
+//! of one. Norms of windows and tensors that are finished wait in a directory beside the result,
+//! so that an interrupted run goes on where it was; the result appears when it is complete.
 
 mod calibrate;
 mod mask;
@@ -28,10 +28,10 @@ use tegula_gguf::{
     writer::GgufWriter,
 };
 
-pub use calibrate::{Norms, calibrate, read_norms};
+pub use calibrate::{Calibration, Norms, calibrate, read_norms};
 pub use mask::{Target, can_prune, prune_rows};
-pub use work::leftovers;
 use work::{Finished, Work};
+pub use work::{kept_norms, leftovers};
 
 /// Why a model was not pruned. Nothing is left at the result's place.
 #[derive(Debug, thiserror::Error)]
@@ -305,6 +305,23 @@ fn fingerprint(model: &Gguf, options: &PruneOptions) -> Result<String> {
         options.dense,
         options.least_saving
     );
+    out += &sources(model)?;
+    if let Some(norms) = &options.norms {
+        let mut names: Vec<_> = norms.iter().collect();
+        names.sort_by_key(|(name, _)| *name);
+        let bytes = names.into_iter().flat_map(|(name, norms)| {
+            let bits = norms.iter().flat_map(|x| x.to_le_bytes());
+            name.bytes().chain(bits)
+        });
+        let hash = hash(bytes);
+        out += &format!("norms {hash:016x}\n");
+    }
+    Ok(out)
+}
+
+/// The model's files: names, sizes, times of their last change.
+fn sources(model: &Gguf) -> Result<String> {
+    let mut out = String::new();
     for file in model.files() {
         let path = Path::new(&file.name);
         let changed = fs::metadata(path)
@@ -314,20 +331,14 @@ fn fingerprint(model: &Gguf, options: &PruneOptions) -> Result<String> {
         let (s, ns) = (changed.as_secs(), changed.subsec_nanos());
         out += &format!("{} {} {s}.{ns}\n", file.name, file.bytes);
     }
-    if let Some(norms) = &options.norms {
-        let mut names: Vec<_> = norms.iter().collect();
-        names.sort_by_key(|(name, _)| *name);
-        // FNV-1a over the bits of all norms.
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        for (name, norms) in names {
-            let bits = norms.iter().flat_map(|x| x.to_le_bytes());
-            for byte in name.bytes().chain(bits) {
-                hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-            }
-        }
-        out += &format!("norms {hash:016x}\n");
-    }
     Ok(out)
+}
+
+/// FNV-1a.
+fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// Puts finished tensors and those that stay together.

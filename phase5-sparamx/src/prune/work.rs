@@ -21,6 +21,13 @@ pub fn leftovers(result: &Path) -> PathBuf {
     result.with_file_name(name)
 }
 
+/// Where the norms of an interrupted measurement for this result wait: among its leftovers.
+pub fn kept_norms(result: &Path) -> PathBuf {
+    leftovers(result).join(NORMS)
+}
+
+const NORMS: &str = "norms.gguf";
+
 /// The directory.
 pub(super) struct Work {
     dir: PathBuf,
@@ -35,7 +42,8 @@ pub(super) struct Finished {
 }
 
 impl Work {
-    /// The directory for `result`, empty unless it is of a run with the same `fingerprint`.
+    /// The directory for `result`, without tensors unless it is of a run with the same
+    /// `fingerprint`.
     pub fn open(result: &Path, fingerprint: &str) -> Result<Work> {
         let work = Work {
             dir: leftovers(result),
@@ -44,8 +52,16 @@ impl Work {
         if fs::read(&run).is_ok_and(|found| found == fingerprint.as_bytes()) {
             return Ok(work);
         }
-        work.remove()?;
-        fs::create_dir(&work.dir).map_err(|e| PruneError::io(&work.dir, "create", e))?;
+        // Norms were measured for this run, or say themselves that they were not.
+        for entry in fs::read_dir(&work.dir).into_iter().flatten() {
+            let path = entry
+                .map_err(|e| PruneError::io(&work.dir, "read", e))?
+                .path();
+            if path.file_name().is_none_or(|name| name != NORMS) {
+                fs::remove_file(&path).map_err(|e| PruneError::io(&path, "remove", e))?;
+            }
+        }
+        fs::create_dir_all(&work.dir).map_err(|e| PruneError::io(&work.dir, "create", e))?;
         work.put(&run, fingerprint.as_bytes())?;
         Ok(work)
     }

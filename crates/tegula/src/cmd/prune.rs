@@ -8,7 +8,9 @@ use crate::{
 };
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use phase5_sparamx::prune::{PruneError, PruneOptions, Pruned, calibrate, prune, read_norms};
+use phase5_sparamx::prune::{
+    Calibration, PruneError, PruneOptions, Pruned, calibrate, kept_norms, prune, read_norms,
+};
 use regex::Regex;
 use serde::Serialize;
 use std::{
@@ -156,20 +158,23 @@ fn norms(
     let text = args::read_text(args.calib.as_deref().unwrap_or(Path::new("-")))?;
     let options = LoadOptions {
         threads,
+        // Layers leave memory behind the windows; packed ones would all stay.
+        repack: false,
         ..LoadOptions::new(Source::Path(args.input.clone()))
     };
     let model = args::load(&options)?;
     let mut progress = Progress::new("measuring inputs", Unit::Chunks);
-    let norms = calibrate(
-        model,
-        &text,
-        args.ctx_size,
-        args.chunks,
-        &mut |done, all| {
-            progress.done(done as u64, all as u64);
-            beat(cancel)
-        },
-    )?;
+    let kept = kept_norms(&args.output);
+    let how = Calibration {
+        window: args.ctx_size,
+        limit: args.chunks,
+        kept: Some(&kept),
+        ..Calibration::default()
+    };
+    let norms = calibrate(model, &text, &how, &mut |done, all| {
+        progress.done(done as u64, all as u64);
+        beat(cancel)
+    })?;
     drop(progress);
     if let Some(path) = &args.save_imatrix {
         norms.save(path)?;
