@@ -156,6 +156,7 @@ function addMessage(role, content) {
   e.setAttribute("aria-label", role === "user" ? "You" : "Answer");
   if (role === "user") e.textContent = content;
   $("log").append(e);
+  sizes.observe(e);
   messages.push({ role, content, element: e });
   scroll(true);
   return messages.at(-1);
@@ -163,17 +164,26 @@ function addMessage(role, content) {
 
 /** Whether the end is to be kept in sight: until the reader goes back. */
 let following = true;
-/** The size of the conversation's window, when the end was last brought into sight. */
+/** The sizes of the conversation and of its window when the end was last brought into sight. */
 let seen = "";
 
 function logSize() {
-  return `${$("log").clientWidth} ${$("log").clientHeight}`;
+  const log = $("log");
+  return `${log.clientWidth} ${log.clientHeight} ${log.scrollHeight}`;
 }
 
 function scroll(always = false) {
   following ||= always;
   if (following) $("log").scrollTop = $("log").scrollHeight;
+  seen = logSize();
 }
+
+/** Keeps the end in sight when the window or a message becomes narrower or higher, and once
+ *  more when that is drawn: browsers move what is in a window that changes, too. */
+const sizes = new ResizeObserver(() => {
+  scroll();
+  requestAnimationFrame(() => scroll());
+});
 
 function setRunning(controller) {
   running = controller;
@@ -440,13 +450,10 @@ $("input").addEventListener("input", grow);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 $("log").addEventListener("scroll", () => {
   const log = $("log");
-  // A window that changes its size moves what is in it: that is not the reader going back.
+  // What changes its size moves: that is not the reader going back.
   if (logSize() === seen) following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 });
-new ResizeObserver(() => {
-  seen = logSize();
-  scroll();
-}).observe($("log"));
+sizes.observe($("log"));
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clearChat);
 $("show-chat").addEventListener("click", () => show(false));
