@@ -14,6 +14,7 @@ use tegula_kernels::{
         Places, PlacesData, Product, RawMatrix, stream::Feeder,
     },
     kv::KvShape,
+    mem,
     ops::{RopeTable, moe::Routing},
     profile::{Op, Profile, Span},
 };
@@ -258,7 +259,7 @@ impl Lane {
         out: &mut Vec<f32>,
         feeder: &mut dyn Feeder,
     ) -> Result<()> {
-        out.resize(len, 0.0);
+        mem::resize(out, len);
         self.download(&mut [(buffer, cast_slice_mut(out))], feeder)
     }
 
@@ -348,7 +349,7 @@ impl Lane {
         let heads = [c.heads, c.kv_heads, c.kv_heads];
         let [q, k, v] = to;
         for (out, heads) in [&mut *q, &mut *k, &mut *v].into_iter().zip(heads) {
-            out.resize(m * heads * c.head_dim, 0.0);
+            mem::resize(out, m * heads * c.head_dim);
         }
         let mut parts = [
             (&self.q, cast_slice_mut(q)),
@@ -500,7 +501,7 @@ impl Lane {
         feeder: &mut dyn Feeder,
     ) -> Result<()> {
         router.resize(m * count, 0.0);
-        input.resize(m * self.config.embd, 0.0);
+        mem::resize(input, m * self.config.embd);
         let mut parts = [
             (self.router_logits(), cast_slice_mut(router)),
             (&self.input, cast_slice_mut(input)),

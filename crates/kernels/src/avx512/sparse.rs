@@ -43,7 +43,7 @@ use crate::{
     generic::{
         format::{self, Shape},
         lanes::Lanes,
-        matmul::{Tokens, panel_at, panel_products, token_runs, tokens_at},
+        matmul::{AHEAD, Tokens, panel_at, panel_products, token_runs, tokens_at},
     },
     sparse::Super,
     strip::{
@@ -160,9 +160,6 @@ impl Codes for S4 {
         }
     }
 }
-
-/// How far ahead of their reading strips are asked for, in bytes.
-const AHEAD: usize = 4096;
 
 /// Strips that few tokens pass over in turns.
 const STREAMS: usize = 4;

@@ -23,7 +23,7 @@ use tegula_gguf::{GgmlType, blocks};
 /// How far ahead of a token's reading memory is asked for, in bytes. Instructions in flight
 /// cover less than the memory's latency, and the processor's own prefetching ends with each
 /// page of 4 KiB.
-const AHEAD: usize = 4096;
+pub(crate) const AHEAD: usize = 4096;
 
 /// Asks for what lies [`AHEAD`] of `bytes` bytes at `p`, which need not be valid memory.
 ///
