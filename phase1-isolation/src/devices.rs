@@ -19,7 +19,7 @@ const NEXT: usize = 4;
 
 /// Logits may differ so far, of the largest: AMX rounds activations to bf16 where vectors round
 /// them to eight bits, and split layers sum in another order, of which some is then rounded.
-const BOUND: f32 = 0.02;
+pub(crate) const BOUND: f32 = 0.02;
 
 /// Where that makes a router choose another expert, of two that it finds alike, they may differ
 /// so far, once in a run.
@@ -172,6 +172,18 @@ fn on_tiles(p: &Placement) -> bool {
     matches!(p.tiles, Some(TileUse::From(_)))
 }
 
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().fold(0.0, |m, v| m.max(v.abs()))
+}
+
+/// How far logits are from others, of the largest of these; not a number where one isn't.
+pub(crate) fn distance(logits: &[f32], others: &[f32]) -> f32 {
+    let most = logits.iter().zip(others).map(|(a, b)| (a - b).abs());
+    // `max` would pass over what is no number.
+    let most = most.fold(0.0, |m: f32, d| if m.is_nan() || d <= m { m } else { d });
+    most / largest(others)
+}
+
 /// The same logits and tokens: to the bit, or as near as [`BOUND`] says.
 ///
 /// # Errors
@@ -200,9 +212,7 @@ pub(crate) fn near(
     }
     let mut others = usize::from(!exact);
     for (i, (got, want)) in rows.iter().zip(other).enumerate() {
-        let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        let both = got.iter().zip(want);
-        let apart = both.fold(0.0f32, |m, (a, b)| m.max((a - b).abs() / largest));
+        let apart = distance(got, want);
         let mut bound = if exact { 0.0 } else { BOUND };
         if apart > bound && others > 0 {
             others -= 1;
@@ -213,7 +223,7 @@ pub(crate) fn near(
         }
         // Another token only where the other finds it as likely, within the bound.
         let (a, b) = (likeliest(got), likeliest(want));
-        if (want[b] - want[a]) / largest > bound {
+        if (want[b] - want[a]) / largest(want) > bound {
             return wrong(format!("token {i} is {a}, on the CPU {b}"));
         }
     }

@@ -22,7 +22,7 @@ use tegula_gguf::{
 use tegula_kernels::device::Device;
 use tegula_lab::{Env, Outcome};
 
-use crate::devices::{likeliest, near};
+use crate::devices::{BOUND, distance, likeliest, near};
 use crate::programs::{Program, Variant};
 
 /// Perplexities may differ so far from the CPU's, which rounds activations to eight bits where
@@ -209,11 +209,34 @@ fn run(ctx: &mut Context, like: Option<&Rows>) -> Result<Rows, String> {
     Ok(rows)
 }
 
+/// Rows of logits of one placement may differ so far from the CPU's, of the largest, half of them
+/// less than [`BOUND`]: other roundings make routers choose other experts of those that they find
+/// alike, in any layer and at any position, and what follows attends to what these made. What such
+/// choices do to the text on the whole, perplexities say.
+const OTHER_EXPERTS: f32 = 0.25;
+
+/// How far logits are apart at most, and in the middle row.
+///
+/// # Errors
+/// When that is more than other experts explain.
+fn apart(name: &str, rows: &Rows, like: &Rows) -> Result<String, String> {
+    let mut apart: Vec<f32> = rows.iter().zip(like).map(|(a, b)| distance(a, b)).collect();
+    apart.sort_by(f32::total_cmp);
+    let (middle, most) = (apart[apart.len() / 2], apart[apart.len() - 1]);
+    let said = format!("logits differ by {middle:.4} of the largest, by {most:.4} at most");
+    // What is no number is not within, either.
+    match middle <= BOUND && most <= OTHER_EXPERTS && rows.len() == like.len() {
+        true => Ok(said),
+        false => Err(format!("{name}: {said}: {apart:?}")),
+    }
+}
+
 type Set<'a> = &'a dyn Fn(&mut OffloadFlags);
 
 /// The shipped model, wherever its parts lie on devices: `devices(n)` are `n` of one kind.
 pub(crate) fn placements(
     model: &Path,
+    text: &str,
     devices: &dyn Fn(usize) -> Result<Devices, String>,
 ) -> Result<Outcome, String> {
     let positions = PROMPT as usize + NEXT;
@@ -222,10 +245,22 @@ pub(crate) fn placements(
     let of = |devices: &Devices, like: Option<&Rows>, set: Set<'_>| {
         run(&mut context(model, devices.clone(), positions, set)?, like)
     };
+    let text_on =
+        |devices: &Devices, set: Set<'_>| nll(context(model, devices.clone(), WINDOW, set)?, text);
     let cpu = of(&Devices::new(), None, &|_| {})?;
+    let text_on_cpu = text_on(&Devices::new(), &|_| {})?;
+    // The same as on the CPU, but for roundings: rows of logits, and a text.
+    let alike = |name: &str, rows: &Rows, devices: &Devices, set: Set<'_>| {
+        let said = apart(name, rows, &cpu)?;
+        let excess = (text_on(devices, set)? - text_on_cpu).exp() - 1.0;
+        let said = format!("{said}; perplexity {:+.3} %", excess * 100.0);
+        match excess.abs() <= WITHIN {
+            true => Ok((name.to_owned(), said)),
+            false => Err(format!("{name}: {said}")),
+        }
+    };
     let all: Set<'_> = &|f| f.layers = GpuLayers::Count(usize::MAX);
     let one = of(&first, Some(&cpu), all)?;
-    near("one device", &one, &cpu, false)?;
     let part: Set<'_> = &|f| f.layers = GpuLayers::Count(4);
     let experts: Set<'_> = &|f| {
         f.layers = GpuLayers::Count(usize::MAX);
@@ -244,7 +279,7 @@ pub(crate) fn placements(
         f.cpu_moe = usize::MAX;
         f.op_offload_min_batch = Some(8);
     };
-    let mut facts = vec![("one device".to_owned(), "the CPU's tokens".to_owned())];
+    let mut facts = vec![alike("one device", &one, &first, all)?];
     for (name, set) in [
         ("some layers", part),
         ("experts on the CPU", experts),
@@ -253,8 +288,7 @@ pub(crate) fn placements(
         ("layers that stream", streamed_layers),
         ("experts that stream", streamed_experts),
     ] {
-        near(name, &of(&first, Some(&cpu), set)?, &cpu, false)?;
-        facts.push((name.to_owned(), "the CPU's tokens".to_owned()));
+        facts.push(alike(name, &of(&first, Some(&cpu), set)?, &first, set)?);
     }
     for devices in &more {
         let n = devices.len();
@@ -268,12 +302,11 @@ pub(crate) fn placements(
             (", experts on the CPU", experts),
         ] {
             let name = format!("{n} split devices, every layer split{what}");
-            let rows = of(devices, Some(&cpu), &|f| {
+            let set: Set<'_> = &|f| {
                 set(f);
                 f.split = Split::Tensor;
-            })?;
-            near(&name, &rows, &cpu, false)?;
-            facts.push((name, "the CPU's tokens".to_owned()));
+            };
+            facts.push(alike(&name, &of(devices, Some(&cpu), set)?, devices, set)?);
         }
     }
     facts.push((
@@ -360,13 +393,13 @@ pub(crate) fn sanitized(env: &Env, model: &Path) -> Result<Outcome, String> {
         let all = text.iter().chain(more).map(|a| (*a).to_owned());
         all.collect()
     };
-    let trials: Vec<String> = ["--include-ignored", "--exact"]
-        .iter()
-        .chain(&TRIALS)
-        .map(|a| (*a).to_owned())
-        .collect();
-    let runs = [
-        ("checkgpu", &checkgpu, trials),
+    let trial = |name: &str| {
+        ["--include-ignored", "--exact", name]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let mut runs: Vec<_> = TRIALS.map(|name| (name, &checkgpu, trial(name))).to_vec();
+    runs.extend([
         ("the model on a GPU", &tegula, text(&["-ngl", "all"])),
         ("experts on the CPU", &tegula, text(&["--cpu-moe"])),
         (
@@ -379,7 +412,7 @@ pub(crate) fn sanitized(env: &Env, model: &Path) -> Result<Outcome, String> {
             &tegula,
             text(&["--cpu-moe", "--op-offload-min-batch", "2"]),
         ),
-    ];
+    ]);
     let mut facts = Vec::new();
     for kind in ["memcheck", "racecheck", "synccheck"] {
         for (name, program, arguments) in &runs {
@@ -449,13 +482,28 @@ mod tests {
 
     #[test]
     fn what_is_asked_of_a_gpu_holds_of_simulated_devices() {
-        let Outcome::Passed { facts } = placements(&model(), &sims).unwrap() else {
+        let text = "fn main() { println!(\"Hello, world!\"); }\n".repeat(80);
+        let Outcome::Passed { facts } = placements(&model(), &text, &sims).unwrap() else {
             panic!("not passed");
         };
         assert_eq!(facts.len(), 1 + 6 + 2 * 4 + 1);
-        let text = "fn main() { println!(\"Hello, world!\"); }\n".repeat(80);
         let apart = beside_the_cpu(&model(), &text, &sims(1).unwrap());
         assert_eq!(apart, Ok(0.0));
+    }
+
+    #[test]
+    fn rows_that_other_experts_do_not_explain_are_a_failure() {
+        let like = vec![vec![1.0, -4.0, 2.0]; 3];
+        let moved = |by: [f32; 3]| {
+            let rows = by.map(|d| vec![1.0 + d, -4.0, 2.0]).to_vec();
+            apart("there", &rows, &like)
+        };
+        let said = moved([0.0, 0.9, 0.04]).unwrap();
+        assert!(said.contains("0.0100") && said.contains("0.2250"), "{said}");
+        for by in [[0.0, 0.1, 0.1], [0.0, 0.0, 1.1], [0.0, 0.0, f32::NAN]] {
+            assert!(moved(by).unwrap_err().starts_with("there: "), "{by:?}");
+        }
+        assert!(apart("there", &like[..2].to_vec(), &like).is_err());
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub struct ChunkArgs<'a> {
     pub visible: &'a [usize],
     /// K and V pages of the chunk, one or two.
     pub pages: &'a [(&'a [u8], &'a [u8])],
+    /// What this thread reads next, if it knows: the kernel may ask memory for it.
+    pub next: Option<&'a [u8]>,
     /// Where the first pages of `pages` are pruned: how, and how many of them.
     pub pruned: Option<(Halves, usize)>,
     /// Scratch `[rows][CHUNK]`.
@@ -118,8 +120,8 @@ pub(crate) struct TileChunk<'a> {
     pub v_type: KvType,
     /// A multiple of 32.
     pub dim: usize,
-    /// Query rows, multiplied by the scale, as tiles: per 16 rows `[dim / 32][16][32]` bf16;
-    /// rows that only fill up are zero.
+    /// Query rows, multiplied by the scale and log2 e, as tiles: per 16 rows
+    /// `[dim / 32][16][32]` bf16; rows that only fill up are zero.
     pub q: &'a [u16],
     /// Positions of this chunk that each row sees, from its start: 0 ..= [`TILE_CHUNK`].
     pub visible: &'a [usize],
@@ -128,7 +130,7 @@ pub(crate) struct TileChunk<'a> {
     pub scratch: &'a mut TileScratch,
     /// `Σ p·v` so far, `[rows][dim]`, rows filled up to a multiple of 16.
     pub acc: &'a mut [f32],
-    /// Each row's largest score so far, −∞ at first.
+    /// Each row's largest score so far (times log2 e), −∞ at first.
     pub max: &'a mut [f32],
     /// Each row's `Σ p` so far.
     pub sum: &'a mut [f32],

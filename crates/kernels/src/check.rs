@@ -505,6 +505,7 @@ fn tile_chunk(before: Running, args: &TileChunk<'_>) -> Result<(), Mismatch> {
                 q: &q,
                 visible: &visible,
                 pages,
+                next: None,
                 pruned: None,
                 scores: &mut scores,
                 acc: &mut part.acc,

@@ -3,7 +3,8 @@
 //!
 //! A chunk of the cache is brought into tiles of bf16 once for all query rows of a task. Then
 //! 32 rows at a time go through it: scores, weights, weighted values. The softmax runs along:
-//! when a row's maximum grows, what it has summed up so far is scaled down.
+//! when a row's maximum grows, what it has summed up so far is scaled down. Scores are base 2
+//! exponents: queries come multiplied by log2 e.
 
 use std::arch::x86_64::{__m256, __m512, __m512i};
 
@@ -15,7 +16,7 @@ use crate::{
     attn::{SCORE_ROW, TILE_CHUNK, TILE_QUERIES, TileAttention, TileChunk},
     generic::{
         lanes::{Lanes, Pair, WithBf16},
-        vector::{Vector, exp},
+        vector::{Vector, exp2},
     },
     kv::{KV_PAGE, KvType},
     tier::Tier,
@@ -248,44 +249,53 @@ struct Row<'a> {
 /// bf16 elements of a tile.
 const TILE: usize = TILE_ROWS * TILE_K;
 
+/// The softmax takes longer than the products beside it: each score is touched twice, and what
+/// the row does not see not at all, but for zeros among the weights.
 #[inline(always)]
 unsafe fn softmax<V: Vector, L: Lanes>(row: &mut Row<'_>) {
     // SAFETY: slices are whole vectors; the weights are the caller's.
     unsafe {
-        let scores = &mut *row.scores;
-        scores[row.visible..].fill(f32::NEG_INFINITY);
-        let mut largest = V::splat(f32::NEG_INFINITY);
-        for x in scores.chunks_exact(V::LANES) {
-            largest = largest.max(V::load(x.as_ptr()));
+        let blocks = row.visible.div_ceil(TILE_K);
+        let (seen, hidden) = row.scores.split_at_mut(blocks * TILE_K);
+        seen[row.visible..].fill(f32::NEG_INFINITY);
+        // Two of each, so that one need not wait for the other.
+        let mut largest = [V::splat(f32::NEG_INFINITY); 2];
+        for x in seen.chunks_exact(2 * V::LANES) {
+            for (i, largest) in largest.iter_mut().enumerate() {
+                *largest = largest.max(V::load(x.as_ptr().add(i * V::LANES)));
+            }
         }
         let before = *row.max;
-        let max = before.max(largest.hmax());
-        let mut sum = V::splat(0.0);
-        for (i, x) in scores.chunks_exact_mut(TILE_K).enumerate() {
+        let max = before.max(largest[0].max(largest[1]).hmax());
+        let mut sums = [V::splat(0.0); 2];
+        for (i, x) in seen.chunks_exact_mut(TILE_K).enumerate() {
             for x in x.chunks_exact_mut(V::LANES) {
-                exp(V::load(x.as_ptr()).sub(V::splat(max))).store(x.as_mut_ptr());
+                exp2(V::load(x.as_ptr()).sub(V::splat(max))).store(x.as_mut_ptr());
             }
-            // The polynomial's floor is not quite zero.
-            if let Some(hidden) = x.get_mut(row.visible.saturating_sub(i * TILE_K)..) {
-                hidden.fill(0.0);
+            if i + 1 == blocks {
+                // The polynomial's floor is not quite zero.
+                x[row.visible - i * TILE_K..].fill(0.0);
             }
-            for x in x.chunks_exact(V::LANES) {
-                sum = sum.add(V::load(x.as_ptr()));
+            for x in x.chunks_exact(2 * V::LANES) {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.add(V::load(x.as_ptr().add(i * V::LANES)));
+                }
             }
             L::pack_bf16(x.as_ptr(), row.weights.add(i * TILE));
         }
+        for i in 0..hidden.len() / TILE_K {
+            row.weights.add((blocks + i) * TILE).write_bytes(0, TILE_K);
+        }
         if before != max {
-            // The first time this is 0 times 0.
-            let shrink = (before - max).exp();
-            *row.sum *= shrink;
+            // The first time there is nothing yet.
+            let shrink = exp2(V::splat(before - max));
+            *row.sum *= shrink.hmax();
             for x in row.acc.chunks_exact_mut(V::LANES) {
-                V::load(x.as_ptr())
-                    .mul(V::splat(shrink))
-                    .store(x.as_mut_ptr());
+                V::load(x.as_ptr()).mul(shrink).store(x.as_mut_ptr());
             }
             *row.max = max;
         }
-        *row.sum += sum.sum();
+        *row.sum += sums[0].add(sums[1]).sum();
     }
 }
 

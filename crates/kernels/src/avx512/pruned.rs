@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use crate::{
     attn::{CHUNK, ChunkArgs},
     generic::{
-        attention::{Bf16, F16, Format, WIDTH, score_block, softmax_part},
+        attention::{Ahead, Bf16, F16, Format, WIDTH, score_block, softmax_part},
         vector::Vector,
     },
     kv::{
@@ -220,7 +220,9 @@ unsafe fn rows<K: Bits, V: Bits, const R: usize>(
             let to = scores_at.map(|s| s.add(start));
             match start / KV_PAGE < pruned {
                 true => scores::<K, R>(page, dim, q, to),
-                false => score_block::<__m512, K::Dense, R>(page, dim, 0, q, to),
+                false => {
+                    score_block::<__m512, K::Dense, R>(page, dim, 0, q, to, &mut Ahead::nothing());
+                }
             }
         }
         let computed = reach.next_multiple_of(KV_PAGE);

@@ -7,6 +7,12 @@
 //!    each load of V.
 //!
 //! Every row's arithmetic is the same however many rows stand beside it.
+//!
+//! The cache is read once, from memory where contexts are long. Its pages lie anywhere, and the
+//! processor's own prefetching ends with each 4 KiB; so while one half of a page is read, what is
+//! read after it is asked for at the same pace.
+
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
 use super::vector::{Vector, exp};
 use crate::{
@@ -104,10 +110,43 @@ impl Format for Q8 {
     }
 }
 
+/// Memory that is asked for a few lines a step.
+pub(crate) struct Ahead {
+    at: *const u8,
+    lines: usize,
+}
+
+impl Ahead {
+    pub(crate) fn nothing() -> Ahead {
+        Ahead {
+            at: std::ptr::null(),
+            lines: 0,
+        }
+    }
+
+    /// All of `next` in so many steps.
+    fn of(next: Option<&[u8]>, steps: usize) -> Ahead {
+        next.map_or_else(Ahead::nothing, |next| Ahead {
+            at: next.as_ptr(),
+            lines: next.len().div_ceil(64).div_ceil(steps),
+        })
+    }
+
+    #[inline(always)]
+    fn step(&mut self) {
+        for _ in 0..self.lines {
+            // SAFETY: prefetching reads nothing that the program could see, and never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at.cast()) };
+            self.at = self.at.wrapping_add(64);
+        }
+    }
+}
+
 /// Vectors of positions or dimensions that are in flight per row.
 pub(crate) const WIDTH: usize = 4;
 
-/// Scores of `R` rows at `WIDTH * LANES` positions from `slot` of one page.
+/// Scores of `R` rows at `WIDTH * LANES` positions from `slot` of one page; a step of `ahead` every
+/// two dimensions.
 #[inline(always)]
 pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     page: *const u8,
@@ -115,6 +154,7 @@ pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     slot: usize,
     q: [*const f32; R],
     out: [*mut f32; R],
+    ahead: &mut Ahead,
 ) {
     unsafe {
         let zero = V::splat(0.0);
@@ -123,6 +163,7 @@ pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
         for block in (0..dim).step_by(step) {
             let mut part = [[zero; WIDTH]; R];
             for d in (block..block + step).step_by(2) {
+                ahead.step();
                 for w in 0..WIDTH {
                     let (a, b) = F::k2::<V>(page, slot + w * V::LANES, d);
                     for r in 0..R {
@@ -150,19 +191,26 @@ pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     }
 }
 
-/// `acc[r][d..] = Σ_t p[r][t] · v[t][d..]` for `R` rows and `W` vectors of dimensions.
+/// `acc[r][d..] = Σ_t p[r][t] · v[t][d..]` for `R` rows and `W` vectors of dimensions. `after` says
+/// what is read after which page.
 #[inline(always)]
-unsafe fn value_block<V: Vector, F: Format, const R: usize, const W: usize>(
+unsafe fn value_block<'a, V: Vector, F: Format, const R: usize, const W: usize>(
     pages: &[(&[u8], &[u8])],
     dim: usize,
     reach: usize,
     d: usize,
     p: [*const f32; R],
     out: [*mut f32; R],
+    after: impl Fn(usize) -> Option<&'a [u8]>,
 ) {
     unsafe {
         let mut acc = [[V::splat(0.0); W]; R];
+        let mut ahead = Ahead::nothing();
         for t in (0..reach).step_by(2) {
+            if t % KV_PAGE == 0 {
+                ahead = Ahead::of(after(t / KV_PAGE), KV_PAGE / 2);
+            }
+            ahead.step();
             let page = pages[t / KV_PAGE].1.as_ptr();
             for w in 0..W {
                 let (a, b) = F::v2::<V>(page, dim, t % KV_PAGE, d + w * V::LANES);
@@ -194,9 +242,19 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
         let scores: [_; R] =
             std::array::from_fn(|r| args.scores.as_mut_ptr().add((row + r) * CHUNK));
         let step = WIDTH * V::LANES;
+        // Other rows find in a cache what the first ones have read.
+        let first = row == 0;
+        let pages = args.pages;
+        let seen = &pages[..reach.div_ceil(KV_PAGE)];
+        let mut ahead = Ahead::nothing();
         for start in (0..reach).step_by(step) {
-            let page = args.pages[start / KV_PAGE].0.as_ptr();
-            score_block::<V, K, R>(page, dim, start % KV_PAGE, q, scores.map(|s| s.add(start)));
+            let at = start / KV_PAGE;
+            if first && start % KV_PAGE == 0 {
+                let next = seen.get(at + 1).map_or(seen[0].1, |page| page.0);
+                ahead = Ahead::of(Some(next), KV_PAGE / step * dim / 2);
+            }
+            let (page, out) = (seen[at].0.as_ptr(), scores.map(|s| s.add(start)));
+            score_block::<V, K, R>(page, dim, start % KV_PAGE, q, out, &mut ahead);
         }
         let computed = reach.next_multiple_of(step);
         for r in 0..R {
@@ -209,11 +267,18 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
         let acc: [_; R] = std::array::from_fn(|r| args.acc.as_mut_ptr().add((row + r) * dim));
         let mut d = 0;
         while d + WIDTH * V::LANES <= dim {
-            value_block::<V, W, R, WIDTH>(args.pages, dim, reach, d, p, acc.map(|a| a.add(d)));
+            // The first pass brings the others' lines, too.
+            let after = |at: usize| match (first && d == 0, seen.get(at + 1)) {
+                (true, Some(page)) => Some(page.1),
+                (true, None) => args.next,
+                (false, _) => None,
+            };
+            let out = acc.map(|a| a.add(d));
+            value_block::<V, W, R, WIDTH>(pages, dim, reach, d, p, out, after);
             d += WIDTH * V::LANES;
         }
         while d < dim {
-            value_block::<V, W, R, 1>(args.pages, dim, reach, d, p, acc.map(|a| a.add(d)));
+            value_block::<V, W, R, 1>(pages, dim, reach, d, p, acc.map(|a| a.add(d)), |_| None);
             d += V::LANES;
         }
     }

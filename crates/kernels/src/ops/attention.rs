@@ -80,7 +80,12 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// What the chunks of a call leave: of each the weighted values, maxima and sums of all rows.
+    static PARTIAL: RefCell<AlignedVec<f32>> = RefCell::default();
 }
+
+/// Chunks that a task of few queries takes one after another, at most.
+const RUN: usize = 4;
 
 /// Pages of a chunk at most.
 const TILE_PAGES: usize = TILE_CHUNK / KV_PAGE;
@@ -232,7 +237,7 @@ impl Compute {
                 SCRATCH.with_borrow_mut(|scratch| {
                     call.begin(scratch, block, head);
                     for chunk in 0..block.chunks() {
-                        call.chunk(scratch, block, head, chunk);
+                        call.chunk(scratch, block, head, chunk, chunk + 1 < block.chunks());
                         scratch.merge(dim);
                     }
                     // SAFETY: a block and a head belong to one task.
@@ -284,40 +289,50 @@ impl Compute {
         let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * (call.heads / kv_heads);
         let part = rows * (dim + 2);
         let units = blocks.len() * kv_heads;
-        let mut partial = vec![0f32; units * longest * part];
-        {
-            let partial = DisjointMut::new(&mut partial);
-            self.pool.run(units * longest, &|task| {
-                let (unit, chunk) = (task / longest, task % longest);
+        // A task knows what it reads next, so some chunks that follow each other make one; but
+        // every thread should find several tasks.
+        let run = (units * longest / (4 * self.pool.threads())).clamp(1, RUN);
+        let runs = longest.div_ceil(run);
+        PARTIAL.with_borrow_mut(|partial| {
+            partial.fit(units * longest * part);
+            {
+                let partial = DisjointMut::new(&mut partial[..units * longest * part]);
+                self.pool.run(units * runs, &|task| {
+                    let (unit, first) = (task / runs, task % runs * run);
+                    let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+                    let chunks = first..block.chunks().min(first + run);
+                    if chunks.is_empty() {
+                        return;
+                    }
+                    SCRATCH.with_borrow_mut(|scratch| {
+                        call.begin(scratch, block, head);
+                        for chunk in chunks.clone() {
+                            call.chunk(scratch, block, head, chunk, chunk + 1 < chunks.end);
+                            let at = (unit * longest + chunk) * part;
+                            // SAFETY: each chunk has a part of its own.
+                            let to = unsafe { partial.slice(at..at + part) };
+                            let (acc, stats) = to.split_at_mut(rows * dim);
+                            acc[..scratch.acc.len()].copy_from_slice(&scratch.acc);
+                            stats[..scratch.stats.len()].copy_from_slice(&scratch.stats);
+                        }
+                    });
+                });
+            }
+            self.pool.run(units, &|unit| {
                 let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
-                if chunk >= block.chunks() {
-                    return;
-                }
                 SCRATCH.with_borrow_mut(|scratch| {
                     call.begin(scratch, block, head);
-                    call.chunk(scratch, block, head, chunk);
-                    // SAFETY: each task has a part of its own.
-                    let to = unsafe { partial.slice(task * part..(task + 1) * part) };
-                    let (acc, stats) = to.split_at_mut(rows * dim);
-                    acc[..scratch.acc.len()].copy_from_slice(&scratch.acc);
-                    stats[..scratch.stats.len()].copy_from_slice(&scratch.stats);
+                    for chunk in 0..block.chunks() {
+                        let at = (unit * longest + chunk) * part;
+                        let (acc, stats) = partial[at..at + part].split_at(rows * dim);
+                        let (acc_len, stats_len) = (scratch.acc.len(), scratch.stats.len());
+                        scratch.acc.copy_from_slice(&acc[..acc_len]);
+                        scratch.stats.copy_from_slice(&stats[..stats_len]);
+                        scratch.merge(dim);
+                    }
+                    // SAFETY: a block and a head belong to one task.
+                    unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, out) };
                 });
-            });
-        }
-        self.pool.run(units, &|unit| {
-            let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
-            SCRATCH.with_borrow_mut(|scratch| {
-                call.begin(scratch, block, head);
-                for chunk in 0..block.chunks() {
-                    let at = (unit * longest + chunk) * part;
-                    let (acc, stats) = partial[at..at + part].split_at(rows * dim);
-                    let (acc_len, stats_len) = (scratch.acc.len(), scratch.stats.len());
-                    scratch.acc.copy_from_slice(&acc[..acc_len]);
-                    scratch.stats.copy_from_slice(&stats[..stats_len]);
-                    scratch.merge(dim);
-                }
-                // SAFETY: a block and a head belong to one task.
-                unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, out) };
             });
         });
     }
@@ -411,12 +426,14 @@ impl Call<'_> {
         let full = rows.next_multiple_of(TILE_GROUP);
         let pack = self.compute.table.matmul.tiles.as_ref();
         let pack = pack.expect("tile attention comes with tile products").pack;
+        // Weights are powers of two.
+        let scale = self.scale * std::f32::consts::LOG2_E;
         scratch.q_tiles.fit(full * dim);
         scratch.q_tiles[..full * dim].fill(0);
         for row in 0..rows {
             let at = ((block.first + row / group) * self.heads + head * group + row % group) * dim;
             scratch.q.clear();
-            let scaled = self.q[at..at + dim].iter().map(|x| x * self.scale);
+            let scaled = self.q[at..at + dim].iter().map(|x| x * scale);
             scratch.q.extend(scaled);
             let to = row / TILE_GROUP * TILE_GROUP * dim + row % TILE_GROUP * 32;
             // SAFETY: one row of a tile of each 32 dimensions.
@@ -516,8 +533,10 @@ impl Call<'_> {
         (pages, last - first, packed)
     }
 
-    /// One chunk for all rows of the block; leaves `acc` and `stats`.
-    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize) {
+    /// One chunk for all rows of the block; leaves `acc` and `stats`. The caller says whether the
+    /// next chunk comes after it.
+    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize, more: bool) {
+        let next = more.then(|| self.pages(block, head, (chunk + 1, CHUNK)).0[0].0);
         let chunk = (chunk, CHUNK);
         self.see(&mut scratch.visible, block, chunk);
         let (pages, count, packed) = self.pages(block, head, chunk);
@@ -531,6 +550,7 @@ impl Call<'_> {
             q: &scratch.q,
             visible: &scratch.visible,
             pages: &pages[..count],
+            next,
             pruned: halves.map(|halves| (*halves, packed)),
             scores: &mut scratch.scores,
             acc: &mut scratch.acc,
