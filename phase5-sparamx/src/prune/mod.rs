@@ -138,7 +138,7 @@ pub struct Pruned {
 }
 
 /// True for the matrices that are pruned unless others are named.
-fn usual(name: &str) -> bool {
+pub fn usual(name: &str) -> bool {
     let part = name
         .strip_prefix("blk.")
         .and_then(|rest| rest.split_once('.'));
