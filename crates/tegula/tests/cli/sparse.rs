@@ -84,6 +84,14 @@ fn what_cant_be_is_refused() {
     assert!(fails(2, &prune(&wanda)).contains("--calib"));
     let too_short = fails(3, &prune(&[&wanda[..], &["--calib", &text]].concat()));
     assert!(too_short.contains("1024 are needed"), "{too_short}");
+    // What meets the embedding are no inputs of a layer.
+    fs::write(&text, "abc ".repeat(40)).unwrap();
+    let calibrated = ["--calib", &text, "-c", "16", "--tensors", "token_embd"];
+    let unmeasured = fails(3, &prune(&[&wanda[..], &calibrated].concat()));
+    assert!(
+        unmeasured.contains("no norms of its inputs"),
+        "{unmeasured}"
+    );
     let nothing = fails(2, &prune(&["--sparsity", "0.5", "--tensors", "ssm"]));
     assert!(nothing.contains("`ssm`"), "{nothing}");
     // Model and text.
