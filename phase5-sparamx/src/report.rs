@@ -66,6 +66,8 @@ pub fn floor(name: &Name) -> Option<f64> {
         ("staged", 1) => Some(1.15),
         ("staged", 2..=4) => Some(1.0),
         ("layer" | "model", 16 | 64) => Some(1.0),
+        // Else too few tokens go to tiles.
+        ("tiles", _) => Some(1.0),
         _ => None,
     }
 }
@@ -93,7 +95,8 @@ pub fn page(root: &Path) -> Result<String, String> {
             out,
             "\n### {}, {} threads, commit {}, {}\n\n\
              Dense and sparse in turns, at least a gigabyte of copies of each; memory is read \
-             at {bandwidth:.1} GB/s. A limit is the ratio of bytes.\n\n\
+             at {bandwidth:.1} GB/s. A limit is the ratio of bytes; `staged` and `tiles` stand beside the staged algorithm and \
+             beside vectors instead of dense weights.\n\n\
              | what | zeros | shape | tokens | kernels | dense ms | sparse ms | GB/s | gain | limit | asked for |\n\
              |---|---|---|---|---|---|---|---|---|---|---|\n",
             record.host.cpu,

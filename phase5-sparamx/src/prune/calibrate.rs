@@ -357,10 +357,7 @@ impl Layers {
         self.exchange(own)?;
         run?;
         // The embedding, too, has been read by then.
-        let file = self.model.gguf();
-        for t in file.tensors() {
-            file.bytes(t).release();
-        }
+        self.model.gguf().release();
         // What is kept of this layer first: norms that are there twice are measured again.
         self.listener.heard().keep(&self.norms())?;
         fs::rename(&temporary, &next).map_err(|e| PruneError::io(&next, "write", e))?;

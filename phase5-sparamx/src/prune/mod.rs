@@ -231,8 +231,7 @@ pub fn prune_in_sequence(
                 run.beat(&format!("outputs of layer {layer}"))
             })?;
         }
-        // Also what the system mapped on its own around the tensors that were read.
-        tensors.iter().for_each(|t| drop(model.bytes(t).release()));
+        model.release();
     }
     for i in (0..tensors.len()).filter(|&i| layer_of(&tensors[i].name).is_none()) {
         run.tensor(i, None)?;
