@@ -143,7 +143,7 @@ fn coins(random: &mut Random, keep: u32) -> u64 {
 fn choose(random: &mut Random, pattern: Pattern, ways: &[u32]) -> u32 {
     let m = pattern.m();
     // Below `n`, evenly but for what 32 bits can't divide.
-    let mut below = |n: usize| ((random.next() >> 32) * n as u64 >> 32) as usize;
+    let mut below = |n: usize| (((random.next() >> 32) * n as u64) >> 32) as usize;
     let mut bits = 0;
     for first in (0..GROUP).step_by(m) {
         if !ways.is_empty() {
