@@ -2092,12 +2092,20 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__synth)
-            opts="-t -h --pure --seed --threads --json --layers --embd --heads --kv-heads --head-dim --ff --vocab --context --experts --experts-used --expert-ff --tied --config --help"
+            opts="-t -h --pure --sparsity --nm --seed --threads --json --layers --embd --heads --kv-heads --head-dim --ff --vocab --context --experts --experts-used --expert-ff --tied --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --sparsity)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --nm)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --seed)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

@@ -449,7 +449,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand prune" -l sparsity -d 'Sha
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l method -d 'What decides: the magnitude of a weight, or that times the norm of its inputs (Wanda)' -r -f -a "magnitude\t''
 wanda\t''"
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l nm -d 'At most N values in every M inputs, for instance 2:4, in place of --sparsity' -r
-complete -c tegula -n "__fish_tegula_using_subcommand prune" -l calib -d 'Text to measure inputs with, for --method wanda' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand prune" -l calib -d 'Text to measure inputs with, for --method wanda: those of a layer as the layers before it, pruned, make them' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l imatrix -d 'Norms of inputs that were measured earlier: GGUF of llama-imatrix or of --save-imatrix' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l save-imatrix -d 'Write the measured norms, as llama-imatrix does' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -s c -l ctx-size -d 'Tokens of a window of the text' -r
@@ -460,6 +460,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand prune" -l config -d 'Confi
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l dense -d 'Keep the dense types, zeros and all'
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -l json -d 'Print one JSON document'
 complete -c tegula -n "__fish_tegula_using_subcommand prune" -s h -l help -d 'Print help'
+complete -c tegula -n "__fish_tegula_using_subcommand synth" -l sparsity -d 'Share of the weights of sparse matrices that is zero, 0 to less than 1' -r
+complete -c tegula -n "__fish_tegula_using_subcommand synth" -l nm -d 'Exactly N values in every M inputs, for instance 2:4, in place of --sparsity' -r
 complete -c tegula -n "__fish_tegula_using_subcommand synth" -l seed -d 'Seed of the weights' -r
 complete -c tegula -n "__fish_tegula_using_subcommand synth" -s t -l threads -d 'Threads [default: all CPUs]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand synth" -l layers -d 'Layers' -r

@@ -21,7 +21,9 @@ use tegula_lab::{Check, Env, Need, Outcome};
 
 use crate::{
     bench::{self, Name, dense_rows},
-    prune::{Calibration, PruneOptions, calibrate, leftovers, prune},
+    prune::{
+        Calibration, PruneOptions, PruneProgress, Pruned, leftovers, prune, prune_in_sequence,
+    },
     quality,
     sparamx::{
         self,
@@ -294,6 +296,18 @@ fn formats(env: &Env) -> Result<Outcome> {
 
 fn lossless() -> Result<Outcome> {
     let mut cases = 0;
+    let mut one = |ty: GgmlType, n: usize, k: usize, percent: u32| -> Result<()> {
+        let rows = dense_rows(ty, n, k, percent, 3);
+        let shape = [k as u64, n as u64];
+        let packed = pack_tensor(ty, &shape, None, &rows).map_err(text)?;
+        let pool = tegula_kernels::Pool::new(PoolConfig::new(1 + cases % 17));
+        let w = Weights::sparse(ty, n, k, 1, Bytes::from_vec(packed), &pool);
+        let back = w.map_err(text)?.unpack_raw(&pool);
+        cases += 1;
+        holds(back == rows, || {
+            format!("{ty} {n}x{k} at {percent} %: other weights")
+        })
+    };
     let shapes = [
         (16, 64),
         (48, 768),
@@ -303,29 +317,31 @@ fn lossless() -> Result<Outcome> {
         (31, 4096),
         (16, 14336),
         (1024, 64),
+        (2048, 96),
+        (4096, 64),
+        (14336, 64),
     ];
     for &ty in GgmlType::SPARSE {
         for (n, k) in shapes {
             for percent in [0, 25, 50, 75, 90, 99, 100] {
-                let rows = dense_rows(ty, n, k, percent, 3);
-                let shape = [k as u64, n as u64];
-                let packed = pack_tensor(ty, &shape, None, &rows).map_err(text)?;
-                let pool = tegula_kernels::Pool::new(PoolConfig::new(1 + cases % 5));
-                let w = Weights::sparse(ty, n, k, 1, Bytes::from_vec(packed), &pool);
-                let back = w.map_err(text)?.unpack_raw(&pool);
-                holds(back == rows, || {
-                    format!("{ty} {n}x{k} at {percent} %: other weights")
-                })?;
-                cases += 1;
+                one(ty, n, k, percent)?;
             }
         }
+        one(ty, 128_256, 64, 50)?;
+    }
+    // Rows that are no whole groups: of this type alone.
+    for (n, k) in [(17, 100), (100, 100)] {
+        one(GgmlType::S_BF16, n, k, 50)?;
     }
     Ok(Outcome::passed([
         (
             "tensors",
-            format!("{cases}, of 3 types, {} shapes, 7 sparsities", shapes.len()),
+            format!(
+                "{cases}, of 3 types, {} shapes, 7 sparsities",
+                shapes.len() + 3
+            ),
         ),
-        ("threads", "1 to 5".to_owned()),
+        ("threads", "1 to 17".to_owned()),
     ]))
 }
 
@@ -357,10 +373,6 @@ fn pruner(env: &Env) -> Result<Outcome> {
         limit: 4,
         ..Calibration::default()
     };
-    let norms = calibrate(load(&path, 1)?, &words, &how, &mut |_, _| {
-        ControlFlow::Continue(())
-    });
-    let norms = norms.map_err(text)?;
     let base = || PruneOptions {
         sparsity: 0.5,
         least_saving: 0.1,
@@ -368,13 +380,7 @@ fn pruner(env: &Env) -> Result<Outcome> {
     };
     let cases = [
         ("magnitude 50 %", base()),
-        (
-            "wanda 50 %",
-            PruneOptions {
-                norms: Some(norms.all()),
-                ..base()
-            },
-        ),
+        ("wanda 50 %", base()),
         (
             "magnitude 2:4",
             PruneOptions {
@@ -386,19 +392,31 @@ fn pruner(env: &Env) -> Result<Outcome> {
     let mut facts = BTreeMap::new();
     for (name, options) in &cases {
         let out = scratch.file("out.gguf");
-        let mut steps = 0;
-        let cut = prune(&source, &out, options, &mut |_| {
-            steps += 1;
-            match steps > 10 {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        });
+        // To its end, or to the given number of steps.
+        let run = |end: usize| -> Result<Pruned> {
+            let mut steps = 0;
+            let progress = &mut |_: PruneProgress<'_>| {
+                steps += 1;
+                match steps > end {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            };
+            let pruned = match name.starts_with("wanda") {
+                false => prune(&source, &out, options, progress),
+                true => {
+                    let (model, how) = (load(&path, 1)?, (words.as_str(), &how));
+                    let done = prune_in_sequence(&source, model, how, &out, options, progress);
+                    done.map(|(pruned, _)| pruned)
+                }
+            };
+            pruned.map_err(text)
+        };
+        let cut = run(10);
         holds(cut.is_err() && !out.exists(), || {
             format!("{name}: a break left a file")
         })?;
-        let pruned = prune(&source, &out, options, &mut |_| ControlFlow::Continue(()));
-        let pruned = pruned.map_err(text)?;
+        let pruned = run(usize::MAX)?;
         holds(pruned.resumed > 0, || {
             format!("{name}: nothing was resumed")
         })?;
@@ -687,16 +705,6 @@ fn sparse_attention(env: &Env) -> Result<Outcome> {
     Ok(Outcome::Passed { facts })
 }
 
-/// The least gains that issue and study ask for: type, percent, gain.
-const FLOORS: [(GgmlType, u32, f64); 6] = [
-    (GgmlType::S_BF16, 50, 1.60),
-    (GgmlType::S8, 50, 1.45),
-    (GgmlType::S8, 70, 1.95),
-    (GgmlType::S8, 80, 2.50),
-    (GgmlType::S4, 50, 1.15),
-    (GgmlType::S4, 70, 1.35),
-];
-
 fn speed() -> Result<Outcome> {
     let plan = bench::Plan {
         turns: 15,
@@ -718,16 +726,7 @@ fn speed() -> Result<Outcome> {
         } = &gain.name;
         let what = format!("{kind} {ty} {percent} % {shape}, {m} tokens");
         facts.insert(what.clone(), format!("{:.2}", gain.gain));
-        let floor = FLOORS
-            .iter()
-            .find(|f| (f.0, f.1) == (*ty, *percent))
-            .map(|f| f.2);
-        let floor = match (kind.as_str(), *m, shape.as_str()) {
-            ("layer", 1, "14336x4096") => floor,
-            ("experts", 1, _) => Some(1.35),
-            ("layer", 16 | 64, _) => Some(1.0),
-            _ => None,
-        };
+        let floor = crate::report::floor(&gain.name);
         if let Some(floor) = floor.filter(|&f| gain.gain < f) {
             short.push(format!("{what}: {:.2}, not {floor}", gain.gain));
         }

@@ -13,7 +13,7 @@ use tegula_lab::{Env, Outcome, Record};
 
 use crate::{
     checks::{Result, Scratch, greedy, holds, load, score, text},
-    prune::{Calibration, PruneOptions, calibrate, prune},
+    prune::{Calibration, PruneOptions, prune, prune_in_sequence},
 };
 
 /// The models, by their files.
@@ -127,10 +127,6 @@ fn measure(model: &str, source: &Path, held_out: &str, calibration: &str) -> Res
         limit: 40,
         ..Calibration::default()
     };
-    let norms = calibrate(load(source, threads)?, calibration, &how, &mut |_, _| {
-        go_on()
-    });
-    let norms = norms.map_err(text)?.all();
     let gguf = Gguf::open(source).map_err(text)?;
     let rate = |path: &Path, format: String, percent: Option<u32>| -> Result<Point> {
         let file = Gguf::open(path).map_err(text)?;
@@ -156,17 +152,24 @@ fn measure(model: &str, source: &Path, held_out: &str, calibration: &str) -> Res
         points.push(rate(&path, format!("dense {}", ty.name()), None)?);
     }
     let mut magnitude_50 = f64::NAN;
-    for (method, norms) in [("magnitude", None), ("wanda", Some(&norms))] {
+    for method in ["magnitude", "wanda"] {
         for percent in [30, 50, 70] {
             let pruned = scratch.file("pruned.gguf");
             let options = PruneOptions {
                 sparsity: f64::from(percent) / 100.0,
-                norms: norms.cloned(),
                 dense: true,
                 least_saving: 0.1,
                 ..PruneOptions::default()
             };
-            prune(&gguf, &pruned, &options, &mut |_| go_on()).map_err(text)?;
+            match method {
+                "magnitude" => prune(&gguf, &pruned, &options, &mut |_| go_on()).map(drop),
+                _ => {
+                    let (model, how) = (load(source, threads)?, (calibration, &how));
+                    prune_in_sequence(&gguf, model, how, &pruned, &options, &mut |_| go_on())
+                        .map(drop)
+                }
+            }
+            .map_err(text)?;
             let pruned_file = Gguf::open(&pruned).map_err(text)?;
             for (ty, file) in [
                 (GgmlType::S_BF16, None),

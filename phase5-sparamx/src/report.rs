@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, path::Path};
 
+use tegula_gguf::GgmlType;
 use tegula_lab::{Record, Series};
 
 use crate::bench::Name;
@@ -46,6 +47,31 @@ pub fn gains(series: &[Series]) -> Vec<Gain> {
     out
 }
 
+/// The least gain that was asked for, if one was.
+pub fn floor(name: &Name) -> Option<f64> {
+    let half = name.percent == 50;
+    match (name.kind.as_str(), name.m) {
+        ("layer", 1) if name.shape == "14336x4096" => match (name.ty, name.percent) {
+            (GgmlType::S_BF16, 50) => Some(1.60),
+            (GgmlType::S8, 50) => Some(1.45),
+            (GgmlType::S8, 70) => Some(1.95),
+            (GgmlType::S8, 80) => Some(2.50),
+            (GgmlType::S4, 50) => Some(1.15),
+            (GgmlType::S4, 70) => Some(1.35),
+            _ => None,
+        },
+        ("experts", 1) if half => Some(1.35),
+        ("model", 1) if half && name.ty == GgmlType::S_BF16 => Some(1.55),
+        ("model", 1) if half && name.ty == GgmlType::S8 => Some(1.35),
+        ("staged", 1) => Some(1.15),
+        ("staged", 2..=4) => Some(1.0),
+        ("layer" | "model", 16 | 64) => Some(1.0),
+        // Else too few tokens go to tiles.
+        ("tiles", _) => Some(1.0),
+        _ => None,
+    }
+}
+
 /// What the measurements add to the phase's page.
 ///
 /// # Errors
@@ -69,9 +95,10 @@ pub fn page(root: &Path) -> Result<String, String> {
             out,
             "\n### {}, {} threads, commit {}, {}\n\n\
              Dense and sparse in turns, at least a gigabyte of copies of each; memory is read \
-             at {bandwidth:.1} GB/s. A limit is the ratio of bytes.\n\n\
-             | what | zeros | shape | tokens | kernels | dense ms | sparse ms | GB/s | gain | limit |\n\
-             |---|---|---|---|---|---|---|---|---|---|\n",
+             at {bandwidth:.1} GB/s. A limit is the ratio of bytes; `staged` and `tiles` stand beside the staged algorithm and \
+             beside vectors instead of dense weights.\n\n\
+             | what | zeros | shape | tokens | kernels | dense ms | sparse ms | GB/s | gain | limit | asked for |\n\
+             |---|---|---|---|---|---|---|---|---|---|---|\n",
             record.host.cpu,
             figure("sparse-threads"),
             record.commit.get(..10).unwrap_or(&record.commit),
@@ -82,7 +109,7 @@ pub fn page(root: &Path) -> Result<String, String> {
             let speed = |bytes: u64, ms: f64| bytes as f64 / ms / 1e6;
             let _ = writeln!(
                 out,
-                "| {} {} | {} % | {} | {} | {} | {:.3} | {:.3} | {:.1}, {:.1} | {:.2} | {:.2} |",
+                "| {} {} | {} % | {} | {} | {} | {:.3} | {:.3} | {:.1}, {:.1} | {:.2} | {:.2} | {} |",
                 n.kind,
                 n.ty,
                 n.percent,
@@ -94,7 +121,12 @@ pub fn page(root: &Path) -> Result<String, String> {
                 speed(g.dense_bytes, g.ms[0]),
                 speed(n.bytes, g.ms[1]),
                 g.gain,
-                g.dense_bytes as f64 / n.bytes as f64
+                g.dense_bytes as f64 / n.bytes as f64,
+                match floor(n) {
+                    None => String::new(),
+                    Some(floor) if g.gain < floor => format!("{floor:.2}: **missed**"),
+                    Some(floor) => format!("{floor:.2}"),
+                }
             );
         }
     }
@@ -160,12 +192,28 @@ On the way to tiles a step costs about ten cycles of ports 0 and 5 where codes a
 scaled, and the expansion's three come on top. Codes therefore become f32 by being put into the \
 mantissa of a power of two (`vpternlog`), which saves about as much as the expansion costs.
 
+## Why one staging buffer, not two
+
+Of up to 64 tokens or so a pair of strips goes to tiles 512 inputs at a time, which is a super-block, \
+the least that can be read by itself: 32 KiB of tiles in a first-level cache of 48 KiB. A second \
+buffer would put both into the second-level cache; one strip at a time would fit twice, but loads the \
+activations once per strip instead of once per pair. What could overlap is reckoned, not measured: \
+16 tokens are 32 tile products of 16 cycles per stretch, beside 2,500 to 3,300 for putting 16,384 \
+weights on their way, so that hiding all of them would save a sixth at most, and a core that looks \
+512 instructions ahead already begins with the next stretch while they run: they are 160 \
+instructions. With 64 tokens they are 2,048 cycles, two fifths of a stretch, and about 1,700 \
+instructions, so that little of it overlaps: there a better loop has something to win. More overlap needs decoding and products in one assembler block (tiles must not live \
+across two of them), or sums that go to memory and back every few steps, which is what SparAMX's \
+dense kernel loses by. Neither is simple, so the order is: a stretch to tiles, its products, the next.
+
 ## Limits
 
 - `S8` and `S4` take rows that are multiples of 32; `S-BF16` any.
 - The kernels need AVX-512 VBMI2 (and BF16 for `S-BF16`); elsewhere strips are made dense for \
 each product, which is right and slow.
 - GPUs get sparse matrices as dense ones.
+- Wanda measures a layer's inputs behind the pruned layers before it, as its own program does; within \
+a layer all inputs are those of its dense matrices, as there. Nothing is retrained.
 - A sparse KV cache holds 16-bit values and lies on the CPU; \
 within a finished page of 64 positions it can't be cut.
 - SparAMX saves layers, not models: `cargo run --release -p phase5-sparamx --example sparamx -- \
@@ -175,6 +223,20 @@ OUT.gguf NAME=LAYER.pt` makes tensors of them (8-bit factors become f16 scales, 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_asked_for_depends_on_what_was_measured() {
+        let floor = |name: &str| floor(&name.parse().unwrap());
+        let layer = |rest: &str| floor(&format!("sparse|layer|{rest}|avx512|sparse|1"));
+        assert_eq!(layer("S8|70|14336x4096|1"), Some(1.95));
+        assert_eq!(layer("S8|70|14336x4096|2"), None);
+        assert_eq!(layer("S8|50|1024x4096|1"), None);
+        assert_eq!(layer("S4|50|14336x4096|64"), Some(1.0));
+        assert_eq!(
+            floor("sparse|model|S-BF16|50|llama-3-8b|1|avx512|sparse|1").map(|f| f > 1.5),
+            Some(true)
+        );
+    }
 
     #[test]
     fn sides_find_each_other() {

@@ -10,8 +10,8 @@ use std::{
 };
 
 use phase5_sparamx::prune::{
-    Calibration, Norms, PruneError, PruneOptions, Pruned, calibrate, kept_norms, leftovers, prune,
-    read_norms,
+    Calibration, Norms, PruneError, PruneOptions, PruneProgress, Pruned, leftovers, prune,
+    prune_in_sequence, read_norms,
 };
 use tegula_engine::{Batch, Context, ContextOptions, LoadOptions, Model, Source};
 use tegula_gguf::{
@@ -226,15 +226,37 @@ fn load(path: &Path) -> Arc<Model> {
     Arc::new(Model::load(&options, &mut |_| ()).unwrap())
 }
 
-fn measure(model: &Arc<Model>, text: &str, window: usize) -> Result<Norms, PruneError> {
+fn with_sparsity(sparsity: f64) -> PruneOptions {
+    PruneOptions {
+        sparsity,
+        ..options()
+    }
+}
+
+/// Prunes in sequence with a text of five windows, of which two run together.
+fn in_sequence(
+    input: &Path,
+    out: &Path,
+    text: &str,
+    sparsity: f64,
+    progress: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<(Pruned, Norms), PruneError> {
     let how = Calibration {
-        window,
-        limit: 4,
-        ..Calibration::default()
+        window: 32,
+        limit: 5,
+        together: 70,
     };
-    calibrate(Arc::clone(model), text, &how, &mut |_, _| {
-        ControlFlow::Continue(())
+    let source = Gguf::open(input).unwrap();
+    let options = with_sparsity(sparsity);
+    let model = load(input);
+    prune_in_sequence(&source, model, (text, &how), out, &options, &mut |p| {
+        progress(p.tensor)
     })
+}
+
+fn to_the_end(input: &Path, out: &Path, sparsity: f64) -> (Pruned, Norms) {
+    let go_on = &mut |_: &str| ControlFlow::Continue(());
+    in_sequence(input, out, &TEXT.repeat(5), sparsity, go_on).unwrap()
 }
 
 /// Logits of a prompt, then of tokens alone and in threes.
@@ -252,10 +274,10 @@ fn logits(path: &Path) -> Vec<f32> {
 #[test]
 fn the_engine_measures_inputs_and_sparse_runs_as_dense() {
     let dir = tempfile::tempdir().unwrap();
-    let model = load(&embedded());
-    let text = TEXT.repeat(4);
-    let norms = measure(&model, &text, 32).unwrap();
+    let [sparse, dense] = ["sparse.gguf", "dense.gguf"].map(|name| dir.path().join(name));
+    let (pruned, norms) = to_the_end(&embedded(), &sparse, 0.5);
     let all = norms.all();
+    let model = load(&embedded());
     let config = model.config();
     for layer in 0..config.layers {
         for (part, len) in [
@@ -271,13 +293,14 @@ fn the_engine_measures_inputs_and_sparse_runs_as_dense() {
     }
     // Every token of a layer chooses four experts.
     let (_, counts) = norms.counts("blk.1.ffn_down_exps.weight").unwrap();
-    assert_eq!(counts.iter().sum::<u64>(), 4 * 32 * 4);
-    assert!(matches!(
-        measure(&model, &text, 32),
-        Err(PruneError::Observed)
-    ));
+    assert_eq!(counts.iter().sum::<u64>(), 5 * 32 * 4);
+    // A small one gains too little.
+    assert!(pruned.packed + 1 >= pruned.tensors, "{pruned:?}");
+    assert!((0.49..0.56).contains(&(pruned.zeros as f64 / pruned.weights as f64)));
+    unpack(&sparse, &dense);
+    assert!(logits(&sparse) == logits(&dense), "sparse is not as dense");
 
-    // They come back from the file that `quantize --imatrix` reads, too.
+    // They come back from the file that `quantize --imatrix` reads, too, and prune.
     let saved = dir.path().join("imatrix.gguf");
     norms.save(&saved).unwrap();
     let read = read_norms(&Gguf::open(&saved).unwrap()).unwrap();
@@ -285,90 +308,103 @@ fn the_engine_measures_inputs_and_sparse_runs_as_dense() {
     for (name, norms) in &all {
         assert!(read[name].iter().zip(norms).all(near), "{name}");
     }
-
-    let [sparse, dense] = ["sparse.gguf", "dense.gguf"].map(|name| dir.path().join(name));
-    let wanda = PruneOptions {
-        sparsity: 0.5,
+    let given = PruneOptions {
         norms: Some(all),
-        ..options()
+        ..with_sparsity(0.5)
     };
-    let pruned = run(&embedded(), &sparse, &wanda).unwrap();
-    // A small one gains too little.
-    assert!(pruned.packed + 1 >= pruned.tensors, "{pruned:?}");
-    unpack(&sparse, &dense);
-    assert!(logits(&sparse) == logits(&dense), "sparse is not as dense");
+    let again = dir.path().join("again.gguf");
+    run(&embedded(), &again, &given).unwrap();
+    assert!(fs::read(&again).unwrap() == fs::read(&sparse).unwrap());
+}
+
+#[test]
+fn norms_are_those_of_a_text_that_has_passed_the_pruned_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let [half, same, none] = ["half", "same", "none"].map(|name| dir.path().join(name));
+    let (_, norms) = to_the_end(&embedded(), &half, 0.5);
+    // What comes into a layer of the result, with no more pruned, is what came in when it was made.
+    let (_, behind_pruned) = to_the_end(&half, &same, 0.0);
+    let (_, behind_dense) = to_the_end(&embedded(), &none, 0.0);
+    for layer in 0..load(&embedded()).config().layers {
+        let name = format!("blk.{layer}.attn_q.weight");
+        let [norms, pruned, dense] = [&norms, &behind_pruned, &behind_dense]
+            .map(|norms| norms.of(&name).unwrap_or_else(|| panic!("{name}")));
+        assert!(norms == pruned, "{name}");
+        assert_eq!(norms == dense, layer == 0, "{name}");
+    }
 }
 
 #[test]
 fn interrupted_measurements_go_on_and_end_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("out.gguf");
-    let kept = kept_norms(&out);
-    // Weights from the file as they are give the same inputs.
-    let mapped = || {
-        let options = LoadOptions {
-            threads: 2,
-            repack: false,
-            ..LoadOptions::new(Source::Path(embedded()))
-        };
-        Arc::new(Model::load(&options, &mut |_| ()).unwrap())
-    };
-    // Five windows, two at a time; breaks where `until` are done. Also where it began.
+    let [whole, out] = ["whole.gguf", "out.gguf"].map(|name| dir.path().join(name));
     let text = TEXT.repeat(5);
-    let run = |model, text: &str, kept, until| {
-        let how = Calibration {
-            window: 32,
-            limit: 5,
-            together: 70,
-            kept,
-        };
-        let mut begin = None;
-        let norms = calibrate(model, text, &how, &mut |done, all| {
-            assert_eq!(all, 5);
-            begin.get_or_insert(done);
-            match done >= until {
+    let (_, norms) = to_the_end(&embedded(), &whole, 0.5);
+    let mut steps = Vec::new();
+    // Runs to the step that `end` accepts; says at which steps it was.
+    let mut run = |text: &str, end: &dyn Fn(&str) -> bool| {
+        steps.clear();
+        let result = in_sequence(&embedded(), &out, text, 0.5, &mut |step| {
+            steps.push(step.to_owned());
+            match end(step) {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
             }
         });
-        (norms, begin)
+        (result, steps.clone())
     };
-    let (whole, _) = run(load(&embedded()), &text, None, 5);
-    let whole = whole.unwrap();
-    let (_, counts) = whole.counts("blk.0.attn_q.weight").unwrap();
-    assert_eq!(counts, [5 * 32]);
+    let cancelled = |result: Result<(Pruned, Norms), PruneError>| {
+        assert!(matches!(result, Err(PruneError::Cancelled)), "{result:?}");
+        assert!(!out.exists() && leftovers(&out).is_dir());
+    };
+    let measured = |steps: &[String], layer: usize| {
+        let inputs = format!("inputs of layer {layer}");
+        steps.iter().filter(|step| **step == inputs).count()
+    };
+    // Between two tensors of the second layer.
+    let (broken, steps) = run(&text, &|step| step == "blk.1.attn_output.weight");
+    cancelled(broken);
+    assert_eq!([0, 1, 2].map(|layer| measured(&steps, layer)), [3, 3, 0]);
+    // Half a file is no file.
+    fs::write(leftovers(&out).join("inputs-2.tmp"), b"half").unwrap();
+    fs::write(leftovers(&out).join("inputs-3.bin"), b"half").unwrap();
+    // On the way to the third layer, whose inputs are not whole then.
+    let (broken, steps) = run(&text, &|step| step == "outputs of layer 1");
+    cancelled(broken);
+    assert_eq!([0, 1, 2].map(|layer| measured(&steps, layer)), [0, 3, 0]);
+    let (done, steps) = run(&text, &|_| false);
+    let (pruned, resumed) = done.unwrap();
+    assert_eq!([0, 1, 2].map(|layer| measured(&steps, layer)), [0, 3, 3]);
+    assert!(pruned.resumed > 7, "{pruned:?}");
+    assert!(resumed == norms);
+    assert!(fs::read(&whole).unwrap() == fs::read(&out).unwrap());
+    assert!(!leftovers(&out).exists());
 
-    let kept = Some(kept.as_path());
-    let (broken, begin) = run(mapped(), &text, kept, 2);
-    assert!(matches!(broken, Err(PruneError::Cancelled)), "{broken:?}");
-    assert_eq!(begin, Some(0));
-    let (rest, begin) = run(mapped(), &text, kept, 5);
-    assert_eq!(begin, Some(2));
-    assert!(rest.unwrap() == whole);
-    // They are complete now, and pruning takes place beside them.
-    let (again, begin) = run(mapped(), &text, kept, 0);
-    assert_eq!(begin, None);
-    let wanda = PruneOptions {
-        norms: Some(again.unwrap().all()),
-        ..options()
-    };
-    let source = Gguf::open(embedded()).unwrap();
-    let result = prune(&source, &out, &wanda, &mut |_| ControlFlow::Break(()));
-    assert!(matches!(result, Err(PruneError::Cancelled)), "{result:?}");
-    assert!(kept_norms(&out).is_file());
-    // Another text starts anew, and so does a file that is damaged.
-    let (_, begin) = run(mapped(), &text[1..], kept, 2);
-    assert_eq!(begin, Some(0));
-    fs::write(kept_norms(&out), b"half").unwrap();
-    let (_, begin) = run(mapped(), &text, kept, 0);
-    assert_eq!(begin, Some(0));
-    // A finished run leaves nothing.
-    prune(&source, &out, &wanda, &mut |_| ControlFlow::Continue(())).unwrap();
-    assert!(out.is_file() && !leftovers(&out).exists());
+    // Another text starts anew.
+    fs::remove_file(&out).unwrap();
+    let (broken, _) = run(&text, &|step| step == "outputs of layer 1");
+    cancelled(broken);
+    let (broken, steps) = run(&text[1..], &|step| step == "inputs of layer 1");
+    cancelled(broken);
+    assert_eq!(measured(&steps, 0), 3);
 }
 
 #[test]
-fn a_text_too_short_is_refused() {
-    let error = measure(&load(&embedded()), "Too short.", 512).unwrap_err();
-    assert!(error.to_string().contains("1024 are needed"), "{error}");
+fn a_text_too_short_and_a_model_in_use_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let source = Gguf::open(embedded()).unwrap();
+    let run = |model, text: &str, options: &PruneOptions| {
+        let with = (text, &Calibration::default());
+        let go_on = &mut |_: PruneProgress<'_>| ControlFlow::Continue(());
+        let error = prune_in_sequence(&source, model, with, &out, options, go_on).unwrap_err();
+        assert!(!out.exists() && !leftovers(&out).exists());
+        error.to_string()
+    };
+    let error = run(load(&embedded()), "Too short.", &options());
+    assert!(error.contains("1024 are needed"), "{error}");
+    let text = TEXT.repeat(40);
+    let model = load(&embedded());
+    let error = run(Arc::clone(&model), &text, &options());
+    assert!(error.contains("in use"), "{error}");
 }

@@ -408,6 +408,37 @@ impl Context {
         top: Option<&Top>,
         outputs: &mut Outputs,
     ) -> Result<()> {
+        let model = Arc::clone(&self.model);
+        let ids: Vec<_> = part.iter().map(|t| t.id).collect();
+        outputs.rows += self.with_step(part, |mut step, lanes| {
+            let rows = step.outputs.len();
+            step.embed(&model.matrices.embedding, &ids);
+            let offload = &model.plan().offload;
+            let on = On {
+                only: offload.only_device(),
+                shared: offload.tensor.as_ref().map_or(Vec::new(), |t| t.all()),
+            };
+            let arch = model.config().arch;
+            Graph::new(step, &model.matrices, lanes, on, want).finish(
+                |layer, graph| models::layer(arch, layer, graph),
+                Results {
+                    hidden: &mut outputs.hidden,
+                    logits: &mut outputs.logits,
+                    best: &mut outputs.best,
+                    top: top.map(|top| (top, &mut outputs.top)),
+                },
+            )?;
+            Ok(rows)
+        })?;
+        Ok(())
+    }
+
+    /// Appends the tokens to their sequences and has them run.
+    fn with_step<T>(
+        &mut self,
+        part: &[BatchToken],
+        run: impl FnOnce(Step<'_>, &mut [Lane]) -> Result<T>,
+    ) -> Result<T> {
         let mut tokens = Vec::with_capacity(part.len());
         for token in part {
             let s = &mut self.sequences[token.sequence];
@@ -423,14 +454,11 @@ impl Context {
                 lane.copy_page(from, to)?;
             }
         }
-        let ids: Vec<_> = part.iter().map(|t| t.id).collect();
         let wanted: Vec<_> = (0..part.len()).filter(|&i| part[i].logits).collect();
         let tables: Vec<_> = self.sequences.iter().map(|s| &s.table).collect();
-        let model = &*self.model;
-        let config = model.config();
-        let mut step = Step {
-            compute: &model.compute,
-            config,
+        let step = Step {
+            compute: &self.model.compute,
+            config: self.model.config(),
             cache: &mut self.cache,
             tables: &tables,
             tokens: &tokens,
@@ -438,24 +466,45 @@ impl Context {
             buffers: &mut self.buffers,
             m: part.len(),
         };
-        step.embed(&model.matrices.embedding, &ids);
-        let offload = &model.plan().offload;
-        let on = On {
-            only: offload.only_device(),
-            shared: offload.tensor.as_ref().map_or(Vec::new(), |t| t.all()),
-        };
-        Graph::new(step, &model.matrices, &mut self.lanes, on, want).finish(
-            |layer, graph| models::layer(config.arch, layer, graph),
-            Results {
-                hidden: &mut outputs.hidden,
-                logits: &mut outputs.logits,
-                best: &mut outputs.best,
-                top: top.map(|top| (top, &mut outputs.top)),
-            },
-        )?;
-        outputs.rows += wanted.len();
+        let result = run(step, &mut self.lanes)?;
         for s in &mut self.sequences {
             self.cache.settle(&mut s.table);
+        }
+        Ok(result)
+    }
+
+    /// Runs one layer: of each token of the batch `x`, `[tokens][embd]`, holds what goes into the
+    /// layer, and then what comes out. The layer's keys and values go to the cache as
+    /// [`Context::decode`] has them there; sequences grow, so [`Context::truncate`] them before the
+    /// same tokens go through the next layer. What goes into the first one, [`Model::embed`] says.
+    ///
+    /// # Errors
+    /// As [`Context::decode`], and for a model that is not wholly on the CPU.
+    ///
+    /// # Panics
+    /// When the model has no such layer, `x` has another length, or a token does not want logits:
+    /// the last layer would drop it.
+    pub fn run_layer(&mut self, layer: usize, batch: &Batch, x: &mut [f32]) -> Result<()> {
+        let model = Arc::clone(&self.model);
+        let (embd, arch) = (model.config().embd, model.config().arch);
+        assert!(layer < model.config().layers && x.len() == batch.tokens.len() * embd);
+        assert!(batch.tokens.iter().all(|t| t.logits));
+        if !model.plan().offload.is_cpu_only() {
+            let what = "a layer by itself runs on the CPU alone".to_owned();
+            return Err(Error::Placement(what));
+        }
+        self.check(batch)?;
+        let parts = batch.tokens.chunks(self.options.ubatch);
+        for (part, x) in parts.zip(x.chunks_mut(self.options.ubatch * embd)) {
+            self.with_step(part, |mut step, lanes| {
+                step.begin(x);
+                let mut graph =
+                    Graph::new(step, &model.matrices, lanes, On::default(), Want::Hidden);
+                models::layer(arch, layer, &mut graph);
+                graph.experts(layer);
+                x.copy_from_slice(&graph.ended()?.buffers.x);
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ mod perplexity;
 pub mod plan;
 pub mod sampler;
 mod session;
+pub mod shape;
 mod state;
 pub mod stream;
 pub mod tensor_split;
@@ -35,4 +36,5 @@ pub use sampler::{Sampler, SamplerOptions};
 pub use session::{
     GenerateOptions, Generation, StopReason, Timings, generate, generate_constrained,
 };
+pub use shape::Shape;
 pub use text::{TextStream, overlap};

@@ -315,6 +315,67 @@ impl Model {
         all
     }
 
+    /// A matrix on the CPU, to be replaced by another of the same shape; by its tensor's name, as
+    /// [`Model::host_matrices`] lists them.
+    pub fn host_matrix_mut(&mut self, tensor: &str) -> Option<&mut Weights> {
+        let (layer, part) = tensor.strip_prefix("blk.")?.split_once('.')?;
+        let layer = self.matrices.layers.get_mut(layer.parse::<usize>().ok()?)?;
+        match (part.strip_suffix(".weight")?, layer) {
+            (
+                part @ ("attn_q" | "attn_k" | "attn_v" | "attn_output"),
+                Layer {
+                    attention: Placed::Host(a),
+                    ..
+                },
+            ) => Some(match part {
+                "attn_q" => &mut a.q,
+                "attn_k" => &mut a.k,
+                "attn_v" => &mut a.v,
+                _ => &mut a.out,
+            }),
+            (
+                "ffn_gate_inp",
+                Layer {
+                    ffn: Placed::Host(f),
+                    ..
+                },
+            ) => match &mut f.kind {
+                FfnKind::Router(router) => Some(router),
+                FfnKind::Dense(_) => None,
+            },
+            (part, Layer { ffn, experts, .. }) => {
+                let (part, network) = match (part.strip_suffix("_exps"), experts, ffn) {
+                    (Some(part), Some(Placed::Host(network)), _) => (part, network),
+                    (
+                        None,
+                        _,
+                        Placed::Host(Ffn {
+                            kind: FfnKind::Dense(network),
+                            ..
+                        }),
+                    ) => (part, network),
+                    _ => return None,
+                };
+                match part {
+                    "ffn_gate" => Some(&mut network.gate),
+                    "ffn_up" => Some(&mut network.up),
+                    "ffn_down" => Some(&mut network.down),
+                    _ => None,
+                }
+            }
+        }
+    }
+
+    /// What goes into the first layer for these tokens, `[tokens][embd]`.
+    ///
+    /// # Panics
+    /// When the vocabulary lacks a token.
+    pub fn embed(&self, ids: &[u32]) -> Vec<f32> {
+        let mut x = vec![0.0; ids.len() * self.config.embd];
+        self.compute.get_rows(&self.matrices.embedding, ids, &mut x);
+        x
+    }
+
     /// How long loading took.
     pub fn load_ms(&self) -> f64 {
         self.load_ms

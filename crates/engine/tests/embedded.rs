@@ -10,7 +10,7 @@ use tegula_engine::{
     Batch, BatchToken, Context, ContextOptions, Error, GenerateOptions, Generation, LoadEvent,
     LoadOptions, Model, SamplerOptions, Source, StopReason, generate, perplexity, plan::Buffer,
 };
-use tegula_gguf::tokenizer::EncodeOptions;
+use tegula_gguf::{blocks, tokenizer::EncodeOptions};
 use tegula_kernels::{Tier, kv::KvType};
 
 const MODEL: &str = concat!(
@@ -120,6 +120,75 @@ fn logits_do_not_depend_on_the_micro_batch() {
     let whole = run(512);
     for ubatch in [1, 7, 16] {
         assert!(run(ubatch) == whole, "micro-batches of {ubatch}");
+    }
+}
+
+#[test]
+fn layers_one_by_one_are_the_model() {
+    let model = load(&options());
+    let ids = encode(&model, TEXT);
+    let (config, batch) = (model.config(), Batch::all_logits(0, &ids));
+    let whole = context(&model, small()).decode_hidden(&batch).unwrap();
+    let mut ctx = context(
+        &model,
+        ContextOptions {
+            ubatch: 7,
+            ..small()
+        },
+    );
+    let mut x = model.embed(&ids);
+    for layer in 0..config.layers {
+        ctx.truncate(0, 0).unwrap();
+        ctx.run_layer(layer, &batch, &mut x).unwrap();
+    }
+    let norm = model.gguf().require_tensor("output_norm.weight").unwrap();
+    let mut w = vec![0.0; config.embd];
+    blocks::dequantize(norm.ty, model.gguf().data(norm), &mut w).unwrap();
+    for (i, x) in x.chunks_exact(config.embd).enumerate() {
+        let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let mean = squares / config.embd as f64 + f64::from(config.rms_eps);
+        for ((x, w), want) in x.iter().zip(&w).zip(whole.hidden(i)) {
+            let got = (f64::from(*x) / mean.sqrt()) as f32 * w;
+            assert!(
+                (got - want).abs() < 1e-5 * want.abs().max(1.0),
+                "{i}: {got}, {want}"
+            );
+        }
+    }
+    // A full sequence is refused, as it is for the whole model.
+    let mut short = context(
+        &model,
+        ContextOptions {
+            context: 8,
+            ..small()
+        },
+    );
+    let full = short.run_layer(0, &batch, &mut model.embed(&ids));
+    assert!(matches!(full, Err(Error::ContextFull { .. })), "{full:?}");
+}
+
+#[test]
+fn matrices_of_layers_can_be_replaced_by_their_names() {
+    let mut model = Model::load(&options(), &mut |_| {}).unwrap();
+    let named = model.host_matrices();
+    let of_layers = named.iter().filter(|(name, _)| name.starts_with("blk."));
+    let places: Vec<_> = of_layers
+        .map(|(name, w)| (name.clone(), std::ptr::from_ref(*w).addr()))
+        .collect();
+    assert_eq!(places.len(), 8 * model.config().layers);
+    for (name, place) in places {
+        let found = model
+            .host_matrix_mut(&name)
+            .map(|w| std::ptr::from_ref(w).addr());
+        assert_eq!(found, Some(place), "{name}");
+    }
+    for name in [
+        "output.weight",
+        "blk.99.attn_q.weight",
+        "blk.0.ffn_up.weight",
+        "blk.0.attn_q",
+    ] {
+        assert!(model.host_matrix_mut(name).is_none(), "{name}");
     }
 }
 

@@ -96,6 +96,21 @@ impl Bytes {
         }
     }
 
+    /// The same for all of the file that these bytes are a part of.
+    pub(crate) fn release_file(&self) {
+        if let Store::Mapping(m) = &self.store {
+            m.release(0..m.as_slice().len());
+        }
+    }
+
+    /// Whether these bytes and the others are parts of one mapped file.
+    pub(crate) fn is_of_file(&self, other: &Bytes) -> bool {
+        match (&self.store, &other.store) {
+            (Store::Mapping(a), Store::Mapping(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
     /// Locks the storage in memory.
     pub(crate) fn lock(&self) -> io::Result<()> {
         match &self.store {

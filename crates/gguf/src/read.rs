@@ -240,6 +240,16 @@ impl Gguf {
         }
     }
 
+    /// Tells the kernel that no tensor will be needed soon: [`Bytes::release`] for all of them, and
+    /// for what lies between them, which that keeps.
+    pub fn release(&self) {
+        for (i, bytes) in self.data.iter().enumerate() {
+            if i == 0 || !bytes.is_of_file(&self.data[i - 1]) {
+                bytes.release_file();
+            }
+        }
+    }
+
     /// The sizes of all files together.
     pub fn file_bytes(&self) -> u64 {
         self.files.iter().map(|f| f.bytes).sum()

@@ -30,7 +30,8 @@ use tegula_lab::{Env, Series};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Name {
     /// `layer`, `experts` for a fused network of them, `staged` beside the staged algorithm,
-    /// `attention`, or `model` for a step of a whole one.
+    /// `tiles` for sparse weights on tiles beside the same on vectors, `attention`, or `model` for
+    /// a step of a whole one.
     pub kind: String,
     /// The sparse type; of attention the cache's.
     pub ty: GgmlType,
@@ -42,7 +43,7 @@ pub struct Name {
     pub m: usize,
     /// What multiplied: a tier's name, `+amx` behind it with tiles.
     pub kernels: String,
-    /// `sparse`, or what it is compared with: `dense`, `staged`.
+    /// `sparse`, or what it is compared with: `dense`, `staged`, `vectors`.
     pub side: String,
     /// Bytes of weights that a run reads.
     pub bytes: u64,
@@ -140,6 +141,10 @@ const BATCHES: [(GgmlType, &[usize]); 3] = [
     (GgmlType::S4, &[16, 64]),
 ];
 
+/// Batches at which tiles are held against vectors, where tiles are used at all: about as many
+/// tokens as decide, [`tegula_kernels::amx::fewest_tokens`].
+const CROSSOVER: [usize; 4] = [4, 8, 12, 16];
+
 /// When the first measurement began.
 static BEGIN: OnceLock<Instant> = OnceLock::new();
 
@@ -188,6 +193,12 @@ pub fn measure(plan: &Plan) -> Result<Vec<Series>, String> {
             for &m in batches.flat_map(|(_, batches)| *batches) {
                 let compute = tiles.as_ref().filter(|_| m > 8).unwrap_or(&plain);
                 all.extend(sets.run(plan, compute, m));
+            }
+            for m in tiles.iter().flat_map(|_| CROSSOVER) {
+                let both = tiles
+                    .as_ref()
+                    .and_then(|t| sets.crossover(plan, [&plain, t], m));
+                all.extend(both.into_iter().flatten());
             }
         }
     }
@@ -334,6 +345,43 @@ impl Sets {
             name.timed(samples.next().unwrap_or_default())
         })
     }
+
+    /// Milliseconds of a sparse product on vectors and on tiles in turns; nothing where so few
+    /// tokens do not go to tiles.
+    fn crossover(&self, plan: &Plan, on: [&Compute; 2], m: usize) -> Option<[Series; 2]> {
+        let weights = &self.sides[1];
+        let one = &weights[0];
+        on[1].table.matmul.tiles_for(one, m)?;
+        let (n, k) = (one.n(), one.k());
+        let mut random = Random::new(3);
+        let x: Vec<f32> = (0..m * k).map(|_| float(&mut random)).collect();
+        let mut y = vec![0.0; m * n];
+        let mut acts = [Acts::new(), Acts::new()];
+        for (acts, compute) in acts.iter_mut().zip(on) {
+            compute.prepare(acts, &x, m, k, compute.forms(m, [one]));
+        }
+        let samples = turns(plan, |side| {
+            for w in weights {
+                on[side].matmul(w, &acts[side], black_box(&mut y));
+            }
+            weights.len()
+        });
+        let mut samples = samples.into_iter();
+        let tier = on[0].table.tier.to_string();
+        Some(
+            [("vectors", tier.clone()), ("sparse", tier + "+amx")].map(|(side, kernels)| {
+                let name = Name {
+                    kind: "tiles".into(),
+                    m,
+                    kernels,
+                    side: side.into(),
+                    bytes: one.bytes() as u64,
+                    ..self.name.clone()
+                };
+                name.timed(samples.next().unwrap_or_default())
+            }),
+        )
+    }
 }
 
 /// Milliseconds per item of each side, taking turns; `run` returns how many items it did. The
@@ -467,5 +515,32 @@ mod tests {
             assert!(series.samples.iter().all(|ms| *ms > 0.0));
             assert_eq!(series.samples.len(), 2);
         }
+        // Without tiles there is nothing to hold against vectors.
+        assert!(sets.crossover(&plan, [&compute, &compute], 16).is_none());
+    }
+
+    #[test]
+    #[cfg(feature = "amx")]
+    fn tiles_are_held_against_vectors_from_where_they_are_used() {
+        let plan = Plan {
+            set: 1,
+            turns: 1,
+            time: Duration::ZERO,
+            threads: 1,
+        };
+        let (tier, one) = (Tier::detect_max(), || PoolConfig::new(1));
+        let vectors = Compute::new(tier, one());
+        let Ok(amx) = Amx::emulate() else { return };
+        let tiles = Compute::with_amx(tier, amx, one());
+        let sets = Sets::new(&plan, &vectors, GgmlType::S8, 50, (32, 64)).unwrap();
+        assert!(sets.crossover(&plan, [&vectors, &tiles], 4).is_none());
+        let both = sets.crossover(&plan, [&vectors, &tiles], 16).unwrap();
+        let gains = crate::report::gains(&both);
+        assert_eq!(gains.len(), 1);
+        assert_eq!(
+            (gains[0].name.kind.as_str(), gains[0].name.m),
+            ("tiles", 16)
+        );
+        assert_eq!(crate::report::floor(&gains[0].name), Some(1.0));
     }
 }

@@ -13,89 +13,36 @@ use std::{
 };
 
 use rayon::prelude::*;
-use tegula_engine::{Batch, Context, ContextOptions, LoadOptions, Model, Source};
-use tegula_gguf::{
-    GgmlType, Metadata, fuzz::driver::Random, sparse::pack_tensor, tokenizer::byte_char,
-    writer::GgufWriter,
+use tegula_engine::{
+    Batch, Context, ContextOptions, LoadOptions, Model, Shape, Source,
+    shape::{Fill, ShapedTensor},
 };
+use tegula_gguf::{GgmlType, fuzz::driver::Random, sparse::pack_tensor, writer::GgufWriter};
 use tegula_kernels::Amx;
 use tegula_lab::{Env, Series};
 
 use super::{Name, Plan, SIDES, dense_rows, seconds_left, turns};
+use crate::prune::usual;
 
-/// A published shape, or a part of it.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    name: &'static str,
-    layers: usize,
-    embd: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    /// Rows of a gate; of an expert's, where there are experts.
-    ff: usize,
-    /// Experts, and how many a token visits.
-    experts: Option<(usize, usize)>,
-    vocab: usize,
-}
-
-const LLAMA: Shape = Shape {
-    name: "llama-3-8b",
-    layers: 32,
-    embd: 4096,
-    heads: 32,
-    kv_heads: 8,
-    head_dim: 128,
-    ff: 14336,
-    experts: None,
-    vocab: 128_256,
-};
-
-const QWEN: Shape = Shape {
-    name: "qwen3-30b-a3b",
-    layers: 48,
-    embd: 2048,
-    heads: 32,
-    kv_heads: 4,
-    head_dim: 128,
-    ff: 768,
-    experts: Some((128, 8)),
-    vocab: 151_936,
-};
-
-impl Shape {
-    /// The shape with one `part`-th of its layers and of its vocabulary, so that the output
-    /// matrix has the share of the work that it has in the whole model.
-    fn part(self, part: usize) -> Shape {
-        Shape {
-            layers: self.layers / part,
-            vocab: self.vocab / part,
-            ..self
-        }
-    }
-
-    fn title(&self, part: usize) -> String {
-        match part {
-            1 => self.name.to_owned(),
-            n => format!("{}, 1/{n} of its layers and vocabulary", self.name),
-        }
-    }
-
-    /// Weights, about.
-    fn weights(&self) -> u64 {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let attention = 2 * self.embd * (q + kv);
-        let networks = self.experts.map_or(1, |(count, _)| count);
-        let layer = attention + 3 * self.embd * self.ff * networks;
-        (self.layers * layer + 2 * self.embd * self.vocab) as u64
+/// A published shape with one `part`-th of its layers and of its vocabulary, so that the output
+/// matrix has the share of the work that it has in the whole model.
+fn part_of(shape: &Shape, part: usize) -> Shape {
+    Shape {
+        name: match part {
+            1 => shape.name.clone(),
+            n => format!("{}, 1/{n} of its layers and vocabulary", shape.name),
+        },
+        layers: shape.layers / part,
+        vocab: shape.vocab / part,
+        ..shape.clone()
     }
 }
 
-/// A whole model's types, and the share of it that is used where there is room.
-const CASES: [(Shape, GgmlType, usize); 3] = [
-    (LLAMA, GgmlType::S_BF16, 1),
-    (LLAMA, GgmlType::S8, 1),
-    (QWEN, GgmlType::S8, 2),
+/// A whole model's shape and types, and the largest share of it that is used.
+const CASES: [(&str, GgmlType, usize); 3] = [
+    ("llama-3-8b", GgmlType::S_BF16, 1),
+    ("llama-3-8b", GgmlType::S8, 1),
+    ("qwen3-30b-a3b", GgmlType::S8, 2),
 ];
 
 /// Tokens that run together.
@@ -114,22 +61,27 @@ pub fn run(env: &Env) -> Result<Vec<Series>, String> {
     let memory = 0.8 * env.host.memory_mib as f64 * (1 << 20) as f64;
     let mut speed = SPEED;
     let mut all = Vec::new();
-    for (i, (shape, ty, least)) in CASES.into_iter().enumerate() {
+    for (i, (name, ty, least)) in CASES.into_iter().enumerate() {
+        let shape = Shape::preset(name).ok_or_else(|| format!("no shape {name}"))?;
         let dense = ty.dense();
         let per_weight = dense.block_bytes() as f64 / dense.block_len() as f64;
         // Of both files, about.
-        let bytes = |part: usize| 1.65 * per_weight * shape.part(part).weights() as f64;
+        let weights = |part| -> u64 {
+            let tensors = part_of(&shape, part).tensors();
+            tensors.iter().map(ShapedTensor::weights).sum()
+        };
+        let bytes = |part| 1.65 * per_weight * weights(part) as f64;
         let measuring = BATCHES.len() as f64 * 1.5 * plan.time.as_secs_f64();
         let time = seconds_left() / (CASES.len() - i) as f64 - measuring;
         // Files and packed copies of both sides at once, and room for all else.
         let fits = |part: &usize| 2.1 * bytes(*part) < memory && bytes(*part) / speed < time;
         let mut parts = [1, 2, 4, 8].into_iter().filter(|p| *p >= least);
         let Some(part) = parts.find(fits) else {
-            println!("  {} {ty}: too little memory or time", shape.name);
+            println!("  {name} {ty}: too little memory or time");
             continue;
         };
         let begin = Instant::now();
-        all.extend(measure(&plan, &shape.part(part), &shape.title(part), ty)?);
+        all.extend(measure(&plan, &part_of(&shape, part), ty)?);
         let took = begin.elapsed().as_secs_f64() - measuring;
         speed = bytes(part) / took.max(1.0);
     }
@@ -150,12 +102,7 @@ impl Drop for Files {
 ///
 /// # Errors
 /// As [`run`].
-pub fn measure(
-    plan: &Plan,
-    shape: &Shape,
-    title: &str,
-    ty: GgmlType,
-) -> Result<Vec<Series>, String> {
+pub fn measure(plan: &Plan, shape: &Shape, ty: GgmlType) -> Result<Vec<Series>, String> {
     let dir = std::env::temp_dir().join(format!("tegula-phase5-whole-{}", std::process::id()));
     fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     let files = Files(dir);
@@ -216,8 +163,8 @@ pub fn measure(
                 .zip(samples)
                 .map(|((model, side), samples)| {
                     let sizes = model.plan().matrices();
-                    let experts = shape.experts.map_or(0.0, |(count, used)| {
-                        let share = used as f64 / count as f64;
+                    let experts = shape.experts.map_or(0.0, |e| {
+                        let share = e.used as f64 / e.count as f64;
                         // What at least one token visits, were the choice random.
                         1.0 - (1.0 - share).powi(m as i32)
                     });
@@ -228,7 +175,7 @@ pub fn measure(
                         kind: "model".into(),
                         ty,
                         percent: 50,
-                        shape: title.to_owned(),
+                        shape: shape.name.clone(),
                         m,
                         kernels: match compute.table.amx {
                             Some(_) => format!("{}+amx", compute.table.tier),
@@ -242,35 +189,6 @@ pub fn measure(
         );
     }
     Ok(all)
-}
-
-/// The matrices of a layer: name, outputs, inputs, whether a stack of experts.
-fn matrices(s: &Shape) -> Vec<(&'static str, usize, usize, bool)> {
-    let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-    let mut all = vec![
-        ("attn_q", q, s.embd, false),
-        ("attn_k", kv, s.embd, false),
-        ("attn_v", kv, s.embd, false),
-        ("attn_output", s.embd, q, false),
-    ];
-    all.extend(match s.experts {
-        None => [
-            ("ffn_gate", s.ff, s.embd, false),
-            ("ffn_up", s.ff, s.embd, false),
-            ("ffn_down", s.embd, s.ff, false),
-        ],
-        Some(_) => [
-            ("ffn_gate_exps", s.ff, s.embd, true),
-            ("ffn_up_exps", s.ff, s.embd, true),
-            ("ffn_down_exps", s.embd, s.ff, true),
-        ],
-    });
-    all
-}
-
-fn tensor_shape(s: &Shape, (n, k, stack): (usize, usize, bool)) -> Vec<u64> {
-    let experts = s.experts.filter(|_| stack).map(|(count, _)| count as u64);
-    [k as u64, n as u64].into_iter().chain(experts).collect()
 }
 
 /// The data of a layer's matrices by their shape, dense and sparse, and of the embedding.
@@ -287,16 +205,16 @@ impl Numbers {
             sparse: HashMap::new(),
             embedding: rows(ty, shape.vocab, shape.embd, 0),
         };
-        for (_, n, k, stack) in matrices(shape) {
-            let key = tensor_shape(shape, (n, k, stack));
-            if numbers.dense.contains_key(&key) {
+        for t in shape.tensors().iter().filter(|t| usual(&t.name)) {
+            let key = &t.shape;
+            if numbers.dense.contains_key(key) {
                 continue;
             }
             let all = key[1..].iter().product::<u64>() as usize;
-            let dense = rows(ty, all, k, 50);
-            let packed = pack_tensor(ty, &key, None, &dense).map_err(|e| e.to_string())?;
+            let dense = rows(ty, all, key[0] as usize, 50);
+            let packed = pack_tensor(ty, key, None, &dense).map_err(|e| e.to_string())?;
             numbers.sparse.insert(key.clone(), packed);
-            numbers.dense.insert(key, dense);
+            numbers.dense.insert(key.clone(), dense);
         }
         Ok(numbers)
     }
@@ -318,81 +236,48 @@ enum Data<'a> {
     Bytes(&'a [u8]),
 }
 
-/// A tensor of a file.
-struct Entry<'a> {
-    name: String,
-    ty: GgmlType,
-    shape: Vec<u64>,
-    data: Data<'a>,
-}
-
-/// A model's tensors; its layers' matrices are of `ty`.
-fn entries<'a>(s: &Shape, ty: GgmlType, numbers: &'a Numbers) -> Vec<Entry<'a>> {
-    let ends = |name: &str| Entry {
-        name: name.to_owned(),
-        ty: ty.dense(),
-        shape: vec![s.embd as u64, s.vocab as u64],
-        data: Data::Bytes(&numbers.embedding),
-    };
-    let ones = |name: String, len: usize| Entry {
-        name,
-        ty: GgmlType::F32,
-        shape: vec![len as u64],
-        data: Data::Floats(vec![1.0; len]),
-    };
-    let mut all = vec![ends("token_embd.weight")];
-    for layer in 0..s.layers {
-        let name = |part: &str| format!("blk.{layer}.{part}.weight");
-        all.push(ones(name("attn_norm"), s.embd));
-        all.push(ones(name("ffn_norm"), s.embd));
-        if let Some((count, _)) = s.experts {
-            all.push(ones(name("attn_q_norm"), s.head_dim));
-            all.push(ones(name("attn_k_norm"), s.head_dim));
-            // Experts that differ, so that tokens choose.
-            let float = |i: usize| (i as f32 * 0.37 + layer as f32).sin() * 0.1;
-            all.push(Entry {
-                name: name("ffn_gate_inp"),
-                ty: GgmlType::F32,
-                shape: vec![s.embd as u64, count as u64],
-                data: Data::Floats((0..s.embd * count).map(float).collect()),
-            });
-        }
-        for (part, n, k, stack) in matrices(s) {
-            let shape = tensor_shape(s, (n, k, stack));
-            let from = match ty.is_sparse() {
-                true => &numbers.sparse,
-                false => &numbers.dense,
-            };
-            all.push(Entry {
-                name: name(part),
-                ty,
-                data: Data::Bytes(&from[&shape]),
-                shape,
-            });
-        }
+/// Type and data of a model's tensor; its layers' matrices are of `ty`.
+fn entry<'a>(t: &ShapedTensor, ty: GgmlType, numbers: &'a Numbers) -> (GgmlType, Data<'a>) {
+    if usual(&t.name) {
+        let from = match ty.is_sparse() {
+            true => &numbers.sparse,
+            false => &numbers.dense,
+        };
+        return (ty, Data::Bytes(&from[&t.shape]));
     }
-    all.push(ones("output_norm.weight".into(), s.embd));
-    all.push(ends("output.weight"));
-    all
+    match t.fill {
+        Fill::Constant(x) => {
+            let all = vec![x; t.weights() as usize];
+            (GgmlType::F32, Data::Floats(all))
+        }
+        // Experts that differ, in each layer in its own way, so that tokens choose.
+        Fill::Random if t.name.ends_with("ffn_gate_inp.weight") => {
+            let layer = t.name.bytes().fold(0.0, |sum, b| sum + f32::from(b));
+            let float = |i: u64| (i as f32 * 0.37 + layer).sin() * 0.1;
+            let all = (0..t.weights()).map(float).collect();
+            (GgmlType::F32, Data::Floats(all))
+        }
+        Fill::Random => (ty.dense(), Data::Bytes(&numbers.embedding)),
+    }
 }
 
 /// Writes a model whose layers' matrices are of `ty`.
 fn write(path: &Path, s: &Shape, ty: GgmlType, numbers: &Numbers) -> Result<(), String> {
     let text = |e: tegula_gguf::Error| e.to_string();
-    let mut writer = GgufWriter::new(metadata(s));
-    let entries = entries(s, ty, numbers);
-    for e in &entries {
-        let declared = match (e.ty.is_sparse(), &e.data) {
-            (true, Data::Bytes(bytes)) => {
-                writer.add_sparse(&e.name, e.ty, &e.shape, bytes.len() as u64)
+    let mut writer = GgufWriter::new(s.metadata());
+    let tensors = s.tensors();
+    for t in &tensors {
+        let declared = match entry(t, ty, numbers) {
+            (ty, Data::Bytes(bytes)) if ty.is_sparse() => {
+                writer.add_sparse(&t.name, ty, &t.shape, bytes.len() as u64)
             }
-            _ => writer.add_tensor(&e.name, e.ty, &e.shape),
+            (ty, _) => writer.add_tensor(&t.name, ty, &t.shape),
         };
         declared.map_err(text)?;
     }
     let mut out = writer.create(path).map_err(text)?;
-    for e in &entries {
-        match &e.data {
+    for t in &tensors {
+        match entry(t, ty, numbers).1 {
             Data::Bytes(bytes) => out.write(bytes),
             Data::Floats(floats) => {
                 let bytes: Vec<u8> = floats.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -404,50 +289,6 @@ fn write(path: &Path, s: &Shape, ty: GgmlType, numbers: &Numbers) -> Result<(), 
     out.finish().map_err(text)
 }
 
-/// Hyperparameters, and a vocabulary of the right size.
-fn metadata(s: &Shape) -> Metadata {
-    let arch = match s.experts {
-        Some(_) => "qwen3moe",
-        None => "llama",
-    };
-    let mut md = Metadata::new(s.name);
-    md.set("general.architecture", arch);
-    md.set("general.name", format!("{} (random weights)", s.name));
-    let mut set = |key: &str, n: usize| md.set(&format!("{arch}.{key}"), n as u32);
-    set("block_count", s.layers);
-    set("context_length", 8192);
-    set("embedding_length", s.embd);
-    set("feed_forward_length", s.ff);
-    set("attention.head_count", s.heads);
-    set("attention.head_count_kv", s.kv_heads);
-    set("attention.key_length", s.head_dim);
-    set("attention.value_length", s.head_dim);
-    set("rope.dimension_count", s.head_dim);
-    set("vocab_size", s.vocab);
-    if let Some((count, used)) = s.experts {
-        set("expert_count", count);
-        set("expert_used_count", used);
-        set("expert_feed_forward_length", s.ff);
-    }
-    md.set(&format!("{arch}.rope.freq_base"), 1e6f32);
-    md.set(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5f32);
-    let mut tokens: Vec<String> = (0..=255).map(|b| byte_char(b).to_string()).collect();
-    tokens.push("\u{120}t".to_owned());
-    tokens.extend((tokens.len()..s.vocab).map(|i| format!("word{i}")));
-    let end = s.vocab - 1;
-    let mut types = vec![1i32; s.vocab];
-    types[end] = 3;
-    md.set("tokenizer.ggml.model", "gpt2");
-    md.set("tokenizer.ggml.pre", "qwen2");
-    md.set("tokenizer.ggml.tokens", tokens);
-    md.set("tokenizer.ggml.token_type", types);
-    md.set("tokenizer.ggml.merges", vec!["\u{120} t".to_owned()]);
-    md.set("tokenizer.ggml.bos_token_id", end as u32);
-    md.set("tokenizer.ggml.eos_token_id", end as u32);
-    md.set("tokenizer.ggml.add_bos_token", false);
-    md
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,22 +296,11 @@ mod tests {
 
     #[test]
     fn small_models_of_both_kinds_run() {
-        let dense = Shape {
-            name: "small",
-            layers: 2,
-            embd: 128,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 32,
-            ff: 256,
-            experts: None,
-            vocab: 512,
+        let shape = |name: &str| Shape {
+            name: "small".to_owned(),
+            ..Shape::preset(name).unwrap()
         };
-        let moe = Shape {
-            ff: 64,
-            experts: Some((8, 2)),
-            ..dense
-        };
+        let (dense, moe) = (shape("llama"), shape("qwen3moe"));
         let plan = Plan {
             set: 1,
             turns: 1,
@@ -478,11 +308,11 @@ mod tests {
             threads: 2,
         };
         for (shape, ty) in [
-            (dense, GgmlType::S_BF16),
-            (dense, GgmlType::S8),
-            (moe, GgmlType::S8),
+            (&dense, GgmlType::S_BF16),
+            (&dense, GgmlType::S8),
+            (&moe, GgmlType::S8),
         ] {
-            let series = measure(&plan, &shape, "small", ty).unwrap();
+            let series = measure(&plan, shape, ty).unwrap();
             assert_eq!(series.len(), 2 * BATCHES.len());
             let gains = crate::report::gains(&series);
             assert_eq!(gains.len(), BATCHES.len());
@@ -493,10 +323,16 @@ mod tests {
     }
 
     #[test]
-    fn shapes_have_the_published_sizes() {
-        let billions = |shape: Shape| shape.weights() / 100_000_000;
-        assert_eq!((billions(LLAMA), billions(QWEN)), (80, 305));
-        let quarter = LLAMA.part(4);
-        assert_eq!((quarter.layers, quarter.vocab), (8, 32_064));
+    fn parts_have_their_share_of_layers_and_vocabulary() {
+        for (name, _, least) in CASES {
+            let shape = Shape::preset(name).unwrap();
+            assert_eq!(part_of(&shape, 1), shape);
+            let part = part_of(&shape, 4 * least);
+            part.check().unwrap();
+            assert_eq!(part.layers * 4 * least, shape.layers);
+            assert_eq!(part.vocab, shape.vocab / (4 * least));
+        }
+        let quarter = part_of(&Shape::preset("llama-3-8b").unwrap(), 4);
+        assert_eq!(quarter.name, "llama-3-8b, 1/4 of its layers and vocabulary");
     }
 }

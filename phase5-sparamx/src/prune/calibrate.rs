@@ -1,18 +1,22 @@
-//! Activation norms: what Wanda weighs weights by, measured by the engine itself.
+//! Activation norms: what Wanda weighs weights by, measured by the engine itself, layer by layer.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
+    fs::{self, File},
+    io::{BufReader, BufWriter, Read as _, Write as _},
     ops::ControlFlow,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use tegula_engine::{Batch, Context, ContextOptions, Model, windows};
 use tegula_gguf::{GgmlType, Gguf, Metadata, quantize::read_importance, writer::GgufWriter};
-use tegula_kernels::{Weights, ops::Observer};
+use tegula_kernels::{Pool, Weights, ops::Observer};
 
-use super::{PruneError, hash, sources};
+use super::{PruneError, Result, hash};
 
 /// Mean squares of the inputs of each matrix: per column, of a stack per column of each expert.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -63,7 +67,7 @@ impl Norms {
     ///
     /// # Errors
     /// When the file can't be written.
-    pub fn save(&self, path: &Path) -> Result<(), PruneError> {
+    pub fn save(&self, path: &Path) -> Result<()> {
         let mut metadata = Metadata::default();
         metadata.set("general.type", "imatrix");
         let mut writer = GgufWriter::new(metadata);
@@ -94,18 +98,10 @@ impl Norms {
     }
 }
 
-/// Metadata keys of norms that an interrupted measurement keeps: of which model and windows, and
-/// how many of these are in it.
-const KEPT_OF: &str = "tegula.norms.of";
-const KEPT_WINDOWS: &str = "tegula.norms.windows";
-
 impl Norms {
-    /// Writes the sums as they are, `windows` of those that `of` names.
-    fn keep(&self, path: &Path, of: &str, windows: usize) -> Result<(), PruneError> {
-        let mut metadata = Metadata::default();
-        metadata.set(KEPT_OF, of);
-        metadata.set(KEPT_WINDOWS, windows as u32);
-        let mut writer = GgufWriter::new(metadata);
+    /// Writes the sums as they are.
+    fn keep(&self, path: &Path) -> Result<()> {
+        let mut writer = GgufWriter::new(Metadata::default());
         let mut data: Vec<Vec<u8>> = Vec::new();
         for (name, (sums, counts)) in &self.sums {
             let shape = [sums.len() as u64];
@@ -115,21 +111,15 @@ impl Norms {
             writer.add_tensor(&format!("{name}.counts"), GgmlType::I64, &shape)?;
             data.push(counts.iter().flat_map(|n| n.to_le_bytes()).collect());
         }
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).map_err(|e| PruneError::io(dir, "create", e))?;
-        }
         let mut out = writer.create(path)?;
         data.iter().try_for_each(|data| out.write(data))?;
         out.finish()?;
         Ok(())
     }
 
-    /// What [`Norms::keep`] wrote for the same `of`, and how many windows are in it.
-    fn kept(path: &Path, of: &str) -> Option<(Norms, usize)> {
+    /// What [`Norms::keep`] wrote.
+    fn kept(path: &Path) -> Option<Norms> {
         let file = Gguf::open(path).ok()?;
-        let metadata = file.metadata();
-        let same = metadata.get(KEPT_OF)?.as_str() == Some(of);
-        let windows = metadata.get(KEPT_WINDOWS)?.as_int().filter(|_| same)?;
         let mut norms = Norms::default();
         for t in file.tensors() {
             let Some(name) = t.name.strip_suffix(".sums") else {
@@ -144,7 +134,7 @@ impl Norms {
             }
             norms.sums.insert(name.to_owned(), (sums, counts));
         }
-        Some((norms, usize::try_from(windows).ok()?))
+        Some(norms)
     }
 }
 
@@ -152,7 +142,7 @@ impl Norms {
 ///
 /// # Errors
 /// When the file holds none, or wrong ones.
-pub fn read_norms(file: &Gguf) -> Result<HashMap<String, Vec<f32>>, PruneError> {
+pub fn read_norms(file: &Gguf) -> Result<HashMap<String, Vec<f32>>> {
     let mut all = read_importance(file)?;
     for factors in all.values_mut() {
         factors.iter_mut().for_each(|f| *f = f.sqrt());
@@ -160,43 +150,25 @@ pub fn read_norms(file: &Gguf) -> Result<HashMap<String, Vec<f32>>, PruneError> 
     Ok(all)
 }
 
-/// Adds up squares while a model runs, and gives back the pages of a mapped layer when the next
-/// one begins.
+/// Adds up squares while a model runs.
 struct Listener {
     /// The tensor of a matrix, by its address in the model.
     names: HashMap<usize, String>,
-    model: Weak<Model>,
-    heard: Mutex<Heard>,
-}
-
-#[derive(Default)]
-struct Heard {
-    norms: Norms,
-    /// What the names of the tensors of the layer begin with that runs.
-    layer: String,
+    /// Whether it listens now.
+    on: AtomicBool,
+    heard: Mutex<Norms>,
 }
 
 impl Listener {
-    fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
+    fn heard(&self) -> std::sync::MutexGuard<'_, Norms> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Gives back the pages of the tensors whose names begin so.
-    fn release(&self, layer: &str) {
-        let Some(model) = self.model.upgrade().filter(|_| !layer.is_empty()) else {
-            return;
-        };
-        let file = model.gguf();
-        for t in file.tensors().iter().filter(|t| t.name.starts_with(layer)) {
-            file.bytes(t).release();
-        }
     }
 }
 
-/// `blk.7.` of `blk.7.attn_q.weight`.
-fn layer_of(name: &str) -> Option<&str> {
-    let number = name.strip_prefix("blk.")?.find('.')?;
-    Some(&name[..number + "blk..".len()])
+/// The layer of `blk.7.attn_q.weight`.
+pub(super) fn layer_of(name: &str) -> Option<usize> {
+    let (number, _) = name.strip_prefix("blk.")?.split_once('.')?;
+    number.parse().ok()
 }
 
 impl Observer for Listener {
@@ -204,14 +176,12 @@ impl Observer for Listener {
         let Some(name) = self.names.get(&std::ptr::from_ref(weights).addr()) else {
             return;
         };
+        if !self.on.load(Ordering::Relaxed) {
+            return;
+        }
         let (k, experts) = (weights.k(), weights.experts());
         let mut heard = self.heard();
-        if let Some(layer) = layer_of(name).filter(|layer| *layer != heard.layer) {
-            let before = std::mem::replace(&mut heard.layer, layer.to_owned());
-            self.release(&before);
-        }
         let (sums, counts) = heard
-            .norms
             .sums
             .entry(name.clone())
             .or_insert_with(|| (vec![0.0; k * experts], vec![0; experts]));
@@ -227,115 +197,238 @@ impl Observer for Listener {
 
 /// How a text is run through a model.
 #[derive(Clone, Copy, Debug)]
-pub struct Calibration<'a> {
+pub struct Calibration {
     /// Tokens of a window.
     pub window: usize,
     /// Windows at most; 0: all.
     pub limit: usize,
-    /// Tokens, of whole windows, that go through a layer before the next layer begins.
+    /// Tokens, of whole windows, that are in memory together.
     pub together: usize,
-    /// Where an interrupted measurement is kept. The same call goes on with it.
-    pub kept: Option<&'a Path>,
 }
 
-impl Default for Calibration<'_> {
+impl Default for Calibration {
     fn default() -> Self {
         Calibration {
             window: 512,
             limit: 0,
             together: 4096,
-            kept: None,
         }
     }
 }
 
-/// Runs `text` through the model and returns the norms of all inputs of its matrices. Experts
-/// count the tokens that are theirs. The model must lie on the CPU, and no other must have been
-/// observed in it.
-///
-/// Layers run one after the other, each for many windows. Of a model whose weights are mapped and
-/// not repacked each one's pages are given back behind it: the memory of one layer is enough,
-/// beside what the windows take, and the file is read once for every [`Calibration::together`].
-///
-/// # Errors
-/// [`PruneError::ShortText`] when there are less than two windows, [`PruneError::Cancelled`]
-/// after a break, or when the model can't run or the norms can't be kept.
-pub fn calibrate(
+/// A text on its way through the layers of a model, one layer after the other. What goes into a
+/// layer is in a file, so that memory has to have one layer and the tokens that run together, of
+/// whatever text; and so that an interrupted run goes on with the layer where it was.
+pub(super) struct Layers {
     model: Arc<Model>,
-    text: &str,
-    how: &Calibration<'_>,
-    progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Norms, PruneError> {
-    let window = how.window;
-    let tokenizer = model.tokenizer();
-    let tokens = tokenizer.encode(
-        text,
-        tegula_gguf::tokenizer::EncodeOptions {
-            add_special: true,
-            parse_special: false,
-        },
-    );
-    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
-    let parts = windows(&tokens, window, how.limit, bos).map_err(|_| PruneError::ShortText {
-        tokens: tokens.len(),
-        needed: 2 * window.max(4),
-    })?;
-    let pass = (how.together / window).clamp(1, parts.len());
-    let mut done = 0;
-    let mut heard = Heard::default();
-    let mut of = String::new();
-    if let Some(path) = how.kept {
-        let ids = parts.iter().flatten().flat_map(|id| id.to_le_bytes());
-        of = format!(
-            "{}windows of {window} tokens, {pass} together, {:016x}",
-            sources(model.gguf())?,
-            hash(ids)
+    listener: Arc<Listener>,
+    windows: Vec<Vec<u32>>,
+    options: ContextOptions,
+    /// Where files are kept.
+    dir: PathBuf,
+}
+
+/// Called before each part of the text.
+pub(super) type Beat<'a> = dyn FnMut() -> ControlFlow<()> + 'a;
+
+impl Layers {
+    /// The windows of `text`, before the first layer.
+    ///
+    /// # Errors
+    /// [`PruneError::ShortText`] when there are less than two windows, [`PruneError::Observed`] for
+    /// a model that is observed already or that others hold.
+    pub fn new(mut model: Arc<Model>, text: &str, how: &Calibration) -> Result<Layers> {
+        if Arc::get_mut(&mut model).is_none() {
+            return Err(PruneError::Observed);
+        }
+        let window = how.window;
+        let tokenizer = model.tokenizer();
+        let tokens = tokenizer.encode(
+            text,
+            tegula_gguf::tokenizer::EncodeOptions {
+                add_special: true,
+                parse_special: false,
+            },
         );
-        if let Some((norms, windows)) = Norms::kept(path, &of).filter(|k| k.1 <= parts.len()) {
-            (heard.norms, done) = (norms, windows);
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        let windows =
+            windows(&tokens, window, how.limit, bos).map_err(|_| PruneError::ShortText {
+                tokens: tokens.len(),
+                needed: 2 * window.max(4),
+            })?;
+        let pass = (how.together / window).clamp(1, windows.len());
+        let options = ContextOptions {
+            context: window,
+            batch: pass * window,
+            // A window that is longer runs in parts.
+            ubatch: (pass * window).min(how.together.max(1)),
+            sequences: pass,
+            ..ContextOptions::default()
+        };
+        let named = model.host_matrices();
+        let names = named
+            .iter()
+            .map(|(name, w)| (std::ptr::from_ref(*w).addr(), name.clone()))
+            .collect();
+        let listener = Arc::new(Listener {
+            names,
+            on: AtomicBool::new(false),
+            heard: Mutex::default(),
+        });
+        if !model.compute().observe(listener.clone()) {
+            return Err(PruneError::Observed);
         }
+        Ok(Layers {
+            model,
+            listener,
+            windows,
+            options,
+            dir: PathBuf::new(),
+        })
     }
-    let named = model.host_matrices();
-    let names = named
-        .iter()
-        .map(|(name, w)| (std::ptr::from_ref(*w).addr(), name.clone()))
-        .collect();
-    let listener = Arc::new(Listener {
-        names,
-        model: Arc::downgrade(&model),
-        heard: Mutex::new(heard),
-    });
-    if !model.compute().observe(listener.clone()) {
-        return Err(PruneError::Observed);
+
+    /// The model's threads.
+    pub fn pool(&self) -> &Pool {
+        &self.model.compute().pool
     }
-    let options = ContextOptions {
-        context: window,
-        batch: pass * window,
-        // A window that is longer runs in parts.
-        ubatch: (pass * window).min(how.together.max(1)),
-        sequences: pass,
-        ..ContextOptions::default()
-    };
-    let mut ctx = Context::new(Arc::clone(&model), &options)?;
-    while done < parts.len() {
-        if progress(done, parts.len()).is_break() {
-            return Err(PruneError::Cancelled);
-        }
-        let together = &parts[done..parts.len().min(done + pass)];
-        let mut batch = Batch::default();
-        for (sequence, ids) in together.iter().enumerate() {
-            ctx.truncate(sequence, 0)?;
-            // Logits of all, so that the last layer sees all tokens, too.
-            batch.tokens.extend(Batch::all_logits(sequence, ids).tokens);
-        }
-        ctx.decode_hidden(&batch)?;
-        done += together.len();
-        if let Some(path) = how.kept {
-            listener.heard().norms.keep(path, &of, done)?;
-        }
+
+    /// What decides the norms, besides the model.
+    pub fn fingerprint(&self) -> String {
+        let ids = self.windows.iter().flatten();
+        let hash = hash(ids.flat_map(|id| id.to_le_bytes()));
+        let (window, pass) = (self.options.context, self.options.sequences);
+        format!("inputs of windows of {window} tokens, {pass} together, {hash:016x}\n")
     }
-    let norms = std::mem::take(&mut listener.heard().norms);
-    Ok(norms)
+
+    /// Whether a matrix's inputs can be measured.
+    pub fn measures(&self, tensor: &str) -> bool {
+        layer_of(tensor).is_some() && self.listener.names.values().any(|name| name == tensor)
+    }
+
+    /// Goes on with what is kept in `dir`; returns the layer that comes next, and the norms of those
+    /// before it.
+    pub fn resume(&mut self, dir: &Path) -> (usize, Norms) {
+        self.dir = dir.to_owned();
+        let embd = self.model.config().embd;
+        let tokens: usize = self.windows.iter().map(Vec::len).sum();
+        let whole = |layer: &usize| {
+            let bytes = fs::metadata(self.inputs(*layer)).map(|m| m.len());
+            bytes.is_ok_and(|bytes| bytes == (4 * embd * tokens) as u64)
+        };
+        let next = (1..self.model.config().layers).rev().find(whole);
+        let (layer, norms) = next.zip(Norms::kept(&self.norms())).unwrap_or_default();
+        *self.listener.heard() = norms.clone();
+        (layer, norms)
+    }
+
+    fn norms(&self) -> PathBuf {
+        self.dir.join("norms.gguf")
+    }
+
+    /// The file of what goes into a layer but the first.
+    fn inputs(&self, layer: usize) -> PathBuf {
+        self.dir.join(format!("inputs-{layer}.bin"))
+    }
+
+    /// The norms of what meets the matrices of a layer as they are, and of those before it.
+    pub fn measure(&mut self, layer: usize, beat: &mut Beat<'_>) -> Result<Norms> {
+        let of = |name: &String| layer_of(name) == Some(layer);
+        // An interrupted run may have kept some.
+        self.listener.heard().sums.retain(|name, _| !of(name));
+        self.listener.on.store(true, Ordering::Relaxed);
+        let run = self.run(layer, None, beat);
+        self.listener.on.store(false, Ordering::Relaxed);
+        run?;
+        Ok(self.listener.heard().clone())
+    }
+
+    /// Brings the text through a layer with `pruned` matrices in place of the model's own, which
+    /// are back afterwards.
+    pub fn advance(
+        &mut self,
+        layer: usize,
+        pruned: Vec<(String, Weights)>,
+        beat: &mut Beat<'_>,
+    ) -> Result<()> {
+        let own = self.exchange(pruned)?;
+        let next = self.inputs(layer + 1);
+        let temporary = next.with_extension("tmp");
+        let run = self.run(layer, Some(&temporary), beat);
+        self.exchange(own)?;
+        run?;
+        // The embedding, too, has been read by then.
+        self.model.gguf().release();
+        // What is kept of this layer first: norms that are there twice are measured again.
+        self.listener.heard().keep(&self.norms())?;
+        fs::rename(&temporary, &next).map_err(|e| PruneError::io(&next, "write", e))?;
+        let _ = fs::remove_file(self.inputs(layer));
+        Ok(())
+    }
+
+    /// Puts matrices in their places and returns those that were there.
+    fn exchange(&mut self, matrices: Vec<(String, Weights)>) -> Result<Vec<(String, Weights)>> {
+        let model = Arc::get_mut(&mut self.model).ok_or(PruneError::Observed)?;
+        let exchanged = matrices.into_iter().filter_map(|(name, weights)| {
+            let place = model.host_matrix_mut(&name)?;
+            let own = std::mem::replace(place, weights);
+            Some((name, own))
+        });
+        Ok(exchanged.collect())
+    }
+
+    /// Runs a layer for all windows; what comes out goes to the file `out`, if there is one.
+    fn run(&self, layer: usize, out: Option<&Path>, beat: &mut Beat<'_>) -> Result<()> {
+        let embd = self.model.config().embd;
+        let from = (layer > 0).then(|| self.inputs(layer));
+        let open = |path: &PathBuf| File::open(path).map_err(|e| PruneError::io(path, "read", e));
+        let mut from = match &from {
+            Some(path) => Some((path, BufReader::new(open(path)?))),
+            None => None,
+        };
+        let mut out = match out {
+            Some(path) => {
+                let file = File::create(path).map_err(|e| PruneError::io(path, "write", e))?;
+                Some((path, BufWriter::new(file)))
+            }
+            None => None,
+        };
+        let mut ctx = Context::new(Arc::clone(&self.model), &self.options)?;
+        let mut bytes = Vec::new();
+        for together in self.windows.chunks(self.options.sequences) {
+            if beat().is_break() {
+                return Err(PruneError::Cancelled);
+            }
+            let mut batch = Batch::default();
+            for (sequence, ids) in together.iter().enumerate() {
+                ctx.truncate(sequence, 0)?;
+                // Logits of all, so that the last layer sees all tokens, too.
+                batch.tokens.extend(Batch::all_logits(sequence, ids).tokens);
+            }
+            let mut x = match &mut from {
+                None => self.model.embed(&together.concat()),
+                Some((path, file)) => {
+                    bytes.resize(4 * embd * batch.tokens.len(), 0);
+                    let read = file.read_exact(&mut bytes);
+                    read.map_err(|e| PruneError::io(path, "read", e))?;
+                    let floats = bytes.as_chunks::<4>().0.iter();
+                    floats.map(|b| f32::from_le_bytes(*b)).collect()
+                }
+            };
+            ctx.run_layer(layer, &batch, &mut x)?;
+            if let Some((path, file)) = &mut out {
+                bytes.clear();
+                bytes.extend(x.iter().flat_map(|x| x.to_le_bytes()));
+                let written = file.write_all(&bytes);
+                written.map_err(|e| PruneError::io(path, "write", e))?;
+            }
+        }
+        if let Some((path, file)) = out {
+            let file = file.into_inner().map_err(|e| e.into_error());
+            let synced = file.and_then(|file| file.sync_all());
+            synced.map_err(|e| PruneError::io(path, "write", e))?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -344,8 +437,8 @@ mod tests {
 
     #[test]
     fn layers_are_told_apart() {
-        assert_eq!(layer_of("blk.1.attn_q.weight"), Some("blk.1."));
-        assert_eq!(layer_of("blk.12.ffn_up.weight"), Some("blk.12."));
+        assert_eq!(layer_of("blk.1.attn_q.weight"), Some(1));
+        assert_eq!(layer_of("blk.12.ffn_up.weight"), Some(12));
         assert_eq!(layer_of("output.weight"), None);
         assert_eq!(layer_of("blk.1"), None);
     }

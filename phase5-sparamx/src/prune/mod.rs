@@ -4,9 +4,11 @@
 //! Rows are pruned by themselves, as Wanda does: a row loses the same share of its weights as
 //! any other, and all strips take about the same time.
 //!
-//! Inputs are measured layer by layer, tensors are pruned one after the other, within the memory
-//! of one. Norms of windows and tensors that are finished wait in a directory beside the result,
-//! so that an interrupted run goes on where it was; the result appears when it is complete.
+//! Inputs are measured layer by layer: those of a layer are what the layers before it make of the
+//! text once they are pruned, as Wanda's own program has it. Tensors are pruned one after the other.
+//! All of that takes the memory of one layer. Finished tensors, and what goes into the layer in work,
+//! wait in a directory beside the result, so that an interrupted run goes on where it was; the result
+//! appears when it is complete.
 
 mod calibrate;
 mod mask;
@@ -17,21 +19,25 @@ use std::{
     fs, io,
     ops::ControlFlow,
     path::{Path, PathBuf},
+    sync::Arc,
     time::UNIX_EPOCH,
 };
 
 use regex::Regex;
 use serde::Serialize;
+use tegula_engine::Model;
 use tegula_gguf::{
-    GgmlType, Gguf, TensorInfo,
+    Bytes, GgmlType, Gguf, TensorInfo,
     sparse::{Pattern, dense_data, pack_tensor},
     writer::GgufWriter,
 };
+use tegula_kernels::{Pool, Weights};
 
-pub use calibrate::{Calibration, Norms, calibrate, read_norms};
+pub use calibrate::{Calibration, Norms, read_norms};
+use calibrate::{Layers, layer_of};
 pub use mask::{Target, can_prune, prune_rows};
+pub use work::leftovers;
 use work::{Finished, Work};
-pub use work::{kept_norms, leftovers};
 
 /// Why a model was not pruned. Nothing is left at the result's place.
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +67,8 @@ pub enum PruneError {
         /// What is needed.
         needed: usize,
     },
-    /// The model is being observed.
-    #[error("the model's inputs are being measured already")]
+    /// The model is in use.
+    #[error("the model is in use: inputs are measured in one that nobody else holds")]
     Observed,
     /// The caller ended the work. Finished tensors wait for the next run.
     #[error("cancelled; the same command goes on where this one was")]
@@ -138,7 +144,7 @@ pub struct Pruned {
 }
 
 /// True for the matrices that are pruned unless others are named.
-fn usual(name: &str) -> bool {
+pub fn usual(name: &str) -> bool {
     let part = name
         .strip_prefix("blk.")
         .and_then(|rest| rest.split_once('.'));
@@ -152,6 +158,8 @@ fn usual(name: &str) -> bool {
     })
 }
 
+type Progress<'a> = dyn FnMut(PruneProgress<'_>) -> ControlFlow<()> + 'a;
+
 /// Prunes `model` into a file at `path`, which appears when it is complete; all processors take
 /// part.
 ///
@@ -161,48 +169,196 @@ pub fn prune(
     model: &Gguf,
     path: &Path,
     options: &PruneOptions,
-    progress: &mut dyn FnMut(PruneProgress<'_>) -> ControlFlow<()>,
+    progress: &mut Progress<'_>,
 ) -> Result<Pruned> {
     let wanted = check(model, options)?;
+    if let Some(norms) = &options.norms {
+        check_norms(model, &wanted, norms)?;
+    }
     let work = Work::open(path, &fingerprint(model, options)?)?;
-    let mut pruned = Pruned {
-        source_bytes: model.tensors().iter().map(|t| t.bytes).sum(),
-        ..Pruned::default()
-    };
-    let mut done_bytes = 0;
-    let mut types = Vec::with_capacity(model.tensors().len());
-    for (i, (t, &wanted)) in model.tensors().iter().zip(&wanted).enumerate() {
-        let state = PruneProgress {
-            tensor: &t.name,
-            done_bytes,
-            total_bytes: pruned.source_bytes,
-        };
-        if progress(state).is_break() {
+    let mut run = Run::new(model, options, work, wanted, progress);
+    for i in 0..model.tensors().len() {
+        run.tensor(i, options.norms.as_ref())?;
+    }
+    run.assemble(path)
+}
+
+/// Prunes by Wanda in sequence: the norms of a layer's inputs are those of `text` behind the layers
+/// before it as they are pruned. `loaded` is `model` on the CPU, best mapped and not repacked; nobody
+/// else may hold it. Norms of the options don't count. Otherwise as [`prune`]; returns the norms, too.
+///
+/// # Errors
+/// As [`prune`]; [`PruneError::ShortText`] when `text` has less than two windows.
+pub fn prune_in_sequence(
+    model: &Gguf,
+    loaded: Arc<Model>,
+    (text, how): (&str, &Calibration),
+    path: &Path,
+    options: &PruneOptions,
+    progress: &mut Progress<'_>,
+) -> Result<(Pruned, Norms)> {
+    let wanted = check(model, options)?;
+    let count = loaded.config().layers;
+    let mut layers = Layers::new(loaded, text, how)?;
+    let tensors = model.tensors();
+    if let Some(i) = (0..tensors.len()).find(|&i| wanted[i] && !layers.measures(&tensors[i].name)) {
+        return Err(no_norms(&tensors[i]));
+    }
+    let fingerprint = fingerprint(model, options)? + &layers.fingerprint();
+    let work = Work::open(path, &fingerprint)?;
+    let (next, mut norms) = layers.resume(work.dir());
+    let mut run = Run::new(model, options, work, wanted, progress);
+    // Behind the last layer that is pruned there is nothing to measure.
+    let last = (0..tensors.len()).filter(|&i| run.wanted[i]);
+    let last = last.filter_map(|i| layer_of(&tensors[i].name)).max();
+    for layer in 0..count {
+        let of: Vec<usize> = (0..tensors.len())
+            .filter(|&i| layer_of(&tensors[i].name) == Some(layer))
+            .collect();
+        let pruned: Vec<usize> = of.iter().copied().filter(|&i| run.wanted[i]).collect();
+        let ahead = last.is_some_and(|last| layer < last);
+        if layer >= next && !pruned.is_empty() {
+            norms = layers.measure(layer, &mut || run.beat(&format!("inputs of layer {layer}")))?;
+        }
+        let factors = norms.all();
+        for &i in &of {
+            run.tensor(i, Some(&factors))?;
+        }
+        if layer >= next && ahead {
+            let matrices = pruned.iter().map(|&i| run.matrix(i, layers.pool()));
+            let matrices = matrices.collect::<Result<Vec<_>>>()?;
+            layers.advance(layer, matrices, &mut || {
+                run.beat(&format!("outputs of layer {layer}"))
+            })?;
+        }
+        model.release();
+    }
+    for i in (0..tensors.len()).filter(|&i| layer_of(&tensors[i].name).is_none()) {
+        run.tensor(i, None)?;
+    }
+    Ok((run.assemble(path)?, norms))
+}
+
+/// A run of the pruner.
+struct Run<'a, 'p> {
+    model: &'a Gguf,
+    options: &'a PruneOptions,
+    work: Work,
+    wanted: Vec<bool>,
+    finished: Vec<Option<Finished>>,
+    pruned: Pruned,
+    done_bytes: u64,
+    progress: &'a mut Progress<'p>,
+}
+
+impl<'a, 'p> Run<'a, 'p> {
+    fn new(
+        model: &'a Gguf,
+        options: &'a PruneOptions,
+        work: Work,
+        wanted: Vec<bool>,
+        progress: &'a mut Progress<'p>,
+    ) -> Run<'a, 'p> {
+        Run {
+            model,
+            options,
+            work,
+            finished: wanted.iter().map(|_| None).collect(),
+            wanted,
+            pruned: Pruned {
+                source_bytes: model.tensors().iter().map(|t| t.bytes).sum(),
+                ..Pruned::default()
+            },
+            done_bytes: 0,
+            progress,
+        }
+    }
+
+    /// Says what is in work.
+    fn beat(&mut self, what: &str) -> ControlFlow<()> {
+        (self.progress)(PruneProgress {
+            tensor: what,
+            done_bytes: self.done_bytes,
+            total_bytes: self.pruned.source_bytes,
+        })
+    }
+
+    /// Prunes tensor `i`, if it is to be pruned and no earlier run has.
+    fn tensor(&mut self, i: usize, norms: Option<&HashMap<String, Vec<f32>>>) -> Result<()> {
+        let model = self.model;
+        let t = &model.tensors()[i];
+        if self.beat(&t.name).is_break() {
             return Err(PruneError::Cancelled);
         }
-        if wanted {
-            let (done, resumed) = match work.finished(i)? {
+        if self.wanted[i] {
+            let (done, resumed) = match self.work.finished(i)? {
                 Some(done) => (done, true),
                 None => {
-                    let (ty, zeros, bytes) = prune_tensor(model, t, options)?;
-                    (work.finish(i, ty, zeros, &bytes)?, false)
+                    let norms = norms.and_then(|n| n.get(&t.name));
+                    let (ty, zeros, bytes) = prune_tensor(model, t, self.options, norms)?;
+                    (self.work.finish(i, ty, zeros, &bytes)?, false)
                 }
             };
-            pruned.tensors += 1;
-            pruned.resumed += usize::from(resumed);
-            pruned.weights += t.elements();
-            pruned.zeros += done.zeros;
-            pruned.packed += usize::from(done.ty.is_sparse());
-            types.push(Some(done));
+            self.pruned.tensors += 1;
+            self.pruned.resumed += usize::from(resumed);
+            self.pruned.weights += t.elements();
+            self.pruned.zeros += done.zeros;
+            self.pruned.packed += usize::from(done.ty.is_sparse());
+            self.finished[i] = Some(done);
             model.bytes(t).release();
-        } else {
-            types.push(None);
         }
-        done_bytes += t.bytes;
+        self.done_bytes += t.bytes;
+        Ok(())
     }
-    assemble(model, path, &types, &mut pruned)?;
-    work.remove()?;
-    Ok(pruned)
+
+    /// The finished tensor `i` with its name, as the engine multiplies it.
+    fn matrix(&self, i: usize, pool: &Pool) -> Result<(String, Weights)> {
+        let t = &self.model.tensors()[i];
+        let Some(done) = &self.finished[i] else {
+            unreachable!("tensors are pruned before the text passes them");
+        };
+        let bytes = Bytes::from_vec(done.read()?);
+        let extent = |i: usize| t.shape.get(i).map_or(1, |&n| n as usize);
+        let (k, n, experts) = (extent(0), extent(1), extent(2));
+        let weights = match done.ty.is_sparse() {
+            true => Weights::sparse(done.ty, n, k, experts, bytes, pool),
+            false => Weights::raw(done.ty, n, k, experts, bytes),
+        };
+        let weights = weights.map_err(|e| PruneError::Tensor {
+            tensor: t.name.clone(),
+            what: e.to_string(),
+        })?;
+        Ok((t.name.clone(), weights))
+    }
+
+    /// Puts finished tensors and those that stay together.
+    fn assemble(mut self, path: &Path) -> Result<Pruned> {
+        assemble(self.model, path, &self.finished, &mut self.pruned)?;
+        self.work.remove()?;
+        Ok(self.pruned)
+    }
+}
+
+fn no_norms(t: &TensorInfo) -> PruneError {
+    PruneError::Tensor {
+        tensor: t.name.clone(),
+        what: "the calibration has no norms of its inputs".into(),
+    }
+}
+
+/// Refuses norms that are missing or of another shape.
+fn check_norms(model: &Gguf, wanted: &[bool], norms: &HashMap<String, Vec<f32>>) -> Result<()> {
+    for (t, _) in model.tensors().iter().zip(wanted).filter(|(_, w)| **w) {
+        let need = t.row_len() * t.shape.get(2).copied().unwrap_or(1);
+        let norms = norms.get(&t.name).ok_or_else(|| no_norms(t))?;
+        if norms.len() as u64 != need {
+            return Err(PruneError::Tensor {
+                tensor: t.name.clone(),
+                what: format!("{} norms of inputs, {need} needed", norms.len()),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Which tensors are to be pruned; refuses what can't be.
@@ -241,16 +397,6 @@ fn check(model: &Gguf, options: &PruneOptions) -> Result<Vec<bool>> {
                 p.m()
             ));
         }
-        if let Some(norms) = &options.norms {
-            let need = t.row_len() * t.shape.get(2).copied().unwrap_or(1);
-            match norms.get(&t.name) {
-                None => return bad("the calibration has no norms of its inputs".into()),
-                Some(n) if n.len() as u64 != need => {
-                    return bad(format!("{} norms of inputs, {need} needed", n.len()));
-                }
-                Some(_) => {}
-            }
-        }
     }
     if !wanted.contains(&true) {
         let all = match &options.tensors {
@@ -267,12 +413,12 @@ fn prune_tensor(
     model: &Gguf,
     t: &TensorInfo,
     options: &PruneOptions,
+    norms: Option<&Vec<f32>>,
 ) -> Result<(GgmlType, u64, Vec<u8>)> {
     let ty = t.ty.dense();
     let k = t.row_len() as usize;
     let n = t.shape.get(1).copied().unwrap_or(1) as usize;
     let mut rows = dense_data(model, t)?.into_owned();
-    let norms = options.norms.as_ref().and_then(|n| n.get(&t.name));
     let target = match options.pattern {
         Some(p) => Target::Pattern(p),
         None => Target::Sparsity(options.sparsity),
@@ -341,7 +487,7 @@ fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
     })
 }
 
-/// Puts finished tensors and those that stay together.
+/// Writes the result, finished tensors and those that stay.
 fn assemble(
     model: &Gguf,
     path: &Path,

@@ -21,13 +21,6 @@ pub fn leftovers(result: &Path) -> PathBuf {
     result.with_file_name(name)
 }
 
-/// Where the norms of an interrupted measurement for this result wait: among its leftovers.
-pub fn kept_norms(result: &Path) -> PathBuf {
-    leftovers(result).join(NORMS)
-}
-
-const NORMS: &str = "norms.gguf";
-
 /// The directory.
 pub(super) struct Work {
     dir: PathBuf,
@@ -52,18 +45,15 @@ impl Work {
         if fs::read(&run).is_ok_and(|found| found == fingerprint.as_bytes()) {
             return Ok(work);
         }
-        // Norms were measured for this run, or say themselves that they were not.
-        for entry in fs::read_dir(&work.dir).into_iter().flatten() {
-            let path = entry
-                .map_err(|e| PruneError::io(&work.dir, "read", e))?
-                .path();
-            if path.file_name().is_none_or(|name| name != NORMS) {
-                fs::remove_file(&path).map_err(|e| PruneError::io(&path, "remove", e))?;
-            }
-        }
+        work.remove()?;
         fs::create_dir_all(&work.dir).map_err(|e| PruneError::io(&work.dir, "create", e))?;
         work.put(&run, fingerprint.as_bytes())?;
         Ok(work)
+    }
+
+    /// The directory itself, for what a run keeps besides tensors.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Writes a file that is there wholly or not at all.
@@ -124,6 +114,11 @@ impl Work {
 }
 
 impl Finished {
+    /// The bytes.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        fs::read(&self.path).map_err(|e| PruneError::io(&self.path, "read", e))
+    }
+
     /// Hands the bytes to `write` part by part.
     pub fn copy(&self, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let fail = |e| PruneError::io(&self.path, "read", e);

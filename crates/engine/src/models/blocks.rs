@@ -62,8 +62,20 @@ impl Step<'_> {
         self.m = ids.len();
         mem::resize(&mut b.x, self.m * self.config.embd);
         self.compute.get_rows(embedding, ids, &mut b.x);
+        self.place();
+    }
+
+    /// Begins with this `x`, a row for each token.
+    pub fn begin(&mut self, x: &[f32]) {
+        mem::resize(&mut self.buffers.x, x.len());
+        self.buffers.x.copy_from_slice(x);
+        self.place();
+    }
+
+    /// Angles of the tokens' positions.
+    fn place(&mut self) {
         let positions = self.tokens.iter().map(|t| t.position);
-        b.rope.fill(&self.config.rope, positions);
+        self.buffers.rope.fill(&self.config.rope, positions);
     }
 
     /// `input = rms_norm(x) * w`.

@@ -342,7 +342,7 @@ impl<'a> Graph<'a> {
     }
 
     /// `x += experts(input)`, if the layer has experts.
-    fn experts(&mut self, layer: usize) {
+    pub fn experts(&mut self, layer: usize) {
         let Layer {
             ffn,
             experts: Some(experts),
@@ -619,6 +619,11 @@ impl<'a> Graph<'a> {
             None => Ok(()),
             Some(error) => Err(error),
         }
+    }
+
+    /// The step behind what has run, unless something went wrong.
+    pub fn ended(self) -> Result<Step<'a>> {
+        self.error.map_or(Ok(self.step), Err)
     }
 
     fn restore_rows(&mut self) {

@@ -48,7 +48,7 @@ use std::{fmt, ops::Range, str::FromStr};
 pub use file::{
     Converted, SparseProgress, Sparsify, Worth, dense_data, densify, pack_tensor, sparsify, worth,
 };
-pub use strip::{check_strip, pack_strip, packed_strip, unpack_strip};
+pub use strip::{bitmap, build_strip, check_strip, pack_strip, packed_strip, unpack_strip};
 
 use crate::GgmlType;
 

@@ -182,16 +182,14 @@ pub fn pack_strip(
             if head_bytes(ty) > BITMAP {
                 out.extend(group.scales.as_flattened());
             }
-            let mut bitmap = [0u8; BITMAP];
+            out.extend(bitmap(ty, &group.kept));
             let mut codes = Vec::with_capacity(group.count());
             for bit in 0..8 * BITMAP {
                 let (row, i) = weight(step(ty), bit);
                 if group.kept[row] >> i & 1 == 1 {
-                    bitmap[bit / 8] |= 1 << (bit % 8);
                     codes.push(group.codes[row][i]);
                 }
             }
-            out.extend(bitmap);
             values += codes.len() as u64;
             kept.push(codes);
         }
@@ -212,6 +210,74 @@ pub fn pack_strip(
     Ok(values)
 }
 
+/// The bitmap of a group whose rows keep these of their 32 inputs, one bit each.
+pub fn bitmap(ty: GgmlType, kept: &[u32; ROWS]) -> [u8; BITMAP] {
+    let step = step(ty);
+    let mut words = [0u64; BITMAP / 8];
+    for (row, kept) in kept.iter().enumerate() {
+        for s in 0..GROUP / step {
+            let bits = u64::from(kept >> (s * step)) & ((1 << step) - 1);
+            let at = (s * ROWS + row) * step;
+            words[at / 64] |= bits << (at % 64);
+        }
+    }
+    let mut out = [0; BITMAP];
+    for (bytes, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+        *bytes = word.to_le_bytes();
+    }
+    out
+}
+
+/// Appends a strip of `k` inputs that has no dense rows yet, and returns the number of its values.
+/// `head(group, bytes)` writes the head of each group of the row, `values(bytes)` those of each
+/// super-block, where of `S4` only the nibbles count that have a value.
+///
+/// # Panics
+/// When `ty` is not sparse.
+pub fn build_strip(
+    ty: GgmlType,
+    k: usize,
+    mut head: impl FnMut(usize, &mut [u8]),
+    mut values: impl FnMut(&mut [u8]),
+    out: &mut Vec<u8>,
+) -> u64 {
+    assert!(ty.is_sparse());
+    let (start, bytes) = (out.len(), head_bytes(ty));
+    let mut all = 0;
+    for (first, groups) in supers(k) {
+        let at = out.len();
+        out.resize(at + groups * bytes, 0);
+        let heads = out[at..].chunks_exact_mut(bytes).enumerate();
+        let counts: Vec<usize> = heads
+            .map(|(g, bytes)| {
+                head(first + g, bytes);
+                count(bytes)
+            })
+            .collect();
+        let at = out.len();
+        out.resize(at + value_bytes(ty, &counts), 0);
+        values(&mut out[at..]);
+        if ty == GgmlType::S4 {
+            let (low, high) = counts.split_at(groups.div_ceil(2));
+            let (low, high) = (low.iter().sum::<usize>(), high.iter().sum::<usize>());
+            out[at + low.min(high)..at + high.max(low)]
+                .iter_mut()
+                .for_each(|b| *b &= if low < high { 0xf0 } else { 0x0f });
+        }
+        all += counts.iter().sum::<usize>() as u64;
+    }
+    let len = (out.len() - start).next_multiple_of(ALIGN);
+    out.resize(start + len, 0);
+    all
+}
+
+/// Values of the group with this head.
+fn count(head: &[u8]) -> usize {
+    let (words, _) = head[head.len() - BITMAP..].as_chunks::<8>();
+    let ones = |w: &[u8; 8]| u64::from_le_bytes(*w).count_ones() as usize;
+    words.iter().map(ones).sum()
+}
+
 /// A super-block of a strip.
 struct Super<'a> {
     /// `[groups][head_bytes]`
@@ -224,10 +290,6 @@ struct Super<'a> {
 fn take_super<'a>(ty: GgmlType, groups: usize, rest: &mut &'a [u8]) -> Option<Super<'a>> {
     let head = head_bytes(ty);
     let heads = rest.split_off(..groups * head)?;
-    let count = |head: &[u8]| {
-        let bitmap = &head[head.len() - BITMAP..];
-        bitmap.iter().map(|b| b.count_ones() as usize).sum()
-    };
     let counts: Vec<usize> = heads.chunks_exact(head).map(count).collect();
     let values = rest.split_off(..value_bytes(ty, &counts))?;
     Some(Super {

@@ -9,18 +9,18 @@ use crate::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use phase5_sparamx::prune::{
-    Calibration, PruneError, PruneOptions, Pruned, calibrate, kept_norms, prune, read_norms,
+    Calibration, Norms, PruneError, PruneOptions, PruneProgress, Pruned, prune, prune_in_sequence,
+    read_norms,
 };
 use regex::Regex;
 use serde::Serialize;
 use std::{
-    collections::HashMap,
     ops::ControlFlow,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
-use tegula_engine::{LoadOptions, Source, threads::default_threads};
+use tegula_engine::{LoadOptions, Model, Source, threads::default_threads};
 use tegula_gguf::{Gguf, sparse::Pattern};
 
 #[derive(Args, Debug)]
@@ -48,7 +48,8 @@ pub struct PruneArgs {
     /// At most N values in every M inputs, for instance 2:4, in place of --sparsity
     #[arg(long, value_name = "N:M", conflicts_with = "sparsity")]
     nm: Option<Pattern>,
-    /// Text to measure inputs with, for --method wanda
+    /// Text to measure inputs with, for --method wanda: those of a layer as the layers before it,
+    /// pruned, make them
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
     calib: Option<PathBuf>,
     /// Norms of inputs that were measured earlier: GGUF of llama-imatrix or of --save-imatrix
@@ -122,64 +123,60 @@ pub fn run(args: &PruneArgs) -> anyhow::Result<()> {
         .build()
         .context("cannot start threads")?;
     let cancel = interrupt::flag()?;
-    let mut unseen = 0;
-    if args.method == Method::Wanda {
-        let (norms, experts) = norms(args, threads, &cancel)?;
-        (options.norms, unseen) = (Some(norms), experts);
-    }
+    let measured = match (&args.imatrix, args.method) {
+        (_, Method::Magnitude) => None,
+        (Some(path), _) => {
+            options.norms = Some(read_norms(&Gguf::open(path)?)?);
+            None
+        }
+        (None, _) => Some((load(args, threads)?, calibration(args)?)),
+    };
     let mut progress = Progress::new("pruning", Unit::Bytes);
-    let pruned = pool.install(|| {
-        prune(&model, &args.output, &options, &mut |p| {
-            progress.message(p.tensor);
-            progress.done(p.done_bytes, p.total_bytes);
-            beat(&cancel)
-        })
+    let mut beat = |p: PruneProgress<'_>| {
+        progress.message(p.tensor);
+        progress.done(p.done_bytes, p.total_bytes);
+        match cancel.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    let (pruned, norms) = pool.install(|| match measured {
+        None => {
+            let pruned = prune(&model, &args.output, &options, &mut beat)?;
+            Ok::<_, PruneError>((pruned, Norms::default()))
+        }
+        Some((loaded, (text, how))) => {
+            let with = (text.as_str(), &how);
+            prune_in_sequence(&model, loaded, with, &args.output, &options, &mut beat)
+        }
     })?;
     drop(progress);
-    report(args, pruned, unseen, start.elapsed().as_secs_f64())
+    if let (Some(path), Method::Wanda) = (&args.save_imatrix, args.method) {
+        norms.save(path)?;
+    }
+    report(args, pruned, norms.unseen(), start.elapsed().as_secs_f64())
 }
 
-fn beat(cancel: &AtomicBool) -> ControlFlow<()> {
-    match cancel.load(Ordering::Relaxed) {
-        true => ControlFlow::Break(()),
-        false => ControlFlow::Continue(()),
-    }
-}
-
-/// Root mean squares of inputs by tensor, and experts that saw none: read or measured.
-fn norms(
-    args: &PruneArgs,
-    threads: usize,
-    cancel: &AtomicBool,
-) -> anyhow::Result<(HashMap<String, Vec<f32>>, usize)> {
-    if let Some(path) = &args.imatrix {
-        return Ok((read_norms(&Gguf::open(path)?)?, 0));
-    }
-    let text = args::read_text(args.calib.as_deref().unwrap_or(Path::new("-")))?;
-    let options = LoadOptions {
+/// The model as the measurement takes it.
+fn load(args: &PruneArgs, threads: usize) -> anyhow::Result<Arc<Model>> {
+    args::load(&LoadOptions {
         threads,
-        // Layers leave memory behind the windows; packed ones would all stay.
+        // Layers leave memory behind the text; packed ones would all stay.
         repack: false,
+        sparse_pack: false,
         ..LoadOptions::new(Source::Path(args.input.clone()))
-    };
-    let model = args::load(&options)?;
-    let mut progress = Progress::new("measuring inputs", Unit::Chunks);
-    let kept = kept_norms(&args.output);
+    })
+}
+
+/// The text, and how it is run.
+fn calibration(args: &PruneArgs) -> anyhow::Result<(String, Calibration)> {
+    let text = args::read_text(args.calib.as_deref().unwrap_or(Path::new("-")))?;
     let how = Calibration {
         window: args.ctx_size,
         limit: args.chunks,
-        kept: Some(&kept),
         ..Calibration::default()
     };
-    let norms = calibrate(model, &text, &how, &mut |done, all| {
-        progress.done(done as u64, all as u64);
-        beat(cancel)
-    })?;
-    drop(progress);
-    if let Some(path) = &args.save_imatrix {
-        norms.save(path)?;
-    }
-    Ok((norms.all(), norms.unseen()))
+    Ok((text, how))
 }
 
 fn report(args: &PruneArgs, pruned: Pruned, unseen: usize, seconds: f64) -> anyhow::Result<()> {

@@ -4,28 +4,34 @@ use crate::{
     exit::Refusal,
     interrupt, output,
     progress::{Progress, Unit},
-    synth::{Mix, PRESETS, Shape, Synth},
+    synth::{Synth, Types},
 };
 use clap::Args;
+use phase5_sparamx::prune::Target;
 use serde::Serialize;
 use std::{path::PathBuf, time::Instant};
-use tegula_engine::{Arch, config::Experts};
+use tegula_engine::{Arch, Shape, config::Experts, shape::PRESETS};
+use tegula_gguf::sparse::Pattern;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   tegula synth qwen3-8b Q4_0 qwen3-8b-Q4_0.gguf
   tegula synth qwen3-30b-a3b Q4_K_M moe.gguf
   tegula synth llama IQ3_S small.gguf --pure --layers 4 --embd 512 --ff 1024
+  tegula synth llama-3-8b S8 sparse.gguf --sparsity 0.5
 
 Shapes: qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-30b-a3b qwen2.5-7b llama-3-8b
 mixtral-8x7b; llama, qwen2, qwen3 and qwen3moe are small ones to change by flags.
 
 The weights are random, of mean 0 and standard deviation 1/sqrt(row length); the tokenizer has
-the bytes and invented words. The same arguments always give the same file.")]
+the bytes and invented words. The same arguments always give the same file. With a sparse type
+(S-BF16, S8, S4) the matrices that tegula prune prunes are sparse, and all else is as with its dense
+twin (BF16, Q8_0, Q4_0).")]
 pub struct SynthArgs {
     /// Name of the shape
     shape: String,
-    /// File type such as Q4_K_M, mixed as the quantiser mixes it, or tensor type for all
+    /// File type such as Q4_K_M, mixed as the quantiser mixes it, or tensor type for all; or a
+    /// sparse type, with --sparsity or --nm
     #[arg(value_name = "TYPE")]
     ty: String,
     /// The file to write
@@ -33,6 +39,12 @@ pub struct SynthArgs {
     /// One type for all matrices but routers
     #[arg(long)]
     pure: bool,
+    /// Share of the weights of sparse matrices that is zero, 0 to less than 1
+    #[arg(long, value_name = "X")]
+    sparsity: Option<f64>,
+    /// Exactly N values in every M inputs, for instance 2:4, in place of --sparsity
+    #[arg(long, value_name = "N:M", conflicts_with = "sparsity")]
+    nm: Option<Pattern>,
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -132,7 +144,9 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
         Refusal::Usage(format!("unknown shape `{}`; known: {known}", args.shape))
     })?;
     let shape = args.dims.apply(shape);
-    let synth = Synth::new(&shape, Mix::parse(&args.ty, args.pure)?, args.seed)?;
+    let zeros = args.nm.map(Target::Pattern);
+    let zeros = zeros.or(args.sparsity.map(Target::Sparsity));
+    let synth = Synth::new(&shape, Types::parse(&args.ty, args.pure, zeros)?, args.seed)?;
     let threads = args
         .threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
@@ -144,8 +158,7 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
     })?;
     drop(progress);
     let seconds = start.elapsed().as_secs_f64();
-    let weights = |t: &crate::synth::Tensor| t.shape.iter().product::<u64>();
-    let parameters = synth.tensors().iter().map(weights).sum();
+    let parameters = synth.parameters();
     if args.json {
         output::json(&Report {
             file: &args.out,

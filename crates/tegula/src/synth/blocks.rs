@@ -15,16 +15,27 @@ pub fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn random_bytes(seed: u64, out: &mut [u8]) {
-    let mut state = mix(seed);
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(state).to_le_bytes()
-    };
-    let (words, rest) = out.as_chunks_mut::<8>();
-    words.iter_mut().for_each(|w| *w = next());
-    let last = next();
-    rest.copy_from_slice(&last[..rest.len()]);
+/// A stream of random numbers; the same seed gives the same one.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(mix(seed))
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    pub fn fill(&mut self, out: &mut [u8]) {
+        let (words, rest) = out.as_chunks_mut::<8>();
+        words
+            .iter_mut()
+            .for_each(|w| *w = self.next().to_le_bytes());
+        let last = self.next().to_le_bytes();
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
 }
 
 /// Whether there are random weights of this type.
@@ -64,7 +75,7 @@ impl Filler {
 
     /// Fills whole blocks; the same seed gives the same bytes.
     pub fn fill(&self, seed: u64, out: &mut [u8]) {
-        random_bytes(seed, out);
+        Random::new(seed).fill(out);
         let s = self.scale;
         let half = |x: f32| f16::from_f32(x).to_le_bytes();
         let d = half(s);
@@ -128,7 +139,7 @@ impl Filler {
                     }
                 });
             }
-            // Whole numbers are no weights, random ones have no zeros; `can_fill` says so.
+            // Whole numbers are no weights, sparse ones no blocks; `can_fill` says so.
             GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 | GgmlType::F64 => {}
             GgmlType::S_BF16 | GgmlType::S8 | GgmlType::S4 => {}
         }

@@ -60,6 +60,29 @@ fn a_model_is_pruned_packed_and_runs_as_its_dense_twin() {
 }
 
 #[test]
+fn wanda_measures_a_text_and_its_norms_prune_again() {
+    let (dir, model) = small_model(SHAPE, "BF16");
+    let file = |name: &str| path(&dir.path().join(name)).to_owned();
+    let [out, again, norms, text] = ["out", "again", "norms", "text"].map(file);
+    fs::write(&text, "abc abd ".repeat(60)).unwrap();
+    let prune = |out: &str, from: &[&str]| {
+        let wanda = ["--sparsity", "0.5", "--method", "wanda", "--json"];
+        json(&[&["prune", path(&model), out][..], &wanda, from].concat())
+    };
+    let measured = ["--calib", &text, "-c", "32", "--save-imatrix", &norms];
+    let report = prune(&out, &measured);
+    assert_eq!(report["method"], "wanda");
+    assert_eq!(report["packed"], 14);
+    prune(&again, &["--imatrix", &norms]);
+    assert!(fs::read(&out).unwrap() == fs::read(&again).unwrap());
+    // Magnitudes alone choose others.
+    stdout(&["prune", path(&model), &again, "--sparsity", "0.5"]);
+    assert!(fs::read(&out).unwrap() != fs::read(&again).unwrap());
+    // Model, text, norms and two results.
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 5);
+}
+
+#[test]
 fn patterns_are_shown() {
     let (dir, model) = small_model(SHAPE, "BF16");
     let out = path(&dir.path().join("nm.gguf")).to_owned();
@@ -84,6 +107,14 @@ fn what_cant_be_is_refused() {
     assert!(fails(2, &prune(&wanda)).contains("--calib"));
     let too_short = fails(3, &prune(&[&wanda[..], &["--calib", &text]].concat()));
     assert!(too_short.contains("1024 are needed"), "{too_short}");
+    // What meets the embedding are no inputs of a layer.
+    fs::write(&text, "abc ".repeat(40)).unwrap();
+    let calibrated = ["--calib", &text, "-c", "16", "--tensors", "token_embd"];
+    let unmeasured = fails(3, &prune(&[&wanda[..], &calibrated].concat()));
+    assert!(
+        unmeasured.contains("no norms of its inputs"),
+        "{unmeasured}"
+    );
     let nothing = fails(2, &prune(&["--sparsity", "0.5", "--tensors", "ssm"]));
     assert!(nothing.contains("`ssm`"), "{nothing}");
     // Model and text.

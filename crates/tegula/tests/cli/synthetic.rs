@@ -2,8 +2,8 @@
 
 use crate::{fails, json, path, stdout};
 use serde_json::Value;
-use std::{fs, path::Path};
-use tegula_gguf::{GgmlType, blocks, quantize::FileType};
+use std::{fs, ops::ControlFlow, path::Path};
+use tegula_gguf::{GgmlType, Gguf, blocks, quantize::FileType, sparse::densify};
 
 fn logits(model: &Path, more: &[&str]) -> Vec<f64> {
     let common = [
@@ -93,6 +93,52 @@ fn every_architecture_runs() {
 }
 
 #[test]
+fn sparse_models_have_the_zeros_asked_for_and_run_as_their_dense_twins() {
+    let dir = tempfile::tempdir().unwrap();
+    let [model, dense] = ["model.gguf", "dense.gguf"].map(|name| dir.path().join(name));
+    let tokens = |model: &Path, threads: &str| {
+        let run = [
+            "run",
+            path(model),
+            "-p",
+            "the cat",
+            "-n",
+            "8",
+            "--temp",
+            "0",
+        ];
+        json(&[&run[..], &["-t", threads, "--json"]].concat())["tokens"].clone()
+    };
+    let cases = [
+        ("llama", "S-BF16", ["--sparsity", "0.5"], 0.5),
+        ("qwen3", "S8", ["--sparsity", "0.7"], 0.3),
+        ("qwen3moe", "S8", ["--nm", "2:4"], 0.5),
+        ("qwen3moe", "S4", ["--sparsity", "0.25"], 0.75),
+    ];
+    for (shape, ty, zeros, want) in cases {
+        stdout(&[&["synth", shape, ty, path(&model)][..], &zeros].concat());
+        let inspected = json(&["inspect", path(&model), "--json"]);
+        assert_eq!(inspected["types"][ty]["tensors"], 14, "{ty}");
+        let tensors = inspected["tensors"].as_array().unwrap().iter();
+        for t in tensors.filter(|t| t["type"] == ty) {
+            let density = t["density"].as_f64().unwrap();
+            assert!((density - want).abs() < 0.01, "{ty}: {t}");
+        }
+        if zeros[0] == "--nm" {
+            assert!(stdout(&["inspect", path(&model)]).contains("50.0 % zeros, 2:4"));
+        }
+        engine_agrees_with_reference(&model, ty);
+        // The same numbers as dense blocks, by the format's plain definition.
+        let sparse = Gguf::open(&model).unwrap();
+        densify(&sparse, &dense, &mut |_| ControlFlow::Continue(())).unwrap();
+        let ran = tokens(&model, "1");
+        assert_eq!(ran.as_array().unwrap().len(), 8);
+        assert_eq!(tokens(&model, "2"), ran, "{ty}");
+        assert_eq!(tokens(&dense, "2"), ran, "{ty}");
+    }
+}
+
+#[test]
 fn shapes_are_what_the_flags_say() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model.gguf");
@@ -146,6 +192,26 @@ fn what_can_not_be_is_refused() {
     let pure = ["synth", "llama", "Q4_K", out, "--pure", "--embd", "96"];
     assert!(fails(3, &pure).contains("token_embd.weight"));
     assert!(fails(3, &["synth", "qwen3", "Q4_0", "/dev/full"]).contains("No space left"));
+    let sparse = |more: &[&str]| synth(&[&["qwen3", "S8", out], more].concat());
+    assert!(sparse(&[]).contains("--sparsity X or --nm N:M"));
+    for share in ["1", "-0.1", "NaN"] {
+        let said = sparse(&[&format!("--sparsity={share}")]);
+        assert!(
+            said.contains(&format!("sparsity {share} is out of range")),
+            "{said}"
+        );
+    }
+    assert!(sparse(&["--nm", "4:2"]).contains("4:2"));
+    assert!(sparse(&["--nm", "2:4", "--sparsity", "0.5"]).contains("cannot be used with"));
+    for zeros in [["--sparsity", "0.5"], ["--nm", "2:4"]] {
+        let said = synth(&[&["qwen3", "Q8_0", out][..], &zeros].concat());
+        assert!(said.contains("Q8_0 is dense"), "{said}");
+    }
+    // 80 is no multiple of 32.
+    let rows = [
+        "synth", "llama", "S-BF16", out, "--nm", "2:32", "--embd", "80",
+    ];
+    assert!(fails(3, &rows).contains("attn_q.weight"));
     assert_eq!(
         fs::read_dir(dir.path()).unwrap().count(),
         0,

@@ -1,9 +1,41 @@
-//! Shapes of models: those with a name, and any other.
+//! Shapes of models: those with a name, and any other. What measures and tests without weights of
+//! a real model makes a file of random ones from them.
 
-use super::{Fill, Tensor, vocab};
-use crate::exit::Refusal;
-use tegula_engine::{Arch, config::Experts};
-use tegula_gguf::{GgmlType, Metadata};
+mod vocab;
+
+use crate::{Arch, config::Experts};
+use tegula_gguf::Metadata;
+
+/// Dimensions that no model can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("shape {name}: {what}")]
+pub struct ShapeError {
+    name: String,
+    what: String,
+}
+
+/// What a tensor of random weights holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fill {
+    Constant(f32),
+    Random,
+}
+
+/// A tensor that a model of some shape has.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShapedTensor {
+    pub name: String,
+    /// ggml order: row length first.
+    pub shape: Vec<u64>,
+    pub fill: Fill,
+}
+
+impl ShapedTensor {
+    /// Its weights.
+    pub fn weights(&self) -> u64 {
+        self.shape.iter().product()
+    }
+}
 
 /// The dimensions of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,8 +137,16 @@ impl Shape {
 
     /// Refuses dimensions that no model can have. Whether blocks fit the rows is for the
     /// writer to say.
-    pub fn check(&self) -> Result<(), Refusal> {
-        let refuse = |what: String| Err(Refusal::Usage(format!("shape {}: {what}", self.name)));
+    ///
+    /// # Errors
+    /// [`ShapeError`], which says what can't be.
+    pub fn check(&self) -> Result<(), ShapeError> {
+        let refuse = |what: String| {
+            Err(ShapeError {
+                name: self.name.clone(),
+                what,
+            })
+        };
         let sizes = [
             ("layers", self.layers, 1, 10_000),
             ("width", self.embd, 1, 1 << 20),
@@ -149,7 +189,7 @@ impl Shape {
         }
     }
 
-    /// The hyperparameters, as converters write them.
+    /// The hyperparameters, as converters write them, and a vocabulary of the right size.
     pub fn metadata(&self) -> Metadata {
         let mut md = Metadata::new(self.name.as_str());
         md.set("general.architecture", self.arch.name());
@@ -180,17 +220,17 @@ impl Shape {
         };
         set("rope.freq_base", self.rope_base);
         set("attention.layer_norm_rms_epsilon", self.rms_eps);
+        vocab::describe(self, &mut md);
         md
     }
 
-    /// The tensors in file order, all F32.
-    pub(super) fn tensors(&self) -> Vec<Tensor> {
+    /// The tensors in file order.
+    pub fn tensors(&self) -> Vec<ShapedTensor> {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize], fill| {
-            tensors.push(Tensor {
+            tensors.push(ShapedTensor {
                 name,
                 shape: shape.iter().map(|&n| n as u64).collect(),
-                ty: GgmlType::F32,
                 fill,
             });
         };
@@ -251,8 +291,12 @@ mod tests {
         let millions = |name: &str| {
             let shape = Shape::preset(name).unwrap();
             shape.check().unwrap();
-            let weights = |t: &Tensor| t.shape.iter().product::<u64>();
-            shape.tensors().iter().map(weights).sum::<u64>() / 1_000_000
+            let weights = shape
+                .tensors()
+                .iter()
+                .map(ShapedTensor::weights)
+                .sum::<u64>();
+            weights / 1_000_000
         };
         let published = [
             ("qwen3-0.6b", 596),

@@ -5,7 +5,7 @@ use super::Shape;
 use tegula_gguf::{Metadata, tokenizer::byte_char};
 
 /// The fewest tokens that a vocabulary can have: the bytes and the end of text.
-pub const MIN: usize = 257;
+pub(super) const MIN: usize = 257;
 
 /// Merged in this order; each makes a token.
 const MERGES: [(&str, &str); 16] = [
@@ -30,7 +30,7 @@ const MERGES: [(&str, &str); 16] = [
 const END: &str = "<|endoftext|>";
 
 /// Adds the vocabulary of `shape` to its metadata.
-pub fn describe(shape: &Shape, metadata: &mut Metadata) {
+pub(super) fn describe(shape: &Shape, metadata: &mut Metadata) {
     let size = shape.vocab;
     let merges = &MERGES[..MERGES.len().min(size - MIN)];
     let mut tokens: Vec<String> = (0..=255).map(|b| byte_char(b).to_string()).collect();
