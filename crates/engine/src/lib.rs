@@ -16,6 +16,7 @@ mod perplexity;
 pub mod plan;
 pub mod sampler;
 mod session;
+pub mod share;
 mod state;
 pub mod stream;
 pub mod tensor_split;

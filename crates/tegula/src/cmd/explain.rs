@@ -44,6 +44,9 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
     for p in &plan.placements {
         *buffers.entry(place(p)).or_insert(0) += p.bytes;
     }
+    if plan.pinned() > 0 {
+        buffers.insert("cpu/pinned".to_owned(), plan.pinned());
+    }
     Report {
         model,
         isa,
@@ -96,7 +99,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     for p in &plan.placements {
         let shape: Vec<_> = p.shape.iter().map(u64::to_string).collect();
         out += &format!(
-            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}\n",
+            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}{}\n",
             p.tensor,
             p.ty,
             shape.join(" x "),
@@ -110,6 +113,12 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
                 s.device,
                 s.from,
                 if s.shared { ", in part" } else { "" }
+            )),
+            p.share.map_or(String::new(), |s| format!(
+                "; for single tokens the last {} rows on {}, from {} of pinned memory",
+                s.rows,
+                s.device,
+                output::bytes(s.bytes)
             ))
         );
     }
