@@ -608,6 +608,34 @@ mod tests {
     }
 
     #[test]
+    fn what_runs_beside_a_job_may_start_others_and_panic() {
+        for threads in [1, 3] {
+            let (pool, other) = (
+                Pool::new(PoolConfig::new(threads)),
+                Pool::new(PoolConfig::new(1)),
+            );
+            let sum = AtomicUsize::new(0);
+            for count in [0, 1, 7] {
+                let before = sum.load(Ordering::SeqCst);
+                let task = |_| {
+                    sum.fetch_add(1, Ordering::SeqCst);
+                };
+                pool.run_beside(count, &task, || {
+                    other.run(2, &|_| {
+                        sum.fetch_add(10, Ordering::SeqCst);
+                    });
+                });
+                assert_eq!(sum.load(Ordering::SeqCst), before + count + 20);
+                // The job is done all the same.
+                let beside = || pool.run_beside(count, &task, || panic!("beside"));
+                let payload = catch_unwind(AssertUnwindSafe(beside)).unwrap_err();
+                assert_eq!(payload.downcast_ref::<&str>(), Some(&"beside"));
+                assert_eq!(sum.load(Ordering::SeqCst), before + 2 * count + 20);
+            }
+        }
+    }
+
+    #[test]
     fn jobs_from_several_threads_take_turns() {
         let pool = Pool::new(PoolConfig::new(2));
         let active = AtomicUsize::new(0);

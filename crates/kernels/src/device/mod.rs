@@ -169,7 +169,9 @@ pub struct Buffer {
 }
 
 /// What a part of a buffer keeps.
-struct Whole(#[allow(dead_code)] Arc<Buffer>);
+struct Whole {
+    _buffer: Arc<Buffer>,
+}
 
 impl Memory for Whole {
     fn free(&self, _: u64, _: usize) {}
@@ -203,7 +205,9 @@ impl Buffer {
             address: whole.address + at as u64,
             bytes,
             pinned: whole.pinned,
-            memory: Arc::new(Whole(Arc::clone(whole))),
+            memory: Arc::new(Whole {
+                _buffer: Arc::clone(whole),
+            }),
         }
     }
 
