@@ -180,7 +180,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__bench)
-            opts="-m -p -n -d -b -t -r -o -h --model --offline --n-prompt --n-gen --prompt-gen --n-depth --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --batch-size --ubatch-size --cache-type-k --cache-type-v --sparse-kv --flash-attn --threads --isa --amx --no-mmap --no-repack --no-sparse-pack --numa --repetitions --profile --no-warmup --probe --probe-time --peer --peer-args --peer-timeout --interleave --record --analysis --plot --output --json --config --help"
+            opts="-m -p -n -d -b -t -r -o -h --model --offline --n-prompt --n-gen --prompt-gen --n-depth --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --batch-size --ubatch-size --cache-type-k --cache-type-v --sparse-kv --flash-attn --threads --isa --amx --no-mmap --no-repack --no-sparse-pack --numa --repetitions --profile --no-warmup --probe --probe-time --peer --peer-args --peer-timeout --interleave --record --analysis --plot --output --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -251,6 +251,10 @@ _tegula() {
                     return 0
                     ;;
                 --op-offload-min-batch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-share)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -362,7 +366,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__chat)
-            opts="-m -n -c -b -t -v -s -j -h --model --offline --system --chat-template --think --stop --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --no-history --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
+            opts="-m -n -c -b -t -v -s -j -h --model --offline --system --chat-template --think --stop --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --no-history --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -493,6 +497,10 @@ _tegula() {
                     return 0
                     ;;
                 --op-offload-min-batch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-share)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -730,7 +738,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__explain)
-            opts="-m -t -h --model --offline --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --json --config --help"
+            opts="-m -t -h --model --offline --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -801,6 +809,10 @@ _tegula() {
                     return 0
                     ;;
                 --op-offload-min-batch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-share)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1172,7 +1184,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__logits)
-            opts="-m -p -f -c -b -t -h --model --offline --prompt --file --no-escape --top --reference --json --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --config --help"
+            opts="-m -p -f -c -b -t -h --model --offline --prompt --file --no-escape --top --reference --json --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1302,6 +1314,10 @@ _tegula() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --decode-share)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --fit-target)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -1318,7 +1334,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__perplexity)
-            opts="-m -f -c -b -t -h --model --offline --file --ctx-size --chunks --reference --json --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --config --help"
+            opts="-m -f -c -b -t -h --model --offline --file --ctx-size --chunks --reference --json --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1437,6 +1453,10 @@ _tegula() {
                     return 0
                     ;;
                 --op-offload-min-batch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-share)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1600,7 +1620,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__run)
-            opts="-m -p -f -n -c -b -t -v -s -j -h --model --offline --prompt --file --no-escape --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --ignore-eos --stop --no-warmup --prompt-cache --save-state --load-state --reference --json --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
+            opts="-m -p -f -n -c -b -t -v -s -j -h --model --offline --prompt --file --no-escape --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --ignore-eos --stop --no-warmup --prompt-cache --save-state --load-state --reference --json --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1734,6 +1754,10 @@ _tegula() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --decode-share)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --fit-target)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -1838,7 +1862,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__serve)
-            opts="-m -c -n -a -b -t -v -s -h --model --offline --host --port --parallel --ctx-size --n-predict --alias --chat-template --pooling --prompt-chunk --api-key --api-key-file --cors-origin --allowed-host --queue --timeout --header-timeout --body-timeout --max-body --max-connections --drain-timeout --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --fit-target --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --config --help"
+            opts="-m -c -n -a -b -t -v -s -h --model --offline --host --port --parallel --ctx-size --n-predict --alias --chat-template --pooling --prompt-chunk --api-key --api-key-file --cors-origin --allowed-host --queue --timeout --header-timeout --body-timeout --max-body --max-connections --drain-timeout --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2025,6 +2049,10 @@ _tegula() {
                     return 0
                     ;;
                 --op-offload-min-batch)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --decode-share)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -74,6 +74,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand run" -l device -d 'GPUs to
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l stop -d 'End before this text; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l prompt-cache -d 'Keep the prompt\'s state in FILE and use what it has in common with the prompt' -r -F
@@ -143,6 +144,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand chat" -l device -d 'GPUs t
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l temp -d 'Temperature; 0: always the most likely token' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l top-k -d 'Keep the K most likely; 0: all' -r
@@ -215,6 +217,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand serve" -l device -d 'GPUs 
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l temp -d 'Temperature; 0: always the most likely token' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l top-k -d 'Keep the K most likely; 0: all' -r
@@ -261,6 +264,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -l device -d 'GPUs 
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s b -l batch-size -d 'Tokens that are submitted together' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l ubatch-size -d 'Tokens that run through the layers together (-ub)' -r
@@ -326,6 +330,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l device -d '
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
@@ -367,6 +372,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand logits" -l device -d 'GPUs
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'
@@ -418,6 +424,7 @@ complete -c tegula -n "__fish_tegula_using_subcommand explain" -l device -d 'GPU
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l override-tensor -d 'Parts whose tensors match go to a device (-ot): CPU or a GPU\'s name; the first match counts' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l n-cpu-moe -d 'Keep the experts of the first N layers on the CPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l op-offload-min-batch -d 'Tokens from which --op-offload does so [default: from when it is faster, by tensor; see explain]' -r
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l decode-share -d 'Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l fit-target -d 'MiB that are left free on every GPU' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l config -d 'Configuration file [default: tegula/config.toml in XDG_CONFIG_HOME or ~/.config]' -r -F
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l offline -d 'Fetch nothing: a model hf:… must be in the cache (also HF_HUB_OFFLINE=1)'

@@ -343,13 +343,14 @@ fn sanitizer() -> Option<PathBuf> {
 
 /// Trials of checkgpu that show every kernel to a tool that makes them a hundred times slower:
 /// of the formats a few.
-const TRIALS: [&str; 12] = [
+const TRIALS: [&str; 13] = [
     "gpu::rows",
     "gpu::routing",
     "gpu::largest",
     "gpu::forms",
     "gpu::recordings",
     "gpu::streaming",
+    "gpu::pinned",
     "gpu::attention_f16_f16",
     "gpu::attention_bf16_q8_0",
     "gpu::products_BF16",

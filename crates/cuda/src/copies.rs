@@ -85,6 +85,15 @@ impl CudaDevice {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes in the ring, for kernels that are issued next.
+    pub(crate) fn staged(&self, src: &[u8]) -> Result<u64> {
+        // Not in a recording: what the memory here holds is not what it will hold then.
+        self.pool.gpu.not_recorded();
+        let staged = self.ring().stage(&self.pool.gpu, src)?;
+        self.overwritten(staged);
+        Ok(staged)
+    }
+
     fn copy_parts(&self, parts: &Parts, count: usize) -> Result<()> {
         let most = parts.words.iter().max().map_or(0, |n| *n as usize);
         let grid = [most.div_ceil(256).clamp(1, 64), count, 1];

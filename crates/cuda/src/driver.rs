@@ -306,6 +306,17 @@ impl Gpu {
         })
     }
 
+    /// Whether all that was issued is done.
+    pub fn is_idle(&self) -> Result<bool> {
+        self.current()?;
+        self.not_recorded();
+        // SAFETY: the stream lives as long as this.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => self.check("waiting for it", result).map(|()| true),
+        }
+    }
+
     /// An event that nothing has recorded, so it has passed.
     pub fn event(&self) -> Result<Event> {
         self.current()?;

@@ -11,6 +11,7 @@ mod driver;
 mod launch;
 mod modules;
 mod operations;
+mod pinned;
 mod products;
 mod streaming;
 

@@ -12,7 +12,7 @@ use tegula_gguf::GgmlType;
 use tegula_kernels::{
     device::{
         Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, MOST_LARGEST, Matrix,
-        Network, Places, Product, RawMatrix, Recording, Result, matrix_bytes, stream::Feeder,
+        Network, Places, Product, RawMatrix, Recording, Result, stream::Feeder,
     },
     kv::{KV_PAGE, KvShape},
     ops::{RopeStyle, moe::RouteOptions},
@@ -162,10 +162,16 @@ impl Device for CudaDevice {
         self.pool.gpu.sync()
     }
 
-    fn load(&self, matrix: &RawMatrix) -> Result<Matrix> {
+    fn pin(&self, bytes: usize) -> Result<Buffer> {
+        self.pinned_buffer(bytes)
+    }
+
+    fn load_to(&self, matrix: &RawMatrix, buffer: Buffer) -> Result<Matrix> {
         let (ty, n, k, experts) = (matrix.ty(), matrix.n(), matrix.k(), matrix.experts());
-        let bytes = matrix_bytes(ty, n as u64, k as u64, experts as u64);
-        let buffer = self.alloc(bytes.expect("a matrix that was checked") as usize)?;
+        assert!(
+            matrix.device_bytes() <= buffer.bytes(),
+            "a matrix larger than its buffer"
+        );
         let loaded = Matrix {
             ty,
             n,
@@ -227,16 +233,15 @@ impl Device for CudaDevice {
     }
 
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()> {
-        let x = x.address();
-        let alike = |a: &Product<'_>, b: &Product<'_>| a.w.ty == b.w.ty && a.add == b.add;
-        for group in products.chunk_by(alike).flat_map(|group| group.chunks(3)) {
-            let into: Vec<_> = group.iter().map(Into::from).collect();
-            self.product(&into, group[0].add, x, m)?;
-        }
-        products
-            .iter()
-            .for_each(|p| self.overwritten(p.out.address()));
-        Ok(())
+        self.multiply(products, |_| Ok(x.address()), m)
+    }
+
+    fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()> {
+        self.multiply_from(products, x, m)
+    }
+
+    fn collect(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        self.collect_pinned(parts)
     }
 
     fn heads(&self, both: [Heads<'_>; 2], o: &HeadOptions, places: &Places) -> Result<()> {

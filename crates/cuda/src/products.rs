@@ -86,6 +86,24 @@ impl CudaDevice {
         }
     }
 
+    /// Products with the same `[m][k]` f32, which matrices of a type find where `x` says.
+    pub(crate) fn multiply(
+        &self,
+        products: &[Product<'_>],
+        x: impl Fn(GgmlType) -> Result<u64>,
+        m: usize,
+    ) -> Result<()> {
+        let alike = |a: &Product<'_>, b: &Product<'_>| a.w.ty == b.w.ty && a.add == b.add;
+        for group in products.chunk_by(alike).flat_map(|group| group.chunks(3)) {
+            let into: Vec<_> = group.iter().map(Into::from).collect();
+            self.product(&into, group[0].add, x(group[0].w.ty)?, m)?;
+        }
+        products
+            .iter()
+            .for_each(|p| self.overwritten(p.out.address()));
+        Ok(())
+    }
+
     /// One to three matrices of one type with the same x, `[m][k]` f32.
     pub(crate) fn product(&self, group: &[Into<'_>], add: bool, x: u64, m: usize) -> Result<()> {
         let (ty, k) = (group[0].w.ty, group[0].w.k);

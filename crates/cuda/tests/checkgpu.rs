@@ -231,6 +231,58 @@ fn products(gpu: &CudaDevice, ty: GgmlType) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Matrices that stay in pinned memory, parts of one buffer, with inputs that come along: again
+/// and again, since these go through the same memory, and of types that share a product.
+fn pinned(gpu: &CudaDevice) -> Result<(), Failed> {
+    use GgmlType as T;
+    let (n, k) = (67, 4096);
+    for types in [
+        [T::Q4_0; 3],
+        [T::Q8_0; 3],
+        [T::Q4_K, T::Q4_K, T::Q6_K],
+        [T::BF16; 3],
+        [T::F32, T::Q4_0, T::F32],
+    ] {
+        both(gpu, &format!("{types:?}, pinned"), EXACT, |d| {
+            let rng = &mut Rng(16);
+            let all: Vec<_> = (0..3)
+                .map(|i| raw(rng, types[i], n + 16 * i, k, 1))
+                .collect();
+            let bytes = all.iter().map(RawMatrix::device_bytes).sum();
+            let (whole, mut at) = (Arc::new(d.0.pin(bytes).unwrap()), 0);
+            let mut load = |m: &RawMatrix| {
+                let part = Buffer::part(&whole, at, m.device_bytes());
+                at += m.device_bytes();
+                d.0.load_to(m, part).unwrap()
+            };
+            let w: Vec<_> = all.iter().map(&mut load).collect();
+            let out: Vec<_> = w.iter().map(|w| d.0.pin(4 * w.n).unwrap()).collect();
+            let mut results = Vec::new();
+            for _ in 0..20 {
+                let x = rng.floats(k);
+                let x: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let product = |(w, out)| Product {
+                    w,
+                    out,
+                    bias: None,
+                    add: false,
+                };
+                let products: Vec<_> = w.iter().zip(&out).map(product).collect();
+                d.0.matmul_from(&products, &x, 1).unwrap();
+                let mut here: Vec<_> = w.iter().map(|w| vec![0; 4 * w.n]).collect();
+                let parts = out.iter().zip(&mut here);
+                let mut parts: Vec<_> = parts.map(|(o, h)| (o, h.as_mut_slice())).collect();
+                d.0.collect(&mut parts).unwrap();
+                let here = here.concat();
+                let values = here.as_chunks().0.iter();
+                results.extend(values.map(|b| f32::from_le_bytes(*b)));
+            }
+            results
+        })?;
+    }
+    Ok(())
+}
+
 /// So many tokens that a library multiplies dense matrices, if it is installed.
 fn many(gpu: &CudaDevice) -> Result<(), Failed> {
     let (m, n, k) = (LIBRARY_FROM + 5, 70, 96);
@@ -871,6 +923,7 @@ fn main() {
     add("routing".to_owned(), Box::new(routing));
     add("forms".to_owned(), Box::new(forms));
     add("many_tokens".to_owned(), Box::new(many));
+    add("pinned".to_owned(), Box::new(pinned));
     add("streaming".to_owned(), Box::new(streaming));
     add("recordings".to_owned(), Box::new(recordings));
     for (k, v) in [

@@ -221,6 +221,7 @@ impl Context {
                     |layer| offload.attends(layer, d),
                     offload.output == Device::Gpu(d),
                     offload.streams.slots[d],
+                    offload.shares.filter(|s| s.device == d).map(|s| s.rows),
                 )
             };
             let devices = model.devices.iter().enumerate();

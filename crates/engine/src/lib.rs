@@ -17,6 +17,7 @@ pub mod plan;
 pub mod sampler;
 mod session;
 pub mod shape;
+pub mod share;
 mod state;
 pub mod stream;
 pub mod tensor_split;

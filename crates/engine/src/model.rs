@@ -2,10 +2,14 @@
 
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
-    models::{Attention, Ffn, FfnKind, Layer, Matrices, Network, Output, Placed, Streamed},
+    models::{
+        Attention, Ffn, FfnKind, Layer, LayerShares, Matrices, Network, Output, Placed, SharedRows,
+        Streamed,
+    },
     offload::{self, OffloadFlags, Unit},
     packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
+    share::DecodeShare,
     tensor_split::{Cut, TensorSplit},
 };
 use std::{
@@ -18,7 +22,7 @@ use std::{
 use tegula_gguf::{Bytes, Gguf, OpenOptions, TensorInfo, Tokenizer, blocks, sparse};
 use tegula_kernels::{
     Amx, Compute, PoolConfig, Tier, Weights,
-    device::{self, Device, RawMatrix},
+    device::{self, Device, DeviceError, RawMatrix},
     weights::WeightsError,
 };
 
@@ -210,9 +214,8 @@ impl Model {
             flags.packed_cache = false;
             placed = plan(&config, &gguf, &flags);
         }
-        let plan = placed;
-        plan.offload.check_memory()?;
-        let needed = plan.bytes_in(Buffer::Heap) + plan.bytes_in(Buffer::Packed);
+        placed.offload.check_memory()?;
+        let needed = placed.bytes_in(Buffer::Heap) + placed.bytes_in(Buffer::Packed);
         if let Some(available) = options.memory.filter(|&limit| needed > limit) {
             return Err(Error::Memory {
                 file: gguf.metadata().origin().to_owned(),
@@ -220,6 +223,17 @@ impl Model {
                 available,
             });
         }
+        let room = options.memory.map_or(u64::MAX, |limit| limit - needed);
+        let pinned = match pin(&placed, &options.devices, room)? {
+            Ok(pinned) => pinned,
+            Err(why) => {
+                flags.offload.decode_share = DecodeShare::Fraction(0.0);
+                placed = plan(&config, &gguf, &flags);
+                placed.offload.summary += &format!("; no share of single tokens on a GPU: {why}");
+                None
+            }
+        };
+        let plan = placed;
         let total = plan.placements.iter().map(|p| p.bytes).sum();
         let mut loader = Loader {
             gguf: &gguf,
@@ -227,6 +241,7 @@ impl Model {
             compute: &compute,
             cache: cache.as_ref(),
             devices: &options.devices,
+            pinned,
             progress,
             done: 0,
             total,
@@ -382,12 +397,45 @@ impl Model {
     }
 }
 
+/// Memory for the shares of a plan, if it has some, no more than `room` bytes; or why there is
+/// none.
+fn pin(
+    plan: &Plan,
+    devices: &[Arc<dyn Device>],
+    room: u64,
+) -> Result<Result<Option<Pinned>, String>> {
+    let Some(shares) = plan.offload.shares else {
+        return Ok(Ok(None));
+    };
+    if shares.bytes > room {
+        return Ok(Err(format!(
+            "it needs {} bytes of pinned memory, and {room} are left",
+            shares.bytes
+        )));
+    }
+    match devices[shares.device].pin(shares.bytes as usize) {
+        Ok(memory) => Ok(Ok(Some(Pinned {
+            memory: Arc::new(memory),
+            used: 0,
+        }))),
+        Err(error @ DeviceError::Pinned { .. }) => Ok(Err(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Memory of which matrices take parts, one behind another.
+struct Pinned {
+    memory: Arc<device::Buffer>,
+    used: usize,
+}
+
 struct Loader<'a> {
     gguf: &'a Gguf,
     plan: &'a Plan,
     compute: &'a Compute,
     cache: Option<&'a packed::Cache>,
     devices: &'a [Arc<dyn Device>],
+    pinned: Option<Pinned>,
     progress: &'a mut dyn FnMut(LoadEvent<'_>),
     done: u64,
     total: u64,
@@ -574,30 +622,81 @@ impl Loader<'_> {
         Ok(matrix)
     }
 
+    /// The shares of matrices `(name, k, n)` that are multiplied together, in pinned memory.
+    fn shared(&mut self, matrices: &[(&str, usize, usize)]) -> Result<Option<SharedRows>> {
+        let (Some(shares), Some(mut pinned)) = (self.plan.offload.shares, self.pinned.take())
+        else {
+            return Ok(None);
+        };
+        let device = &self.devices[shares.device];
+        let mut one = |&(name, k, n): &(&str, usize, usize)| {
+            let Some(share) = self.plan.get(name).and_then(|p| p.share) else {
+                return Ok(None);
+            };
+            let (raw, _) = self.raw(name, k, n, None)?;
+            let (at, len) = (pinned.used, share.bytes as usize);
+            pinned.used += len;
+            let buffer = device::Buffer::part(&pinned.memory, at, len);
+            let rows = raw.rows(n - share.rows..n);
+            Ok::<_, Error>(Some(device.load_to(&rows, buffer)?))
+        };
+        let loaded: Vec<_> = matrices.iter().map(&mut one).collect::<Result<_>>()?;
+        self.pinned = Some(pinned);
+        let some = loaded.iter().any(Option::is_some);
+        Ok(some.then_some(SharedRows {
+            device: shares.device,
+            matrices: loaded,
+        }))
+    }
+
+    /// The shares of a layer.
+    fn layer_shares(&mut self, c: &ModelConfig, i: usize) -> Result<LayerShares> {
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let mut shared = |parts: &[(&str, usize, usize)]| {
+            let name = |part| format!("blk.{i}.{part}.weight");
+            let names: Vec<_> = parts.iter().map(|p| name(p.0)).collect();
+            let both = names.iter().zip(parts);
+            let matrices: Vec<_> = both.map(|(name, p)| (name.as_str(), p.1, p.2)).collect();
+            self.shared(&matrices)
+        };
+        Ok(LayerShares {
+            qkv: shared(&[
+                ("attn_q", c.embd, q),
+                ("attn_k", c.embd, kv),
+                ("attn_v", c.embd, kv),
+            ])?,
+            out: shared(&[("attn_output", q, c.embd)])?,
+            gate_up: shared(&[("ffn_gate", c.embd, c.ff), ("ffn_up", c.embd, c.ff)])?,
+            down: shared(&[("ffn_down", c.ff, c.embd)])?,
+        })
+    }
+
     fn matrices(&mut self, c: &ModelConfig) -> Result<Matrices> {
+        let own = self.gguf.tensor("output.weight").is_some();
+        let output = if own {
+            "output.weight"
+        } else {
+            "token_embd.weight"
+        };
+        let output_share = self.shared(&[(output, c.embd, c.vocab)])?;
         let embedding = self.matrix("token_embd.weight", c.embd, c.vocab, None)?;
         let layers = (0..c.layers)
             .map(|i| self.layer(c, i))
             .collect::<Result<_>>()?;
-        let own = self.gguf.tensor("output.weight").is_some();
         let output = match self.plan.offload.device(Unit::Output) {
             offload::Device::Cpu => {
                 Placed::Host(self.output(&Host, c, own.then_some("output.weight"))?)
             }
             offload::Device::Split => unreachable!("the output matrix is on one device"),
             offload::Device::Gpu(d) => {
-                let name = if own {
-                    "output.weight"
-                } else {
-                    "token_embd.weight"
-                };
                 let to = OnDevice::whole(&self.devices[d]);
-                Placed::Device(d, self.output(&to, c, Some(name))?)
+                Placed::Device(d, self.output(&to, c, Some(output))?)
             }
         };
         Ok(Matrices {
             embedding,
             output,
+            output_share,
             layers,
         })
     }
@@ -690,6 +789,7 @@ impl Loader<'_> {
     fn layer(&mut self, c: &ModelConfig, i: usize) -> Result<Layer> {
         Ok(Layer {
             streamed: self.streamed(c, i)?,
+            shares: self.layer_shares(c, i)?,
             attention: self.placed(
                 Unit::Attention(i),
                 |l, to| l.attention(to, c, i),

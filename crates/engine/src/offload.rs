@@ -8,6 +8,7 @@
 
 use crate::{
     Error, ModelConfig, Result,
+    share::{DecodeShare, Shares},
     stream::Streams,
     tensor_split::{Cut, TensorSplit},
 };
@@ -110,6 +111,8 @@ pub struct OffloadFlags {
     pub op_offload_min_batch: Option<usize>,
     /// What that is reckoned from.
     pub rates: Rates,
+    /// Of dense matrices on the CPU, the part that a device multiplies for single tokens.
+    pub decode_share: DecodeShare,
 }
 
 impl Default for OffloadFlags {
@@ -131,6 +134,7 @@ impl Default for OffloadFlags {
             op_offload: true,
             op_offload_min_batch: None,
             rates: RATES,
+            decode_share: DecodeShare::Auto,
         }
     }
 }
@@ -266,6 +270,8 @@ pub struct Offload {
     pub exchanged: u64,
     /// What of the weights on the CPU is multiplied on devices all the same.
     pub streams: Streams,
+    /// And for single tokens in part, from pinned memory.
+    pub shares: Option<Shares>,
     /// Why, where it was not the layer's number.
     overridden: Vec<(UnitKey, &'static str)>,
     /// What was chosen, in words; empty without devices.
@@ -648,6 +654,7 @@ fn place(
         refused: sizes.refused.clone(),
         exchanged: 0,
         streams: Streams::default(),
+        shares: None,
         overridden: Vec::new(),
         summary: String::new(),
         devices: Vec::new(),

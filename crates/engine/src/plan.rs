@@ -5,6 +5,7 @@ pub use crate::offload::Device;
 use crate::{
     Arch, ModelConfig,
     offload::{self, DeviceUse, Offload, OffloadFlags, Unit, unit},
+    share::{Share, Sharing},
     stream::{self, Stream},
 };
 use serde::Serialize;
@@ -100,6 +101,9 @@ pub struct Placement {
     /// On which device it is multiplied all the same, and from how many tokens on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub streams: Option<Stream>,
+    /// Of single tokens a device multiplies so much of it, from pinned memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
     #[serde(skip)]
     role: Role,
     /// For matrices, where AMX was asked for: whether its tiles multiply them.
@@ -136,6 +140,11 @@ impl Plan {
             .filter(|p| p.buffer == buffer)
             .map(|p| p.bytes)
             .sum()
+    }
+
+    /// Bytes of pinned memory from which devices multiply for single tokens.
+    pub fn pinned(&self) -> u64 {
+        self.offload.shares.map_or(0, |shares| shares.bytes)
     }
 
     /// What all tokens read and multiply, by how often they do.
@@ -235,7 +244,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
     let mut offload = offload::offload(config, gguf, &flags.offload);
     let tiles = |tensor: &TensorInfo| matches!(kernels(tensor, flags).1, Some(TileUse::From(_)));
     stream::decide(config, gguf, flags, &tiles, &mut offload);
-    let offload = offload;
+    let mut sharing = Sharing::new(&flags.offload, &offload);
     let on_device = |tensor: &TensorInfo, unit: Unit| match offload.device(unit) {
         Device::Cpu => None,
         device => {
@@ -267,12 +276,13 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 parts,
                 reason: offload.reason(unit).to_owned(),
                 streams: None,
+                share: None,
                 role: role(config.arch, gguf, tensor),
                 tiles: None,
             })
         }
     };
-    let place = |tensor: &TensorInfo| {
+    let mut place = |tensor: &TensorInfo| {
         let mut role = role(config.arch, gguf, tensor);
         // Frequencies are used on the CPU, wherever the heads are that they rotate.
         let unit = unit(&tensor.name).filter(|unit| match *unit {
@@ -328,10 +338,16 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                     worth.bytes as f64 / tensor.bytes as f64
                 ),
                 streams,
+                share: None,
                 role,
                 tiles,
             };
         }
+        let share = match role {
+            Role::Matrix => unit.and_then(|unit| sharing.of(unit, tensor)),
+            Role::TiedEmbedding => sharing.of(Unit::Output, tensor),
+            _ => None,
+        };
         let ((buffer, encoding, bytes), kernel, reason) = match role {
             Role::Unused => (
                 raw,
@@ -395,11 +411,12 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             parts: Vec::new(),
             reason: reason.to_owned(),
             streams,
+            share,
             role,
             tiles,
         }
     };
-    let mut placements: Vec<_> = gguf.tensors().iter().map(place).collect();
+    let mut placements: Vec<_> = gguf.tensors().iter().map(&mut place).collect();
     if let (None, Some(tied)) = (
         gguf.tensor("output.weight"),
         gguf.tensor("token_embd.weight"),
@@ -408,6 +425,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         "a second copy, as the output matrix".clone_into(&mut copy.reason);
         placements.push(copy);
     }
+    sharing.finish(&flags.offload, &mut offload);
     Plan {
         placements,
         devices: offload.devices.clone(),

@@ -212,14 +212,27 @@ impl Pool {
     /// left the job; tasks that nobody had begun are then left out. When called from inside
     /// a task, of this pool or another. When there are 2³¹ tasks or more.
     pub fn run(&self, count: usize, task: Task<'_>) {
+        self.run_beside(count, task, || {});
+    }
+
+    /// The same, where the caller first does something else while workers have begun: issues work
+    /// to a device, say. It is no task, so it may start jobs of other pools.
+    ///
+    /// # Panics
+    /// As [`Pool::run`], and when `beside` does.
+    pub fn run_beside(&self, count: usize, task: Task<'_>, beside: impl FnOnce()) {
         assert!(!INSIDE.get(), "a task started another job");
         if count == 0 {
-            return;
+            return beside();
         }
         let mut running = lock(&self.running);
         running.add(count);
         let shared = &*self.shared;
+        // Whatever becomes of it, workers must have left the job before this returns.
+        let beside = || catch_unwind(AssertUnwindSafe(beside));
+        let besides;
         if self.workers.is_empty() || count == 1 {
+            besides = beside();
             let _ = (0..count).try_for_each(|i| shared.call(task, i));
         } else {
             let count = u32::try_from(count).ok().filter(|&n| n < TICKETS);
@@ -233,12 +246,13 @@ impl Pool {
             shared.left.0.store(count, Ordering::Relaxed);
             shared.ticket.0.store(TICKETS - count, Ordering::Release);
             shared.announce();
+            besides = beside();
             shared.take_tasks();
             shared.await_tasks();
         }
         let panic = lock(&shared.panic).take();
         drop(running);
-        if let Some(payload) = panic {
+        if let Some(payload) = panic.or(besides.err()) {
             resume_unwind(payload);
         }
     }
@@ -591,6 +605,34 @@ mod tests {
             }
         }
         pool.run(4, &|_| {});
+    }
+
+    #[test]
+    fn what_runs_beside_a_job_may_start_others_and_panic() {
+        for threads in [1, 3] {
+            let (pool, other) = (
+                Pool::new(PoolConfig::new(threads)),
+                Pool::new(PoolConfig::new(1)),
+            );
+            let sum = AtomicUsize::new(0);
+            for count in [0, 1, 7] {
+                let before = sum.load(Ordering::SeqCst);
+                let task = |_| {
+                    sum.fetch_add(1, Ordering::SeqCst);
+                };
+                pool.run_beside(count, &task, || {
+                    other.run(2, &|_| {
+                        sum.fetch_add(10, Ordering::SeqCst);
+                    });
+                });
+                assert_eq!(sum.load(Ordering::SeqCst), before + count + 20);
+                // The job is done all the same.
+                let beside = || pool.run_beside(count, &task, || panic!("beside"));
+                let payload = catch_unwind(AssertUnwindSafe(beside)).unwrap_err();
+                assert_eq!(payload.downcast_ref::<&str>(), Some(&"beside"));
+                assert_eq!(sum.load(Ordering::SeqCst), before + 2 * count + 20);
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tegula_engine::{
     LoadOptions,
     offload::{GpuLayers, Split},
+    share::DecodeShare,
 };
 use tegula_kernels::device::Device;
 
@@ -51,6 +52,11 @@ pub struct GpuArgs {
     /// explain]
     #[arg(long, value_name = "N", conflicts_with = "no_op_offload")]
     op_offload_min_batch: Option<usize>,
+    /// Of dense matrices on the CPU, the fraction of the rows that a GPU multiplies for single tokens
+    /// meanwhile, from pinned memory; auto: where it pays, unless --no-op-offload; 0: none
+    /// [default: auto]
+    #[arg(long, value_name = "FRACTION")]
+    decode_share: Option<DecodeShare>,
     /// MiB that are left free on every GPU
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     fit_target: u64,
@@ -144,6 +150,7 @@ impl GpuArgs {
         flags.kv_on_cpu = self.no_kv_offload;
         flags.margin = self.fit_target << 20;
         flags.op_offload = !self.no_op_offload;
+        flags.decode_share = self.decode_share.unwrap_or_default();
         flags.op_offload_min_batch = self.op_offload_min_batch;
         for text in &self.override_tensor {
             let parsed = flags.parse_override(text)?;

@@ -1,8 +1,8 @@
 //! What the graphs are made of. A [`Step`] holds one micro-batch on its way through the
 //! layers; its buffers are kept from step to step.
 
-use super::{FfnKind, HostAttention, HostFfn, Network, Output};
-use crate::ModelConfig;
+use super::{FfnKind, HostAttention, HostFfn, Network, Output, Sharing, multiply};
+use crate::{ModelConfig, Result};
 use tegula_kernels::{
     Acts, Compute, Forms, Weights,
     device::stream::Feeder,
@@ -32,6 +32,8 @@ pub(crate) struct Buffers {
     pub attention: Vec<f32>,
     /// `[m][ff]`, in the form that `down` takes.
     hidden: Acts,
+    /// `[ff]` of one token whose products are shared: of gate, of up, and what goes to down.
+    network: [Vec<f32>; 3],
     /// `[m][embd]`: what is about to be added to `x`, where it has a bias.
     pub delta: Vec<f32>,
     /// `[m][experts]`
@@ -100,7 +102,7 @@ impl Step<'_> {
     }
 
     /// The three projections of the normalised `x` in one dispatch, biases added.
-    pub fn norm_qkv(&mut self, layer: &HostAttention) {
+    pub fn norm_qkv(&mut self, layer: &HostAttention, sharing: Option<Sharing<'_>>) -> Result<()> {
         let forms = self.compute.forms(self.m, [&layer.q, &layer.k, &layer.v]);
         self.norm_acts(&layer.norm, forms);
         let b = &mut *self.buffers;
@@ -113,8 +115,10 @@ impl Step<'_> {
             (&layer.k, &mut b.k[..]),
             (&layer.v, &mut b.v[..]),
         ];
-        self.compute.matmul_many(&mut products, &b.acts);
+        let (compute, x) = (self.compute, &b.input);
+        multiply(compute, sharing, &mut products, &b.acts, x, false)?;
         self.add_biases(layer);
+        Ok(())
     }
 
     /// Adds the biases of the three projections.
@@ -188,7 +192,11 @@ impl Step<'_> {
     }
 
     /// `x += out · attention`.
-    pub fn add_attention_output(&mut self, layer: &HostAttention) {
+    pub fn add_attention_output(
+        &mut self,
+        layer: &HostAttention,
+        sharing: Option<Sharing<'_>>,
+    ) -> Result<()> {
         let b = &mut *self.buffers;
         let k = layer.out.k();
         self.compute.prepare(
@@ -198,27 +206,42 @@ impl Step<'_> {
             k,
             self.compute.forms(self.m, [&layer.out]),
         );
+        let product = |y: &mut [f32], adds| {
+            let mut products = [(&layer.out, y)];
+            let (compute, x) = (self.compute, &b.attention);
+            multiply(compute, sharing, &mut products, &b.acts, x, adds)
+        };
         match &layer.out_bias {
-            None => self.compute.matmul_add(&layer.out, &b.acts, &mut b.x),
+            None => product(&mut b.x, true)?,
             Some(bias) => {
                 mem::resize(&mut b.delta, b.x.len());
-                self.compute.matmul(&layer.out, &b.acts, &mut b.delta);
+                product(&mut b.delta, false)?;
                 self.compute.add_bias(&mut b.delta, bias);
                 self.compute.add_assign(&mut b.x, &b.delta);
             }
         }
+        Ok(())
     }
 
     /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see
-    /// [`Step::add_experts`].
-    pub fn norm_ffn(&mut self, layer: &HostFfn) -> Option<Routing> {
-        match &layer.kind {
-            FfnKind::Dense(Network { gate, up, down }) => {
-                let forms = self.compute.forms(self.m, [gate, up]);
+    /// [`Step::add_experts`]. `sharing` is of gate and up, and of down.
+    pub fn norm_ffn(
+        &mut self,
+        layer: &HostFfn,
+        sharing: [Option<Sharing<'_>>; 2],
+    ) -> Result<Option<Routing>> {
+        Ok(match &layer.kind {
+            FfnKind::Dense(network) => {
+                let forms = self.compute.forms(self.m, [&network.gate, &network.up]);
                 self.norm_acts(&layer.norm, forms);
-                let b = &mut *self.buffers;
-                self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
-                self.compute.matmul_add(down, &b.hidden, &mut b.x);
+                match sharing {
+                    [None, None] => {
+                        let (Network { gate, up, down }, b) = (network, &mut *self.buffers);
+                        self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
+                        self.compute.matmul_add(down, &b.hidden, &mut b.x);
+                    }
+                    sharing => self.shared_network(network, sharing)?,
+                }
                 None
             }
             FfnKind::Router(router) => {
@@ -229,7 +252,28 @@ impl Step<'_> {
                 self.compute.matmul(router, &b.acts, &mut b.router);
                 Some(self.route(router.n()))
             }
-        }
+        })
+    }
+
+    /// A dense network of one token, with a device that takes a share of its products: it wants
+    /// plain values between them.
+    fn shared_network(
+        &mut self,
+        network: &Network<Weights>,
+        sharing: [Option<Sharing<'_>>; 2],
+    ) -> Result<()> {
+        let (Network { gate, up, down }, b) = (network, &mut *self.buffers);
+        let (compute, m, ff) = (self.compute, self.m, down.k());
+        b.network
+            .iter_mut()
+            .for_each(|values| mem::resize(values, m * ff));
+        let [g, u, hidden] = &mut b.network;
+        let mut products = [(gate, &mut g[..]), (up, &mut u[..])];
+        multiply(compute, sharing[0], &mut products, &b.acts, &b.input, false)?;
+        compute.swiglu(g, u, hidden);
+        compute.prepare(&mut b.hidden, hidden, m, ff, compute.forms(m, [down]));
+        let mut products = [(down, &mut b.x[..])];
+        multiply(compute, sharing[1], &mut products, &b.hidden, hidden, true)
     }
 
     /// The experts that the router's logits choose.
@@ -289,14 +333,17 @@ impl Step<'_> {
         &mut self,
         output: &Output<Weights, Vec<f32>>,
         embedding: &Weights,
+        sharing: Option<Sharing<'_>>,
         logits: &mut Vec<f32>,
-    ) {
+    ) -> Result<()> {
         let output = output.matrix.as_ref().unwrap_or(embedding);
         self.prepare_input(self.compute.forms(self.m, [output]));
         let b = &mut *self.buffers;
         let start = logits.len();
         logits.resize(start + self.m * output.n(), 0.0);
-        self.compute.matmul(output, &b.acts, &mut logits[start..]);
+        let mut products = [(output, &mut logits[start..])];
+        let (compute, x) = (self.compute, &b.input);
+        multiply(compute, sharing, &mut products, &b.acts, x, false)
     }
 }
 

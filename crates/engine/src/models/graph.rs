@@ -6,7 +6,7 @@
 
 use super::{
     Behind, DeviceAttention, FfnKind, HostAttention, HostFfn, Lane, Layer, Matrices, Network,
-    OnPool, Output, Placed, Results, Step, Want,
+    OnPool, Output, Placed, Results, SharedRows, Sharing, Step, Want,
 };
 use crate::{Error, Result, offload::Device, stream::Stream};
 use std::{ops::Range, sync::Arc};
@@ -166,6 +166,7 @@ impl<'a> Graph<'a> {
         let Layer {
             attention,
             streamed,
+            shares,
             ..
         } = self.layer(layer);
         self.run(|g| match attention {
@@ -173,8 +174,8 @@ impl<'a> Graph<'a> {
                 Some((d, (qkv, _))) => g.stream_qkv(d, a, qkv),
                 None => {
                     g.move_to(At::Host)?;
-                    g.step.norm_qkv(a);
-                    Ok(())
+                    let sharing = sharing(g.lanes, &g.step, &shares.qkv);
+                    g.step.norm_qkv(a, sharing)
                 }
             },
             Placed::Device(d, a) => {
@@ -281,6 +282,7 @@ impl<'a> Graph<'a> {
         let Layer {
             attention,
             streamed,
+            shares,
             ..
         } = self.layer(layer);
         let m = self.step.m;
@@ -289,8 +291,8 @@ impl<'a> Graph<'a> {
                 Some((d, (_, out))) => g.stream_attention_output(d, a, out),
                 None => {
                     g.move_to(At::Host)?;
-                    g.step.add_attention_output(a);
-                    Ok(())
+                    let sharing = sharing(g.lanes, &g.step, &shares.out);
+                    g.step.add_attention_output(a, sharing)
                 }
             },
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -310,6 +312,7 @@ impl<'a> Graph<'a> {
             ffn,
             experts,
             streamed,
+            shares,
             ..
         } = self.layer(layer);
         let m = self.step.m;
@@ -320,7 +323,9 @@ impl<'a> Graph<'a> {
                     return g.stream_ffn(d, f, network);
                 }
                 g.move_to(At::Host)?;
-                g.routing = g.step.norm_ffn(f);
+                let both = [&shares.gate_up, &shares.down];
+                let both = both.map(|rows| sharing(g.lanes, &g.step, rows));
+                g.routing = g.step.norm_ffn(f, both)?;
                 Ok(())
             }
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -760,16 +765,18 @@ impl<'a> Graph<'a> {
         match &self.matrices.output {
             Placed::Host(output) => {
                 let embedding = &self.matrices.embedding;
+                let sharing = sharing(self.lanes, &self.step, &self.matrices.output_share);
                 match self.want {
                     Want::Hidden => self.step.hidden(output, results.hidden),
                     Want::Logits => {
                         self.step.hidden(output, results.hidden);
-                        self.step.logits(output, embedding, results.logits);
+                        self.step
+                            .logits(output, embedding, sharing, results.logits)?;
                     }
                     Want::Best => {
                         let logits = &mut Vec::new();
                         self.step.hidden(output, &mut Vec::new());
-                        self.step.logits(output, embedding, logits);
+                        self.step.logits(output, embedding, sharing, logits)?;
                         let rows = logits.chunks(self.step.config.vocab);
                         results.best.extend(rows.map(device::largest));
                     }
@@ -786,6 +793,16 @@ impl<'a> Graph<'a> {
             }
         }
     }
+}
+
+/// Rows that a device multiplies for a step: of a single token.
+fn sharing<'a>(
+    lanes: &'a [Lane],
+    step: &Step<'_>,
+    rows: &'a Option<SharedRows>,
+) -> Option<Sharing<'a>> {
+    let single = step.tokens.len() == 1 && step.m == 1;
+    single.then(|| SharedRows::on(rows, lanes)).flatten()
 }
 
 /// Experts and their tokens, some at a time: so many that all threads have work, and so few that

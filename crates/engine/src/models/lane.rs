@@ -53,6 +53,8 @@ pub(crate) struct Lane {
     norm: Buffer,
     /// For matrices that stay on the CPU, if any are multiplied here.
     slots: Option<Network<Matrix>>,
+    /// Pinned: rows of the results that this device has a share in, if there are any.
+    shares: Option<[Buffer; 3]>,
     /// Row numbers.
     rows: Buffer,
     places: Places,
@@ -79,7 +81,8 @@ fn rounded(longest: usize) -> usize {
 impl Lane {
     /// Allocates everything that a context will need on the device, for micro-batches of `m`
     /// tokens and a cache of `pages` pages in the layers that `attends` names; `slots` are the
-    /// bytes of three matrices that are brought here for a batch.
+    /// bytes of three matrices that are brought here for a batch, `shares` the rows of three
+    /// results that this device has a share in.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         device: Arc<dyn Device>,
@@ -91,6 +94,7 @@ impl Lane {
         attends: impl Fn(usize) -> bool,
         output: bool,
         slots: Option<[u64; 3]>,
+        shares: Option<[usize; 3]>,
     ) -> Result<Lane> {
         let c = config;
         let floats = |n: usize| device.alloc(4 * n.max(1));
@@ -152,6 +156,10 @@ impl Lane {
                     up: device.slot(up as usize)?,
                     down: device.slot(down as usize)?,
                 }),
+                None => None,
+            },
+            shares: match shares.map(|rows| rows.map(|n| device.pin(4 * n.max(1)))) {
+                Some([a, b, c]) => Some([a?, b?, c?]),
                 None => None,
             },
             rows: floats(m)?,
@@ -594,6 +602,37 @@ impl Lane {
             add: !apart,
         };
         Ok(device.matmul(&[product], &self.attention, m)?)
+    }
+
+    fn shares(&self) -> &[Buffer; 3] {
+        let Some(shares) = &self.shares else {
+            unreachable!("the plan gives this device no share");
+        };
+        shares
+    }
+
+    /// Multiplies rows that this device has a share in with one token's `x`.
+    pub fn send(&self, rows: &[Option<Matrix>], x: &[f32]) -> Result<()> {
+        let _span = self.issuing();
+        let one = |(w, out)| Product {
+            w,
+            out,
+            bias: None,
+            add: false,
+        };
+        let there = rows.iter().zip(self.shares());
+        let there = there.filter_map(|(w, out)| Some((w.as_ref()?, out)));
+        let products: Vec<_> = there.map(one).collect();
+        Ok(self.device.matmul_from(&products, cast_slice(x), 1)?)
+    }
+
+    /// Waits for the results, as long as their parts.
+    pub fn collect(&self, to: &mut [&mut [f32]]) -> Result<()> {
+        let _span = self.profile.span(Op::Wait);
+        let parts = self.shares().iter().zip(to);
+        let mut parts: Vec<(&Buffer, &mut [u8])> =
+            parts.map(|(b, y)| (b, cast_slice_mut(y))).collect();
+        Ok(self.device.collect(&mut parts)?)
     }
 
     /// Brings a network here, or the experts that are chosen.

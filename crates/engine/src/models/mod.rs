@@ -9,10 +9,12 @@ mod llama;
 mod qwen2;
 mod qwen3;
 mod qwen3moe;
+mod shared;
 
 pub(crate) use blocks::{Buffers, OnPool, Step};
 pub(crate) use graph::{Graph, On};
 pub(crate) use lane::Lane;
+pub(crate) use shared::{LayerShares, SharedRows, Sharing, multiply};
 
 use crate::{Arch, Top, stream::Stream};
 use tegula_kernels::{
@@ -71,6 +73,8 @@ pub(crate) struct Matrices {
     /// `[vocab][embd]`
     pub embedding: Weights,
     pub output: Placed<Output<Weights, Vec<f32>>, Output<device::Matrix, device::Buffer>>,
+    /// Of an output matrix on the CPU.
+    pub output_share: Option<SharedRows>,
     pub layers: Vec<Layer>,
 }
 
@@ -89,6 +93,7 @@ pub(crate) struct Layer {
     /// Of a mixture of experts.
     pub experts: Option<Placed<Network<Weights>, Network<device::Matrix>>>,
     pub streamed: Streamed,
+    pub shares: LayerShares,
 }
 
 /// What of a layer lies on the CPU and is brought to a device for batches of many tokens: the

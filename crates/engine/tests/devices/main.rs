@@ -2,6 +2,7 @@
 //! bit, since the devices compute with the CPU's kernels.
 
 mod results;
+mod shares;
 
 use std::{path::Path, sync::Arc};
 use tegula_engine::{

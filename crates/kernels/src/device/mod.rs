@@ -55,6 +55,13 @@ pub enum DeviceError {
         free: u64,
         total: u64,
     },
+    /// Memory of the host that a device could read can't be had.
+    #[error("{device}: {needed} bytes of pinned memory can't be had: {cause}")]
+    Pinned {
+        device: String,
+        needed: u64,
+        cause: String,
+    },
     /// A matrix that the device has no kernel for, or of the wrong size.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -153,11 +160,21 @@ pub trait Memory: Send + Sync {
     fn free(&self, address: u64, bytes: usize);
 }
 
-/// Memory on a device, freed when dropped.
+/// Memory on a device, or of the host for a device, freed when dropped.
 pub struct Buffer {
     address: u64,
     bytes: usize,
+    pinned: bool,
     memory: Arc<dyn Memory>,
+}
+
+/// What a part of a buffer keeps.
+struct Whole {
+    _buffer: Arc<Buffer>,
+}
+
+impl Memory for Whole {
+    fn free(&self, _: u64, _: usize) {}
 }
 
 impl Buffer {
@@ -166,8 +183,37 @@ impl Buffer {
         Buffer {
             address,
             bytes,
+            pinned: false,
             memory,
         }
+    }
+
+    /// The same of the host's memory: what [`Device::pin`] gives.
+    pub fn pinned(address: u64, bytes: usize, memory: Arc<dyn Memory>) -> Buffer {
+        let mut buffer = Buffer::new(address, bytes, memory);
+        buffer.pinned = true;
+        buffer
+    }
+
+    /// A part of a buffer, which stays as long as its parts.
+    ///
+    /// # Panics
+    /// When the buffer is shorter.
+    pub fn part(whole: &Arc<Buffer>, at: usize, bytes: usize) -> Buffer {
+        assert!(at.checked_add(bytes).is_some_and(|end| end <= whole.bytes));
+        Buffer {
+            address: whole.address + at as u64,
+            bytes,
+            pinned: whole.pinned,
+            memory: Arc::new(Whole {
+                _buffer: Arc::clone(whole),
+            }),
+        }
+    }
+
+    /// True for the host's memory.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned
     }
 
     /// The device's own name for the place; not a pointer here.
@@ -287,6 +333,12 @@ impl RawMatrix {
     /// The file's bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Bytes on a device.
+    pub fn device_bytes(&self) -> usize {
+        let bytes = matrix_bytes(self.ty, self.n as u64, self.k as u64, self.experts as u64);
+        bytes.expect("a matrix that was checked") as usize
     }
 }
 
@@ -526,8 +578,20 @@ pub trait Device: Send + Sync {
     /// Waits for what was issued.
     fn sync(&self) -> Result<()>;
 
+    /// Memory of the host that the device reads and writes over its link, with unspecified
+    /// contents. It takes nothing of the device's own.
+    ///
+    /// # Errors
+    /// [`DeviceError::Pinned`].
+    fn pin(&self, bytes: usize) -> Result<Buffer>;
+
     /// Brings a matrix to the device.
-    fn load(&self, matrix: &RawMatrix) -> Result<Matrix>;
+    fn load(&self, matrix: &RawMatrix) -> Result<Matrix> {
+        self.load_to(matrix, self.alloc(matrix.device_bytes())?)
+    }
+
+    /// The same to a buffer that has room for it, pinned or not.
+    fn load_to(&self, matrix: &RawMatrix, buffer: Buffer) -> Result<Matrix>;
 
     /// Room for a matrix of up to `bytes` bytes, as [`matrix_bytes`] counts them, that
     /// [`Device::stream`] brings.
@@ -572,6 +636,17 @@ pub trait Device: Send + Sync {
 
     /// Products with the same `x`, `[m][k]`.
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()>;
+
+    /// The same for an `x` that comes from here, f32 values as bytes, to pinned buffers, which
+    /// [`Device::collect`] reads.
+    fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()>;
+
+    /// Waits for what was issued and copies the beginnings of pinned buffers, without a copy
+    /// over the link. It spins, since what it waits for takes some microseconds.
+    ///
+    /// # Panics
+    /// When a buffer is not pinned.
+    fn collect(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()>;
 
     /// Normalises each head of both projections, where there is a norm, and rotates it, in
     /// place.

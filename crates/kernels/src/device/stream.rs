@@ -63,6 +63,14 @@ pub const RATES: Rates = Rates {
     sharing: 3.0,
 };
 
+/// The part of a matrix on the CPU that a device multiplies for single tokens meanwhile, which it
+/// reads from pinned memory: what the link brings of what both read together, 50 of 170 GB/s on
+/// the machine of [`RATES`], less what sending and waiting take. Reckoned, not yet measured.
+pub const DECODE_SHARE: f64 = 0.25;
+
+/// Bytes below which a part is not worth a device's time: what takes the link 2 µs.
+pub const LEAST_SHARE: u64 = 128 << 10;
+
 /// What the CPU multiplies with.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Cpu {

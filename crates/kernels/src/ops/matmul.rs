@@ -271,9 +271,7 @@ impl Compute {
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_add(&self, w: &Weights, x: &Acts, y: &mut [f32]) {
-        self.products(&mut [(w, y)], x, |y, sums| {
-            y.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
-        });
+        self.products(&mut [(w, y)], x, add, || {});
     }
 
     /// Several products with the same activations in one dispatch.
@@ -281,35 +279,61 @@ impl Compute {
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_many(&self, products: &mut [(&Weights, &mut [f32])], x: &Acts) {
-        self.products(products, x, |y, sums| y.copy_from_slice(sums));
+        self.products(products, x, copy, || {});
     }
 
-    /// Several products; `store(y, sums)` takes the sums of a strip and a token.
+    /// [`Compute::matmul_many`], or [`Compute::matmul_add`] of each, for the first rows of
+    /// matrices, as many as each `y` holds: `[m][rows]`, whole strips unless they are all. The
+    /// caller runs `beside` while other threads multiply.
+    ///
+    /// # Panics
+    /// As [`Compute::matmul`], and when rows are no whole strips.
+    pub fn matmul_beside(
+        &self,
+        products: &mut [(&Weights, &mut [f32])],
+        x: &Acts,
+        adds: bool,
+        beside: impl FnOnce(),
+    ) {
+        match adds {
+            true => self.products(products, x, add, beside),
+            false => self.products(products, x, copy, beside),
+        }
+    }
+
+    /// Several products of the first rows of matrices; `store(y, sums)` takes the sums of a
+    /// strip and a token.
     fn products(
         &self,
         products: &mut [(&Weights, &mut [f32])],
         x: &Acts,
         store: impl Fn(&mut [f32], &[f32]) + Sync,
+        beside: impl FnOnce(),
     ) {
         let _span = self.profile.span(Op::Products);
         let m = x.m();
         if m == 0 {
-            return;
+            return beside();
         }
         let kernels = &self.table.matmul;
         let mut items = Vec::with_capacity(products.len());
         let mut outputs = Vec::with_capacity(products.len());
         for (w, y) in products {
             assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
-            assert_eq!(y.len(), m * w.n());
+            let n = y.len() / m;
+            assert!(y.len() == m * n && n <= w.n());
+            assert!(n == w.n() || n.is_multiple_of(ROWS));
             self.observed(w, 0, &x.view());
-            items.push(Item::product(w, kernels.tiles_for(w, m).is_some()));
-            outputs.push((*w, DisjointMut::new(y)));
+            items.push(Item {
+                strips: n.div_ceil(ROWS),
+                ..Item::product(w, kernels.tiles_for(w, m).is_some())
+            });
+            outputs.push((*w, n, DisjointMut::new(y)));
         }
         let tasks = runs(&items, self.pool.threads());
-        self.pool.run(tasks.len(), &|task| {
+        let multiply = |task: usize| {
             let Run { item, first, count } = tasks[task];
-            let (w, y) = &outputs[item];
+            let (w, n, y) = &outputs[item];
             let part = Part {
                 w,
                 expert: 0,
@@ -317,14 +341,14 @@ impl Compute {
                 count,
             };
             let row = first * ROWS;
-            let rows = (count * ROWS).min(w.n() - row);
+            let rows = (count * ROWS).min(n - row);
             with_scratch(|scratch| {
                 for (start, len) in token_blocks(m) {
                     let acts = x.view().slice(start, len);
                     scratch.tile.fit(count * len * ROWS);
                     scratch.mul(kernels, part, None, (acts, m), 0);
                     for t in 0..len {
-                        let at = (start + t) * w.n() + row;
+                        let at = (start + t) * n + row;
                         // SAFETY: strips belong to one task each, so do their columns.
                         let out = unsafe { y.slice(at..at + rows) };
                         for (s, out) in out.chunks_mut(ROWS).enumerate() {
@@ -334,8 +358,17 @@ impl Compute {
                     }
                 }
             });
-        });
+        };
+        self.pool.run_beside(tasks.len(), &multiply, beside);
     }
+}
+
+fn copy(y: &mut [f32], sums: &[f32]) {
+    y.copy_from_slice(sums);
+}
+
+fn add(y: &mut [f32], sums: &[f32]) {
+    y.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
 }
 
 #[cfg(test)]

@@ -363,6 +363,20 @@ fn many(tier: Tier) -> Result<(), Failed> {
                     return Err(format!("{w:?} by {m} tokens differs among others").into());
                 }
             }
+            // The first rows alone, in whole strips, added to what is there.
+            let first = |w: &Weights| (w.n() / 2).next_multiple_of(ROWS).min(w.n());
+            let mut sums: Vec<_> = weights.iter().map(|w| vec![1.0; m * first(w)]).collect();
+            let parts = weights.iter().zip(&mut sums);
+            let mut parts: Vec<_> = parts.map(|(w, y)| (w, &mut y[..])).collect();
+            let mut beside = 0;
+            c.matmul_beside(&mut parts, &acts, true, || beside += 1);
+            for ((w, y), sums) in weights.iter().zip(&ys).zip(&sums) {
+                let rows = y.chunks(w.n()).flat_map(|row| &row[..first(w)]);
+                let want: Vec<f32> = rows.map(|v| 1.0 + v).collect();
+                if beside != 1 || *sums != want {
+                    return Err(format!("the first rows of {w:?} by {m} tokens differ").into());
+                }
+            }
         }
     }
     Ok(())

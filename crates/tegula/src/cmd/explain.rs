@@ -44,6 +44,9 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
     for p in &plan.placements {
         *buffers.entry(place(p)).or_insert(0) += p.bytes;
     }
+    if plan.pinned() > 0 {
+        buffers.insert("cpu/pinned".to_owned(), plan.pinned());
+    }
     Report {
         model,
         isa,
@@ -67,7 +70,13 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     if args.json {
         return output::json(&report);
     }
-    let mut out = format!("{} ({}), {isa}\n\n", config.name, config.arch);
+    output::text(&text(&report, &plan))
+}
+
+/// The report as people read it.
+fn text(report: &Report<'_>, plan: &Plan) -> String {
+    let Report { model, isa, .. } = report;
+    let mut out = format!("{} ({}), {isa}\n\n", model.name, model.arch);
     for (place, bytes) in &report.buffers {
         out += &format!("{place:12} {:>11}\n", output::bytes(*bytes));
     }
@@ -96,7 +105,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     for p in &plan.placements {
         let shape: Vec<_> = p.shape.iter().map(u64::to_string).collect();
         out += &format!(
-            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}\n",
+            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}{}\n",
             p.tensor,
             p.ty,
             shape.join(" x "),
@@ -110,10 +119,16 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
                 s.device,
                 s.from,
                 if s.shared { ", in part" } else { "" }
+            )),
+            p.share.map_or(String::new(), |s| format!(
+                "; for single tokens the last {} rows on {}, from {} of pinned memory",
+                s.rows,
+                s.device,
+                output::bytes(s.bytes)
             ))
         );
     }
-    output::text(&out)
+    out
 }
 
 /// Device and buffer: `cpu/packed`.
@@ -124,4 +139,56 @@ fn place(p: &Placement) -> String {
 /// The name as `--json` has it.
 fn lower(name: &impl std::fmt::Debug) -> String {
     format!("{name:?}").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use tegula_engine::{LoadOptions, Source, offload::GpuLayers, share::DecodeShare};
+    use tegula_kernels::{Tier, device::sim::SimDevice};
+
+    #[test]
+    fn shares_of_single_tokens_are_told_per_tensor_and_in_all() {
+        let model = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/assets/ferrous-moe-21m-Q4_0.gguf"
+        );
+        let options = LoadOptions::new(Source::Path(model.into()));
+        let device = Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::Scalar));
+        let mut options = options.with_devices(vec![device]).unwrap();
+        options.offload.layers = GpuLayers::Count(3);
+        options.offload.decode_share = DecodeShare::Fraction(0.25);
+        let gguf = options.open().unwrap();
+        let config = ModelConfig::from_gguf(&gguf).unwrap();
+        let told = |options: &LoadOptions| {
+            let plan = plan(&config, &gguf, &options.plan_flags());
+            let report = report(&config, "scalar", &plan);
+            let json = serde_json::to_value(&report).unwrap();
+            (text(&report, &plan), json, plan)
+        };
+        let (text, json, with) = told(&options);
+        let line = |name: &str| text.lines().find(|l| l.starts_with(name)).unwrap();
+        let rows = with.get("blk.0.attn_q.weight").unwrap().share.unwrap().rows;
+        let said = format!("; for single tokens the last {rows} rows on gpu0, from ");
+        assert!(line("blk.0.attn_q.weight").contains(&said), "{text}");
+        assert!(!line("blk.0.ffn_up_exps.weight").contains("single tokens"));
+        assert!(line("cpu/pinned").ends_with(&output::bytes(with.pinned())));
+        assert!(text.contains("; for single tokens SIM0 multiplies 0.25 of the rows of "));
+        assert_eq!(json["buffers"]["cpu/pinned"], with.pinned());
+        let share = |name: &str| {
+            let all = json["tensors"].as_array().unwrap();
+            all.iter().find(|t| t["tensor"] == name).unwrap()["share"].clone()
+        };
+        assert_eq!(share("blk.0.attn_q.weight")["rows"], rows);
+        assert!(share("blk.0.ffn_up_exps.weight").is_null());
+        // None: not a word.
+        options.offload.decode_share = DecodeShare::Fraction(0.0);
+        let (text, json, _) = told(&options);
+        assert!(
+            !text.contains("single tokens") && !text.contains("pinned"),
+            "{text}"
+        );
+        assert!(json["buffers"]["cpu/pinned"].is_null());
+    }
 }

@@ -459,6 +459,13 @@ fn describe(model: &Model, ctx: &Context) {
             say!("{buffer:?}: {}", output::bytes(bytes));
         }
     }
+    let pinned = model.plan().pinned();
+    if pinned > 0 {
+        say!(
+            "Pinned, for a GPU's share of single tokens: {}",
+            output::bytes(pinned)
+        );
+    }
     let sparse = match (ctx.options().sparsity, ctx.dense_kv_bytes()) {
         (Some(sparsity), dense) => format!(
             ", pruned by {sparsity} (dense: {})",

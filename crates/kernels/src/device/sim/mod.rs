@@ -3,6 +3,7 @@
 //! executes operations with the CPU's kernels, so that placement, splits, copies and
 //! out-of-memory run in ordinary tests.
 
+mod pinned;
 mod recordings;
 
 use super::{
@@ -18,6 +19,7 @@ use crate::{
         moe::{MoeScratch, RouteOptions, Routing},
     },
 };
+use pinned::Pinned;
 use recordings::{Open, Operation};
 use std::{
     collections::{HashMap, HashSet},
@@ -39,6 +41,11 @@ pub struct Copies {
     pub read: u64,
     /// Bytes of weights brought to it to stay.
     pub weights: u64,
+    /// Bytes of weights brought to pinned memory.
+    pub pinned: u64,
+    /// Products with an x that came along, and times that pinned results were read.
+    pub sent: usize,
+    pub collected: usize,
     /// Matrices that were streamed to it, and their bytes.
     pub streams: usize,
     pub streamed: u64,
@@ -51,6 +58,7 @@ struct Heap {
     next: u64,
     blocks: HashMap<u64, Vec<u8>>,
     weights: HashMap<u64, Arc<Weights>>,
+    pinned: Pinned,
     copies: Copies,
     /// Operations until one fails.
     fuse: Option<usize>,
@@ -80,9 +88,13 @@ impl Shared {
 impl Memory for Shared {
     fn free(&self, address: u64, bytes: usize) {
         let mut heap = self.heap();
-        self.budget.give(bytes);
+        if !heap.pinned.give(address) {
+            self.budget.give(bytes);
+        }
         heap.blocks.remove(&address);
-        heap.weights.remove(&address);
+        // Matrices may be parts of it.
+        let here = address..address + rounded(bytes).max(ALIGN);
+        heap.weights.retain(|at, _| !here.contains(at));
     }
 }
 
@@ -227,6 +239,20 @@ impl SimDevice {
         out
     }
 
+    /// What is to be in a product's place.
+    fn multiplied(&self, p: &Product<'_>, x: &[f32], m: usize) -> Vec<f32> {
+        let mut y = self.rows(&self.weights(p.w), x, m);
+        if let Some(bias) = p.bias {
+            self.compute.add_bias(&mut y, &self.floats(bias, p.w.n));
+        }
+        if p.add {
+            let mut sum = self.floats(p.out, y.len());
+            self.compute.add_assign(&mut sum, &y);
+            y = sum;
+        }
+        y
+    }
+
     /// The cache of one layer and the sequences, as the CPU's operations take them.
     fn cache(
         &self,
@@ -311,18 +337,24 @@ impl Device for SimDevice {
         self.step("waiting")
     }
 
-    fn load(&self, matrix: &RawMatrix) -> Result<Matrix> {
+    fn pin(&self, bytes: usize) -> Result<Buffer> {
+        self.alloc_pinned(bytes)
+    }
+
+    fn load_to(&self, matrix: &RawMatrix, buffer: Buffer) -> Result<Matrix> {
         self.not_recorded();
         self.step("loading weights")?;
         let RawMatrix {
             ty, n, k, experts, ..
         } = *matrix;
-        let bytes = matrix_bytes(ty, n as u64, k as u64, experts as u64);
-        let buffer = self.alloc(bytes.expect("a matrix that was checked") as usize)?;
+        assert!(matrix.device_bytes() <= buffer.bytes());
         let copy = Bytes::from_vec(matrix.bytes().to_vec());
         let weights = Weights::raw(ty, n, k, experts, copy)?;
         let mut heap = self.shared.heap();
-        heap.copies.weights += matrix.bytes().len() as u64;
+        match buffer.is_pinned() {
+            true => heap.copies.pinned += matrix.bytes().len() as u64,
+            false => heap.copies.weights += matrix.bytes().len() as u64,
+        }
         heap.weights.insert(buffer.address(), Arc::new(weights));
         Ok(Matrix {
             ty,
@@ -389,18 +421,18 @@ impl Device for SimDevice {
         self.record_products(products, x, m);
         self.step("matmul")?;
         for p in products {
-            let mut y = self.rows(&self.weights(p.w), &self.floats(x, m * p.w.k), m);
-            if let Some(bias) = p.bias {
-                self.compute.add_bias(&mut y, &self.floats(bias, p.w.n));
-            }
-            if p.add {
-                let mut sum = self.floats(p.out, y.len());
-                self.compute.add_assign(&mut sum, &y);
-                y = sum;
-            }
+            let y = self.multiplied(p, &self.floats(x, m * p.w.k), m);
             self.put(p.out, &y);
         }
         Ok(())
+    }
+
+    fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()> {
+        self.multiply_from(products, x, m)
+    }
+
+    fn collect(&self, parts: &mut [(&Buffer, &mut [u8])]) -> Result<()> {
+        self.collect_pinned(parts)
     }
 
     fn heads(&self, both: [Heads<'_>; 2], o: &HeadOptions, places: &Places) -> Result<()> {
