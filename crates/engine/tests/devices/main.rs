@@ -193,16 +193,17 @@ fn every_placement_gives_the_logits_of_the_cpu() {
     }
 }
 
-/// The largest difference of logits, of their largest.
+/// The largest difference of logits, of their largest; not a number where one isn't.
 fn apart(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let both = got.iter().zip(want);
-    both.fold(0.0f32, |m, (g, w)| m.max((g - w).abs() / largest))
+    let all = got.iter().zip(want).map(|(g, w)| (g - w).abs() / largest);
+    all.fold(0.0, |m: f32, d| if m.is_nan() || d <= m { m } else { d })
 }
 
-/// Sums in another order, of which some are then rounded to codes.
-const ANOTHER_ORDER: f32 = 0.02;
+/// Sums in another order, of which some are then rounded to codes: by 0.02 on most tiers, and more
+/// where that lets a router choose another of two experts that it finds alike.
+const ANOTHER_ORDER: f32 = 0.08;
 
 #[test]
 fn layers_split_over_devices_give_the_logits_of_the_cpu() {

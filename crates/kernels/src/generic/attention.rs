@@ -12,7 +12,7 @@
 //! processor's own prefetching ends with each 4 KiB; so while one half of a page is read, what is
 //! read after it is asked for at the same pace.
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
 use super::vector::{Vector, exp};
 use crate::{
@@ -136,7 +136,7 @@ impl Ahead {
     fn step(&mut self) {
         for _ in 0..self.lines {
             // SAFETY: prefetching reads nothing that the program could see, and never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.cast()) };
             self.at = self.at.wrapping_add(64);
         }
     }
