@@ -5,7 +5,7 @@ use crate::{
     record::{BenchRecord, Row, State, ratios},
     stats::{NOISE, Summary, median},
 };
-use std::{fmt::Write as _, path::Path};
+use std::{collections::BTreeMap, fmt::Write as _, path::Path};
 
 /// Where records lie, from the workspace's root.
 pub const RECORDS: &str = "docs/bench";
@@ -221,31 +221,50 @@ fn rows_table(record: &BenchRecord) -> String {
     out
 }
 
-/// The best of ours and of each kind of peer per machine, model and test, for the README:
-/// only the newest run per machine in which engines took turns.
+/// Where a run had the model: the flags that say so, or the CPU.
+fn placement(record: &BenchRecord, row: &Row) -> String {
+    if row.gpus.is_empty() {
+        return "CPU".to_owned();
+    }
+    let mut said = Vec::new();
+    let mut words = record.record.command.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--cpu-moe" => said.push(word.clone()),
+            "-ngl" | "--n-cpu-moe" => {
+                said.extend([word.clone(), words.next().cloned().unwrap_or_default()]);
+            }
+            _ => {}
+        }
+    }
+    format!("`{}`", said.join(" "))
+}
+
+/// Our best beside the best of the others, for the README: of each machine, model, placement and
+/// test the newest run in which engines took turns.
 ///
 /// # Errors
 /// Names a record that can't be read.
 pub fn summary(root: &Path) -> Result<String, String> {
     let records = BenchRecord::read_all(&root.join(RECORDS)).map_err(|e| e.to_string())?;
-    let mut out = String::new();
-    let compared = records
-        .iter()
-        .filter(|(_, r)| r.state == State::Complete && !pairs(r).is_empty());
-    for (path, record) in compared {
-        let _ = write!(
-            out,
-            "\n{}\n\n| model | test | Tegula | best of the others | ratio |\n|---|---|---:|---|---:|\n",
-            heading(root, path, record).replace("](../", "](")
-        );
+    let complete = records.iter().filter(|(_, r)| r.state == State::Complete);
+    let mut machines: BTreeMap<String, BTreeMap<_, String>> = BTreeMap::new();
+    for (path, record) in complete {
+        let host = &record.record.host;
+        let machine = format!("{}, {} logical CPUs", host.cpu, host.cores);
+        let file = path.strip_prefix(root).unwrap_or(path).display();
+        let date = record.record.date.get(..10).unwrap_or(&record.record.date);
         for best in best_pairs(record) {
             let claim = match best.no_claim() {
-                Some(why) => why.to_owned(),
+                Some(why) => {
+                    let s = Summary::of(&best.ratios);
+                    format!("{why}: {:.2} to {:.2}", s.p10_ts, s.p90_ts)
+                }
                 None => format!("{:.2}", best.median()),
             };
-            let _ = writeln!(
-                out,
-                "| {} | {} | {:.1} ({}) | {:.1} ({}) | {claim} |",
+            let placement = placement(record, best.ours);
+            let line = format!(
+                "| {} | {placement} | {} | {:.1} ({}) | {:.1} ({}) | {claim} | [{date}]({file}) |\n",
                 best.ours.model,
                 best.ours.test,
                 best.ours.summary.median_ts,
@@ -253,10 +272,21 @@ pub fn summary(root: &Path) -> Result<String, String> {
                 best.theirs.summary.median_ts,
                 name(best.theirs)
             );
+            let lines = machines.entry(machine.clone()).or_default();
+            lines.insert((placement, best.ours.cell()), line);
         }
     }
-    if out.is_empty() {
-        out = "\nThere is no record yet in which engines took turns.\n".to_owned();
+    if machines.is_empty() {
+        return Ok("\nThere is no record yet in which engines took turns.\n".to_owned());
+    }
+    let mut out = String::new();
+    for (machine, lines) in machines {
+        let _ = write!(
+            out,
+            "\n{machine}:\n\n| model | where | test | Tegula | best of the others | ratio | record |\n\
+             |---|---|---|---:|---|---:|---|\n{}",
+            lines.into_values().collect::<String>()
+        );
     }
     Ok(out)
 }
@@ -374,7 +404,21 @@ mod tests {
         assert!(text.contains("failed"), "{text}");
         let short = summary(dir.path()).unwrap();
         assert!(
-            short.contains("| m.gguf | tg64 | 30.5 (avx512, amx) | 10.0 (llama-bench) | 3.05 |"),
+            short.contains(
+                "| m.gguf | CPU | tg64 | 30.5 (avx512, amx) | 10.0 (llama-bench) | 3.05 | ["
+            ),
+            "{short}"
+        );
+        // Of the same, the newest says how it is.
+        let mut newer = compared();
+        newer.rows[1].samples_ts = vec![40.0; 3];
+        newer.rows[1].summary = Summary::of(&[40.0; 3]);
+        newer
+            .write(&dir.path().join(RECORDS).join("2026-11-27-host"))
+            .unwrap();
+        let short = summary(dir.path()).unwrap();
+        assert!(
+            short.contains("| 40.0 (avx512, amx) |") && !short.contains("30.5"),
             "{short}"
         );
     }
