@@ -110,7 +110,8 @@ impl Format for Q8 {
     }
 }
 
-/// Memory that is asked for a few lines a step.
+/// Memory that is asked for a few lines a step, for the second-level cache: what is read and what
+/// is read next would fill the first one, which two threads may share.
 pub(crate) struct Ahead {
     at: *const u8,
     lines: usize,
