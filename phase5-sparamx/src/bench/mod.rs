@@ -194,11 +194,9 @@ pub fn measure(plan: &Plan) -> Result<Vec<Series>, String> {
                 let compute = tiles.as_ref().filter(|_| m > 8).unwrap_or(&plain);
                 all.extend(sets.run(plan, compute, m));
             }
-            for m in tiles.iter().flat_map(|_| CROSSOVER) {
-                let both = tiles
-                    .as_ref()
-                    .and_then(|t| sets.crossover(plan, [&plain, t], m));
-                all.extend(both.into_iter().flatten());
+            if let Some(tiles) = &tiles {
+                let beside = |m| sets.crossover(plan, [&plain, tiles], m);
+                all.extend(CROSSOVER.into_iter().filter_map(beside).flatten());
             }
         }
     }

@@ -177,8 +177,9 @@ pub fn prune(
     }
     let work = Work::open(path, &fingerprint(model, options)?)?;
     let mut run = Run::new(model, options, work, wanted, progress);
-    for i in 0..model.tensors().len() {
-        run.tensor(i, options.norms.as_ref())?;
+    for (i, t) in model.tensors().iter().enumerate() {
+        let norms = options.norms.as_ref().and_then(|n| n.get(&t.name));
+        run.tensor(i, norms.map(Vec::as_slice))?;
     }
     run.assemble(path)
 }
@@ -220,9 +221,8 @@ pub fn prune_in_sequence(
         if layer >= next && !pruned.is_empty() {
             norms = layers.measure(layer, &mut || run.beat(&format!("inputs of layer {layer}")))?;
         }
-        let factors = norms.all();
         for &i in &of {
-            run.tensor(i, Some(&factors))?;
+            run.tensor(i, norms.of(&tensors[i].name).as_deref())?;
         }
         if layer >= next && ahead {
             let matrices = pruned.iter().map(|&i| run.matrix(i, layers.pool()));
@@ -283,8 +283,8 @@ impl<'a, 'p> Run<'a, 'p> {
         })
     }
 
-    /// Prunes tensor `i`, if it is to be pruned and no earlier run has.
-    fn tensor(&mut self, i: usize, norms: Option<&HashMap<String, Vec<f32>>>) -> Result<()> {
+    /// Prunes tensor `i`, if it is to be pruned and no earlier run has; `norms` are of its inputs.
+    fn tensor(&mut self, i: usize, norms: Option<&[f32]>) -> Result<()> {
         let model = self.model;
         let t = &model.tensors()[i];
         if self.beat(&t.name).is_break() {
@@ -294,7 +294,6 @@ impl<'a, 'p> Run<'a, 'p> {
             let (done, resumed) = match self.work.finished(i)? {
                 Some(done) => (done, true),
                 None => {
-                    let norms = norms.and_then(|n| n.get(&t.name));
                     let (ty, zeros, bytes) = prune_tensor(model, t, self.options, norms)?;
                     (self.work.finish(i, ty, zeros, &bytes)?, false)
                 }
@@ -413,7 +412,7 @@ fn prune_tensor(
     model: &Gguf,
     t: &TensorInfo,
     options: &PruneOptions,
-    norms: Option<&Vec<f32>>,
+    norms: Option<&[f32]>,
 ) -> Result<(GgmlType, u64, Vec<u8>)> {
     let ty = t.ty.dense();
     let k = t.row_len() as usize;
