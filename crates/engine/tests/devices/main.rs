@@ -89,6 +89,20 @@ fn work(context: &mut Context) -> Result<Vec<f32>, Error> {
     Ok(logits)
 }
 
+/// A dense model, where it is there.
+fn dense() -> Option<Source> {
+    let shared = std::env::var("TEGULA_SHARED").map_or_else(
+        |_| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        Into::into,
+    );
+    let path = shared.join("models/ferrous-7m-Q4_K_M.gguf");
+    if !path.is_file() {
+        eprintln!("skipped: {} is absent", path.display());
+        return None;
+    }
+    Some(Source::Path(path))
+}
+
 fn cpu() -> Vec<f32> {
     work(&mut context(&options()).unwrap()).unwrap()
 }
@@ -875,17 +889,11 @@ fn states_move(split: Split) {
 
 #[test]
 fn dense_models_and_other_caches() {
-    let path = std::env::var("TEGULA_SHARED").map_or_else(
-        |_| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
-        Into::into,
-    );
-    let path = path.join("models/ferrous-7m-Q4_K_M.gguf");
-    if !path.is_file() {
-        eprintln!("skipped: {} is absent", path.display());
+    let Some(source) = dense() else {
         return;
-    }
+    };
     let load = |options: LoadOptions| LoadOptions {
-        source: Source::Path(path.clone()),
+        source: source.clone(),
         ..options
     };
     for (k_type, v_type) in [(KvType::BF16, KvType::Q8_0), (KvType::Q8_0, KvType::F16)] {

@@ -8,20 +8,6 @@ use tegula_engine::{
 };
 use tegula_kernels::device::stream::{DECODE_SHARE, LEAST_SHARE};
 
-/// A dense model, where it is there.
-fn dense() -> Option<Source> {
-    let shared = std::env::var("TEGULA_SHARED").map_or_else(
-        |_| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
-        Into::into,
-    );
-    let path = shared.join("models/ferrous-7m-Q4_K_M.gguf");
-    if !path.is_file() {
-        eprintln!("skipped: {} is absent", path.display());
-        return None;
-    }
-    Some(Source::Path(path))
-}
-
 fn sources() -> impl Iterator<Item = Source> {
     [Source::Path(MOE.into())].into_iter().chain(dense())
 }
