@@ -20,12 +20,12 @@
 //! The tile form is the same with groups of [`TILE_GROUP`] tokens: 32 bf16 of each token,
 //! then the next 32 of each, so that a group's 32 inputs are the rows of one tile.
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, ops::Range};
 
 use half::bf16;
 
 use crate::{
-    mem::{AlignedVec, Number},
+    mem::{self, AlignedVec, Number},
     strip::kernels::MatmulKernels,
 };
 
@@ -358,6 +358,40 @@ unsafe impl Send for ActsWriter<'_> {}
 unsafe impl Sync for ActsWriter<'_> {}
 
 impl ActsWriter<'_> {
+    /// Where 32 columns from `col` of the tokens that share a tile begin, `[tokens][32]`, and how
+    /// many they are: `t` is the first. With a segment as [`ActsWriter::put`] takes it.
+    ///
+    /// # Panics
+    /// When that is outside, `t` begins no tile, `col` is no multiple of 32 or there is no
+    /// [`Forms::TILES`].
+    pub(crate) fn tile(
+        &self,
+        (seg, seg_m): (usize, usize),
+        t: usize,
+        col: usize,
+    ) -> (*mut u16, usize) {
+        assert!(self.forms.has(Forms::TILES));
+        assert!(t < seg_m && seg + seg_m <= self.m && col + 32 <= self.k);
+        assert!(t.is_multiple_of(TILE_GROUP) && col.is_multiple_of(32));
+        let (start, tokens, _) = place(TILE_GROUP, seg_m, t);
+        let at = (seg + start) * self.k + col * tokens;
+        // SAFETY: inside the vector that `begin` sized.
+        (unsafe { self.tiles.add(at) }, tokens)
+    }
+
+    /// Asks for the places of columns of token `t`, as [`ActsWriter::put`] takes it, in the tile
+    /// form: other threads have read them last.
+    pub(crate) fn prefetch(&self, (seg, seg_m): (usize, usize), t: usize, columns: Range<usize>) {
+        if !self.forms.has(Forms::TILES) {
+            return;
+        }
+        let (start, tokens, t) = place(TILE_GROUP, seg_m, t);
+        for col in columns.step_by(32) {
+            let at = (seg + start) * self.k + col * tokens + t * 32;
+            mem::prefetch_write(self.tiles.wrapping_add(at));
+        }
+    }
+
     /// Writes columns `col ..` of token `t` of the segment of `seg_m` tokens that starts at
     /// token `seg`, in the given forms. With one segment that is `(0, m)`.
     ///

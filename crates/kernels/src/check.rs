@@ -358,6 +358,50 @@ pub fn swiglu(gate: &[f32], up: &[f32], got: &[f32]) -> Result<(), Mismatch> {
     })
 }
 
+/// Checks what a tile kernel's `swiglu` has written: operands `[2][tokens][16]`, strips `step`
+/// apart, results `[tokens][32]`.
+///
+/// # Errors
+/// The first value that is not scalar's rounded to bf16.
+pub fn tile_swiglu(
+    gate: &[f32],
+    up: &[f32],
+    step: usize,
+    tokens: usize,
+    got: &[u16],
+) -> Result<(), Mismatch> {
+    let of = |x: &[f32]| -> Vec<f32> {
+        let at = |i: usize| i % 32 / ROWS * step + i / 32 * ROWS + i % ROWS;
+        (0..tokens * 32).map(|i| x[at(i)]).collect()
+    };
+    let (gate, up) = (of(gate), of(up));
+    let mut want = vec![0.0; gate.len()];
+    // SAFETY: as above.
+    unsafe { (FLOAT.swiglu)(&gate, &up, &mut want) };
+    let got: Vec<_> = got.iter().map(|&x| bf16::from_bits(x).to_f32()).collect();
+    let within = relative(&want, 1.0 / 256.0 + SWIGLU, 1e-6);
+    equal(&got, &want, within, |i| {
+        format!("swiglu on tiles, {tokens} tokens: {i}")
+    })
+}
+
+/// Checks `got`, the result of gathering `sums`, added to `before` if there is anything.
+///
+/// # Errors
+/// The first value that is not scalar's.
+pub fn gather(
+    sums: &[f32],
+    step: usize,
+    before: Option<&[f32]>,
+    got: &[f32],
+) -> Result<(), Mismatch> {
+    let mut want = before.map_or(vec![0.0; got.len()], <[f32]>::to_vec);
+    // SAFETY: as above.
+    unsafe { (FLOAT.gather)(sums, step, &mut want, before.is_some()) };
+    let what = |i| format!("sums of {} rows: {i}", got.len());
+    equal(got, &want, |_| 0.0, what)
+}
+
 /// Checks `got`, the softmax of `x`.
 ///
 /// # Errors
@@ -583,6 +627,7 @@ mod shims {
         let tiles = |tiles| Tiles {
             mul_strips: tile_products::<TABLE>,
             pack: pack::<TABLE>,
+            swiglu: tile_swiglu::<TABLE>,
             ..tiles
         };
         Kernels {
@@ -599,6 +644,7 @@ mod shims {
                 add_assign: add_assign::<TABLE>,
                 swiglu: swiglu::<TABLE>,
                 softmax: softmax::<TABLE>,
+                gather: gather::<TABLE>,
             },
             attn: AttnOps {
                 chunk: chunk::<TABLE>,
@@ -644,6 +690,22 @@ mod shims {
         }
     }
 
+    unsafe fn tile_swiglu<const TABLE: usize>(
+        gate: *const f32,
+        up: *const f32,
+        step: usize,
+        tokens: usize,
+        out: *mut u16,
+    ) {
+        // SAFETY: see above.
+        unsafe {
+            (tiles::<TABLE>().swiglu)(gate, up, step, tokens, out);
+            let of = |x| std::slice::from_raw_parts(x, step + tokens * ROWS);
+            let out = std::slice::from_raw_parts(out, tokens * 32);
+            hold::<TABLE>(super::tile_swiglu(of(gate), of(up), step, tokens, out));
+        }
+    }
+
     unsafe fn quantize_q8<const TABLE: usize>(x: &[f32], dest: &Q8Dest) {
         // SAFETY: see above.
         unsafe {
@@ -676,6 +738,13 @@ mod shims {
         // SAFETY: see above.
         unsafe { (inner::<TABLE>().float.softmax)(x) };
         hold::<TABLE>(super::softmax(&before, x));
+    }
+
+    unsafe fn gather<const TABLE: usize>(sums: &[f32], step: usize, dst: &mut [f32], adds: bool) {
+        let before = adds.then(|| dst.to_vec());
+        // SAFETY: see above.
+        unsafe { (inner::<TABLE>().float.gather)(sums, step, dst, adds) };
+        hold::<TABLE>(super::gather(sums, step, before.as_deref(), dst));
     }
 
     unsafe fn chunk<const TABLE: usize>(args: &mut ChunkArgs<'_>) {

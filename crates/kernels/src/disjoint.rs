@@ -1,5 +1,6 @@
 //! Writing one slice from several threads, each its own part.
 
+use crate::mem::{LINE, prefetch_write};
 use std::{marker::PhantomData, ops::Range};
 
 /// A mutable slice that several threads write, each element one thread.
@@ -20,6 +21,14 @@ impl<'a, T> DisjointMut<'a, T> {
             ptr: slice.as_mut_ptr(),
             len: slice.len(),
             slice: PhantomData,
+        }
+    }
+
+    /// Asks for the part `range`, as far as there is one, to write to it soon.
+    pub(crate) fn prefetch(&self, range: Range<usize>) {
+        let (start, end) = (range.start.min(self.len), range.end.min(self.len));
+        for at in (start..end).step_by((LINE / size_of::<T>()).max(1)) {
+            prefetch_write(self.ptr.wrapping_add(at));
         }
     }
 

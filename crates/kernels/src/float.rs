@@ -25,6 +25,12 @@ pub struct FloatOps {
     /// # Safety
     /// As above.
     pub softmax: unsafe fn(x: &mut [f32]),
+    /// Sums of strips, `step` apart, to where they belong: `dst[16 i + j] = sums[i * step + j]`,
+    /// or added to what is there.
+    ///
+    /// # Safety
+    /// As above.
+    pub gather: unsafe fn(sums: &[f32], step: usize, dst: &mut [f32], adds: bool),
 }
 
 impl FloatOps {

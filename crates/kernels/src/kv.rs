@@ -18,10 +18,11 @@
 //! page as it is and to those before it as they were packed, whatever else is in a batch.
 
 pub mod pruned;
+pub(crate) mod write;
 
 use crate::mem::AlignedBuf;
-use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pruned::{Halves, KvSparsity};
+use write::LayerMut;
 
 /// Positions per page.
 pub const KV_PAGE: usize = 64;
@@ -662,124 +663,5 @@ impl Packing<'_> {
         let (k_out, v_out) = out.split_at_mut(self.halves.k.bytes());
         self.halves.k.pack(k, scratch, k_out);
         self.halves.v.pack(v, scratch, v_out);
-    }
-}
-
-/// One layer of the cache, open for writing.
-pub(crate) struct LayerMut<'a> {
-    bytes: &'a mut [u8],
-    shape: KvShape,
-}
-
-impl LayerMut<'_> {
-    pub(crate) fn writer(&mut self) -> LayerWriter<'_> {
-        LayerWriter {
-            bytes: crate::disjoint::DisjointMut::new(self.bytes),
-            shape: self.shape,
-        }
-    }
-}
-
-/// Writes heads of a layer from several threads.
-pub(crate) struct LayerWriter<'a> {
-    bytes: crate::disjoint::DisjointMut<'a, u8>,
-    shape: KvShape,
-}
-
-impl LayerWriter<'_> {
-    /// Writes K and V, `[dim]` each, of one head at one position.
-    ///
-    /// # Safety
-    /// No other thread writes this head at the same time.
-    pub(crate) unsafe fn put(&self, page: u32, slot: usize, head: usize, k: &[f32], v: &[f32]) {
-        let at = page as usize * self.shape.layer_page_bytes() + head * self.shape.head_bytes();
-        // SAFETY: heads are disjoint parts; the caller keeps other threads from this one.
-        let bytes = unsafe { self.bytes.slice(at..at + self.shape.head_bytes()) };
-        let dim = self.shape.dim;
-        let (kb, vb) = bytes.split_at_mut(self.shape.k.page_bytes(dim));
-        let columns = Place {
-            stride: KV_PAGE,
-            at: slot,
-        };
-        match self.shape.k {
-            KvType::F16 => put_halves(kb, k, |d| d * KV_PAGE + slot, f16_bits),
-            KvType::BF16 => {
-                put_halves(kb, k, |d| (d / 2 * KV_PAGE + slot) * 2 + d % 2, bf16_bits);
-            }
-            KvType::Q8_0 => put_q8(kb, k, columns, columns),
-        }
-        match self.shape.v {
-            KvType::F16 => put_halves(vb, v, |d| slot * dim + d, f16_bits),
-            KvType::BF16 => {
-                put_halves(vb, v, |d| (slot / 2 * dim + d) * 2 + slot % 2, bf16_bits);
-            }
-            KvType::Q8_0 => {
-                let codes = Place {
-                    stride: 1,
-                    at: slot * dim,
-                };
-                put_q8(
-                    vb,
-                    v,
-                    codes,
-                    Place {
-                        stride: 1,
-                        at: slot * (dim / 32),
-                    },
-                );
-            }
-        }
-    }
-}
-
-/// Where the i-th element goes: `at + i * stride`.
-#[derive(Clone, Copy)]
-struct Place {
-    stride: usize,
-    at: usize,
-}
-
-fn f16_bits(x: &[f32], bits: &mut [u16]) {
-    let mut halves = [f16::ZERO; 32];
-    halves[..x.len()].convert_from_f32_slice(x);
-    bits.iter_mut()
-        .zip(halves)
-        .for_each(|(b, h)| *b = h.to_bits());
-}
-
-fn bf16_bits(x: &[f32], bits: &mut [u16]) {
-    bits.iter_mut()
-        .zip(x)
-        .for_each(|(b, &x)| *b = bf16::from_f32(x).to_bits());
-}
-
-fn put_halves(
-    bytes: &mut [u8],
-    x: &[f32],
-    place: impl Fn(usize) -> usize,
-    convert: fn(&[f32], &mut [u16]),
-) {
-    for (c, chunk) in x.chunks(32).enumerate() {
-        let mut bits = [0u16; 32];
-        convert(chunk, &mut bits[..chunk.len()]);
-        for (i, half) in bits[..chunk.len()].iter().enumerate() {
-            let at = 2 * place(c * 32 + i);
-            bytes[at..at + 2].copy_from_slice(&half.to_le_bytes());
-        }
-    }
-}
-
-/// Q8_0's rule with an f32 scale: `d = amax / 127`, codes round to nearest even.
-fn put_q8(bytes: &mut [u8], x: &[f32], codes: Place, scales: Place) {
-    let (code_bytes, scale_bytes) = bytes.split_at_mut(x.len() * KV_PAGE);
-    for (g, group) in x.chunks_exact(32).enumerate() {
-        let amax = group.iter().fold(0f32, |m, x| m.max(x.abs()));
-        let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
-        for (i, x) in group.iter().enumerate() {
-            let code = (x * inverse).round_ties_even() as i8;
-            code_bytes[codes.at + (g * 32 + i) * codes.stride] = code as u8;
-        }
-        let at = 4 * (scales.at + g * scales.stride);
-        scale_bytes[at..at + 4].copy_from_slice(&(amax / 127.0).to_le_bytes());
     }
 }

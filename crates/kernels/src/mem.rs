@@ -2,6 +2,7 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    arch::x86_64::{_MM_HINT_T0, _mm_prefetch},
     fmt,
     marker::PhantomData,
     ops::{Deref, DerefMut},
@@ -12,6 +13,33 @@ use std::{
 
 /// Alignment of every buffer: a cache line, and a tile row.
 pub const ALIGN: usize = 64;
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Asks for `x`, to read it soon: what another core has written comes from its caches, and the
+/// processor's own prefetching ends with each 4 KiB.
+#[inline]
+pub(crate) fn prefetch(x: &[f32]) {
+    for line in x.chunks(LINE / size_of::<f32>()) {
+        // SAFETY: a hint, of memory that is there.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+}
+
+/// Asks for a line to write to it soon: a store waits until no other core holds it.
+#[inline]
+pub(crate) fn prefetch_write<T>(at: *const T) {
+    // SAFETY: a hint, which processors without it pass over; it faults nowhere and writes
+    // nothing.
+    unsafe {
+        std::arch::asm!(
+            "prefetchw [{}]",
+            in(reg) at,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+}
 
 /// Size of a transparent huge page.
 pub(crate) const HUGE: usize = 2 << 20;

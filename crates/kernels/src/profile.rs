@@ -42,7 +42,7 @@ ops! {
     /// The choice of experts.
     Route = "routing",
     /// Rotations.
-    Rope = "rope",
+    Heads = "norm and rope",
     /// Keys and values into the cache.
     KvStore = "kv store",
     /// Attention.

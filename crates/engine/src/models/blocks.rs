@@ -9,7 +9,7 @@ use tegula_kernels::{
     kv::{KvCache, PageTable},
     mem,
     ops::{
-        RopeTable, Token,
+        Heads, RopeTable, Token,
         moe::{MoeScratch, Routing},
     },
 };
@@ -136,27 +136,16 @@ impl Step<'_> {
         }
     }
 
-    /// Normalises each head of q and k.
-    pub fn norm_heads(&mut self, layer: &HostAttention) {
+    /// Normalises each head of q and k, where there is a norm, and rotates it by its position.
+    pub fn heads(&mut self, layer: &HostAttention) {
         let (b, c) = (&mut *self.buffers, self.config);
-        for (rows, heads, norm) in [
-            (&mut b.q, c.heads, &layer.q_norm),
-            (&mut b.k, c.kv_heads, &layer.k_norm),
-        ] {
-            if let Some(w) = norm {
-                self.compute.rms_norm_heads(rows, heads, w, c.rms_eps);
-            }
-        }
-    }
-
-    /// Rotates q and k by their positions.
-    pub fn rope(&mut self) {
-        let (b, c) = (&mut *self.buffers, self.config);
-        let style = c.rope.style;
-        self.compute
-            .rope(&mut b.q, c.heads, c.head_dim, style, &b.rope);
-        self.compute
-            .rope(&mut b.k, c.kv_heads, c.head_dim, style, &b.rope);
+        let of = |x, heads, norm| Heads { x, heads, norm };
+        let both = [
+            of(&mut b.q, c.heads, layer.q_norm.as_deref()),
+            of(&mut b.k, c.kv_heads, layer.k_norm.as_deref()),
+        ];
+        let (eps, style) = (c.rms_eps, c.rope.style);
+        self.compute.heads(both, c.head_dim, eps, style, &b.rope);
     }
 
     /// Writes k and v to the cache and attends.

@@ -195,19 +195,12 @@ impl<'a> Graph<'a> {
         lane.norm_qkv(a, self.step.m)
     }
 
-    /// Normalises each head of q and k. On a device this happens together with the rotation.
-    pub fn norm_heads(&mut self, layer: usize) {
-        if let (Placed::Host(a), None) = (&self.layer(layer).attention, &self.error) {
-            self.step.norm_heads(a);
-        }
-    }
-
-    /// Rotates q and k by their positions.
-    pub fn rope(&mut self, layer: usize) {
+    /// Normalises each head of q and k, where there is a norm, and rotates it by its position.
+    pub fn heads(&mut self, layer: usize) {
         let attention = &self.layer(layer).attention;
         self.run(|g| match attention {
-            Placed::Host(_) => {
-                g.step.rope();
+            Placed::Host(a) => {
+                g.step.heads(a);
                 Ok(())
             }
             Placed::Device(d, a) => g.lanes[*d].heads(a, layer),

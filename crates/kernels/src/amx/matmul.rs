@@ -40,6 +40,9 @@ const TILES: usize = MAX_STRIPS * PANEL_K / TILE_K * TILE_BYTES;
 /// Where the tiles begin in the scratch, behind codes on their way to tiles.
 const CODES: usize = PANEL_BYTES.next_multiple_of(64);
 
+type Pack = unsafe fn(&[f32], *mut u16, usize);
+type Swiglu = unsafe fn(*const f32, *const f32, usize, usize, *mut u16);
+
 /// The tile products, decoding with the instructions of `tier`. `None` for the scalar tier,
 /// which has no decoder.
 pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
@@ -48,24 +51,28 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         Choice::Bf16 => sparse::takes,
         Choice::Avx512 | Choice::Avx2 => |_| false,
     };
-    let (mul_strips, pack): (unsafe fn(&StripArgs<'_>), _) = match choice {
+    let (mul_strips, pack, swiglu): (unsafe fn(&StripArgs<'_>), Pack, Swiglu) = match choice {
         Choice::Bf16 => (
-            mul_strips::<panel::Bf16> as unsafe fn(&StripArgs<'_>),
-            panel::Bf16::pack as unsafe fn(&[f32], *mut u16, usize),
+            mul_strips::<panel::Bf16>,
+            panel::Bf16::pack,
+            panel::Bf16::swiglu,
         ),
         Choice::Avx512 => (
-            mul_strips::<panel::Avx512> as unsafe fn(&StripArgs<'_>),
-            panel::Avx512::pack as unsafe fn(&[f32], *mut u16, usize),
+            mul_strips::<panel::Avx512>,
+            panel::Avx512::pack,
+            panel::Avx512::swiglu,
         ),
         Choice::Avx2 => (
-            mul_strips::<panel::Avx2> as unsafe fn(&StripArgs<'_>),
-            panel::Avx2::pack as unsafe fn(&[f32], *mut u16, usize),
+            mul_strips::<panel::Avx2>,
+            panel::Avx2::pack,
+            panel::Avx2::swiglu,
         ),
     };
     Some(Tiles {
         name: amx.name(),
         mul_strips,
         pack,
+        swiglu,
         scratch: CODES + TILES,
         fewest_tokens,
         sparse,

@@ -3,13 +3,16 @@
 //!
 //! BF16 strips have this very order; they are read in place.
 
-use std::arch::x86_64::{__m512i, _MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{__m256, __m512, __m512i, _MM_HINT_T1, _mm_prefetch};
 
+use super::tile::TILE_K;
 use crate::{
     generic::{
+        float::gated,
         format::{Format, Shape},
         lanes::{Lanes, Pair, WithBf16},
         matmul::{FloatWeights, Panel},
+        vector::Vector,
     },
     strip::ROWS,
     tier::{Features, Tier},
@@ -28,13 +31,15 @@ pub(crate) trait Decoders {
     unsafe fn floats<W: FloatWeights>(w: *const u8, k: usize, out: *mut u8);
     /// 32 values at a time, `step` elements apart in `out`.
     unsafe fn pack(x: &[f32], out: *mut u16, step: usize);
+    /// See `Tiles::swiglu`.
+    unsafe fn swiglu(gate: *const f32, up: *const f32, step: usize, m: usize, out: *mut u16);
 }
 
 macro_rules! decoders {
-    ($name:ident, $lanes:ty, $features:literal) => {
+    ($name:ident, $lanes:ty, $vector:ty, $features:literal) => {
         pub(super) struct $name;
 
-        // SAFETY (all four): the features are the function's own; the rest is the caller's.
+        // SAFETY (all five): the features are the function's own; the rest is the caller's.
         impl Decoders for $name {
             #[inline]
             #[target_feature(enable = $features)]
@@ -70,6 +75,19 @@ macro_rules! decoders {
                     unsafe { <$lanes>::pack_bf16(x.as_ptr(), out.add(i * step)) };
                 }
             }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn swiglu(
+                gate: *const f32,
+                up: *const f32,
+                step: usize,
+                tokens: usize,
+                out: *mut u16,
+            ) {
+                // SAFETY: see above.
+                unsafe { swiglu::<$lanes, $vector>(gate, up, step, tokens, out) }
+            }
         }
     };
 }
@@ -78,14 +96,16 @@ macro_rules! decoders {
 decoders!(
     Bf16,
     WithBf16,
+    __m512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2"
 );
 decoders!(
     Avx512,
     __m512i,
+    __m512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
 );
-decoders!(Avx2, Pair<false>, "avx2,fma,f16c,bmi2");
+decoders!(Avx2, Pair<false>, __m256, "avx2,fma,f16c,bmi2");
 
 /// Which decoders this CPU can run at `tier`.
 pub(super) enum Choice {
@@ -200,6 +220,27 @@ unsafe fn floats<L: Lanes, W: FloatWeights>(w: *const u8, k: usize, out: *mut u8
         for i in 0..k / 2 {
             let (even, odd) = W::pair::<L>(w.add(i * W::PAIR_BYTES));
             L::bf16_pair(even, odd).store(out.add(64 * i));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn swiglu<L: Lanes, V: Vector>(
+    gate: *const f32,
+    up: *const f32,
+    step: usize,
+    tokens: usize,
+    out: *mut u16,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        for t in 0..tokens {
+            let mut values = [0f32; TILE_K];
+            for (i, value) in values.iter_mut().enumerate().step_by(V::LANES) {
+                let at = i / ROWS * step + t * ROWS + i % ROWS;
+                gated(V::load(gate.add(at)), V::load(up.add(at))).store(value);
+            }
+            L::pack_bf16(values.as_ptr(), out.add(t * TILE_K));
         }
     }
 }

@@ -10,6 +10,7 @@ pub(crate) const OPS: FloatOps = FloatOps {
     add_assign,
     swiglu,
     softmax,
+    gather,
 };
 
 #[target_feature(enable = "avx2,fma,f16c,bmi2")]
@@ -34,4 +35,10 @@ fn swiglu(gate: &[f32], up: &[f32], dst: &mut [f32]) {
 fn softmax(x: &mut [f32]) {
     // SAFETY: as above.
     unsafe { generic::softmax::<__m256>(x) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,bmi2")]
+fn gather(sums: &[f32], step: usize, dst: &mut [f32], adds: bool) {
+    // SAFETY: as above.
+    unsafe { generic::gather::<__m256>(sums, step, dst, adds) }
 }

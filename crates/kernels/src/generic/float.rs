@@ -4,6 +4,7 @@
 //! the tier's features, and then every intrinsic in it is a call.
 
 use super::vector::{Vector, exp};
+use crate::{scalar, strip::ROWS};
 
 /// Runs `f` over whole vectors, then over a tail that is padded with `fill`.
 ///
@@ -103,15 +104,50 @@ pub(crate) unsafe fn add_assign<V: Vector>(dst: &mut [f32], x: &[f32]) {
 #[inline(always)]
 pub(crate) unsafe fn swiglu<V: Vector>(gate: &[f32], up: &[f32], dst: &mut [f32]) {
     unsafe {
-        let one = V::splat(1.0);
-        let zero = V::splat(0.0);
         map2::<V>(
             gate,
             up,
             dst,
             #[inline(always)]
-            |g, u| g.div(one.add(exp(zero.sub(g)))).mul(u),
+            |g, u| gated(g, u),
         );
+    }
+}
+
+/// `g / (1 + e^-g) * u`
+///
+/// # Safety
+/// As [`Vector`].
+#[inline(always)]
+pub(crate) unsafe fn gated<V: Vector>(g: V, u: V) -> V {
+    unsafe {
+        let below = V::splat(1.0).add(exp(V::splat(0.0).sub(g)));
+        g.div(below).mul(u)
+    }
+}
+
+/// `dst[16 i + j] = sums[i * step + j]`, or added to what is there.
+///
+/// # Safety
+/// As [`Vector`].
+#[inline(always)]
+pub(crate) unsafe fn gather<V: Vector>(sums: &[f32], step: usize, dst: &mut [f32], adds: bool) {
+    let strips = dst.len() / ROWS;
+    assert!(strips == 0 || sums.len() >= (strips - 1) * step + ROWS);
+    unsafe {
+        for i in 0..strips {
+            for j in (0..ROWS).step_by(V::LANES) {
+                let sums = V::load(sums.as_ptr().add(i * step + j));
+                let dst = dst.as_mut_ptr().add(i * ROWS + j);
+                match adds {
+                    true => V::load(dst).add(sums).store(dst),
+                    false => sums.store(dst),
+                }
+            }
+        }
+    }
+    if strips * ROWS < dst.len() {
+        scalar::float::gather_from(strips, sums, step, dst, adds);
     }
 }
 

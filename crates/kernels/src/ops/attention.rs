@@ -1,6 +1,6 @@
 //! Writing the KV cache and attending to it.
 
-use super::Compute;
+use super::{Compute, matmul::WRITE_AHEAD};
 use crate::{
     acts::TILE_GROUP,
     attn::{CHUNK, ChunkArgs, TILE_CHUNK, TileAttention, TileChunk, TileScratch},
@@ -8,8 +8,9 @@ use crate::{
     kv::{
         KV_PAGE, KvCache, PageTable,
         pruned::{Half, PackScratch},
+        write::TOGETHER,
     },
-    mem::AlignedVec,
+    mem::{self, AlignedVec},
     profile::Op,
 };
 use std::{cell::RefCell, collections::HashSet, ops::Range};
@@ -122,14 +123,14 @@ impl Compute {
     ///
     /// # Panics
     /// When lengths disagree or a position is beyond its table.
-    pub fn kv_store(
+    pub fn kv_store<'a>(
         &self,
         cache: &mut KvCache,
         layer: usize,
         tables: &[&PageTable],
         tokens: &[Token],
-        k: &[f32],
-        v: &[f32],
+        k: &'a [f32],
+        v: &'a [f32],
     ) {
         let _span = self.profile.span(Op::KvStore);
         let (heads, dim) = (cache.shape().heads, cache.shape().dim);
@@ -138,14 +139,29 @@ impl Compute {
         let at = layer;
         let mut layer = cache.layer_mut(layer);
         let writer = layer.writer();
+        let row = |x: &'a [f32], t: usize, head: usize| &x[(t * heads + head) * dim..][..dim];
         let write = |head: usize, range: Range<usize>| {
-            for t in range {
+            let mut t = range.start;
+            while t < range.end {
                 let Token { sequence, position } = tokens[t];
-                let page = tables[sequence].page(position);
-                let at = (t * heads + head) * dim;
-                let (k, v) = (&k[at..at + dim], &v[at..at + dim]);
+                let (page, slot) = (tables[sequence].page(position), position % KV_PAGE);
+                let follows = |(i, next): (usize, &Token)| {
+                    (next.sequence, next.position) == (sequence, position + i)
+                };
+                let together = slot + TOGETHER <= KV_PAGE
+                    && t + TOGETHER <= range.end
+                    && tokens[t..t + TOGETHER].iter().enumerate().all(follows);
                 // SAFETY: tasks have a head of their own, or pages of their own.
-                unsafe { writer.put(page, position % KV_PAGE, head, k, v) };
+                unsafe {
+                    if together {
+                        let of = |x| std::array::from_fn(|i| row(x, t + i, head));
+                        writer.put_together(page, slot, head, of(k), of(v));
+                        t += TOGETHER;
+                    } else {
+                        writer.put(page, slot, head, row(k, t, head), row(v, t, head));
+                        t += 1;
+                    }
+                }
             }
         };
         // Neighbouring positions of a head share cache lines, pages share none.
@@ -430,8 +446,12 @@ impl Call<'_> {
         let scale = self.scale * std::f32::consts::LOG2_E;
         scratch.q_tiles.fit(full * dim);
         scratch.q_tiles[..full * dim].fill(0);
+        let token = |i: usize| ((block.first + i) * self.heads + head * group) * dim;
         for row in 0..rows {
-            let at = ((block.first + row / group) * self.heads + head * group + row % group) * dim;
+            let at = token(row / group) + row % group * dim;
+            if row % group == 0 && row / group + 2 < block.count {
+                mem::prefetch(&self.q[token(row / group + 2)..][..group * dim]);
+            }
             scratch.q.clear();
             let scaled = self.q[at..at + dim].iter().map(|x| x * scale);
             scratch.q.extend(scaled);
@@ -575,8 +595,12 @@ impl Call<'_> {
     ) {
         let (dim, group) = (self.cache.shape().dim, self.group());
         let sums = &stats[block.count * group..];
+        let token = |i: usize| ((block.first + i) * self.heads + head * group) * dim;
         for i in 0..block.count {
-            let at = ((block.first + i) * self.heads + head * group) * dim;
+            let (at, later) = (token(i), token(i + WRITE_AHEAD));
+            if i + WRITE_AHEAD < block.count {
+                out.prefetch(later..later + group * dim);
+            }
             // SAFETY: as the caller promises; rows of different blocks and heads are apart.
             let to = unsafe { out.slice(at..at + group * dim) };
             for g in 0..group {

@@ -6,7 +6,7 @@ use super::Compute;
 use crate::{
     acts::{Acts, ActsView, Forms, GROUP},
     disjoint::DisjointMut,
-    mem::AlignedVec,
+    mem::{self, AlignedVec},
     profile::Op,
     sparse,
     strip::{
@@ -19,6 +19,9 @@ use crate::{
 /// Tokens whose activations are kept in the second-level cache: larger batches decode the
 /// weights once per this many.
 const TOKEN_BLOCK: usize = 512;
+
+/// So many tokens before their results are written their places are asked for.
+pub(super) const WRITE_AHEAD: usize = 4;
 
 /// What a worker keeps between tasks.
 pub(crate) struct Scratch {
@@ -207,7 +210,12 @@ impl Compute {
         self.for_each(m.div_ceil(GROUP) * parts, m.min(GROUP) * part, &|task| {
             let (group, col) = (task / parts, task % parts * part);
             let end = k.min(col + part);
-            for t in group * GROUP..m.min((group + 1) * GROUP) {
+            let tokens = group * GROUP..m.min((group + 1) * GROUP);
+            for t in tokens.clone() {
+                if t + 1 < tokens.end {
+                    mem::prefetch(&x[(t + 1) * k + col..(t + 1) * k + end]);
+                    writer.prefetch((0, m), t + 1, col..end);
+                }
                 let x = &x[t * k + col..t * k + end];
                 // SAFETY: every task writes tokens and columns of its own.
                 unsafe { writer.put(kernels, forms, (0, m), t, col, x) };
@@ -246,7 +254,13 @@ impl Compute {
             with_scratch(|scratch| {
                 scratch.tile.fit(k);
                 let row = &mut scratch.tile[..k];
-                for t in group * GROUP..m.min((group + 1) * GROUP) {
+                let tokens = group * GROUP..m.min((group + 1) * GROUP);
+                mem::prefetch(&x[tokens.start * k..][..k]);
+                for t in tokens.clone() {
+                    if t + 1 < tokens.end {
+                        mem::prefetch(&x[(t + 1) * k..][..k]);
+                        writer.prefetch((0, m), t + 1, 0..k);
+                    }
                     // SAFETY: the table's tier was checked; every task writes tokens of its
                     // own.
                     unsafe {
@@ -271,7 +285,7 @@ impl Compute {
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_add(&self, w: &Weights, x: &Acts, y: &mut [f32]) {
-        self.products(&mut [(w, y)], x, add, || {});
+        self.matmul_beside(&mut [(w, y)], x, true, || {});
     }
 
     /// Several products with the same activations in one dispatch.
@@ -279,7 +293,7 @@ impl Compute {
     /// # Panics
     /// As [`Compute::matmul`].
     pub fn matmul_many(&self, products: &mut [(&Weights, &mut [f32])], x: &Acts) {
-        self.products(products, x, copy, || {});
+        self.matmul_beside(products, x, false, || {});
     }
 
     /// [`Compute::matmul_many`], or [`Compute::matmul_add`] of each, for the first rows of
@@ -293,21 +307,6 @@ impl Compute {
         products: &mut [(&Weights, &mut [f32])],
         x: &Acts,
         adds: bool,
-        beside: impl FnOnce(),
-    ) {
-        match adds {
-            true => self.products(products, x, add, beside),
-            false => self.products(products, x, copy, beside),
-        }
-    }
-
-    /// Several products of the first rows of matrices; `store(y, sums)` takes the sums of a
-    /// strip and a token.
-    fn products(
-        &self,
-        products: &mut [(&Weights, &mut [f32])],
-        x: &Acts,
-        store: impl Fn(&mut [f32], &[f32]) + Sync,
         beside: impl FnOnce(),
     ) {
         let _span = self.profile.span(Op::Products);
@@ -331,6 +330,7 @@ impl Compute {
             outputs.push((*w, n, DisjointMut::new(y)));
         }
         let tasks = runs(&items, self.pool.threads());
+        let gather = self.table.float.gather;
         let multiply = |task: usize| {
             let Run { item, first, count } = tasks[task];
             let (w, n, y) = &outputs[item];
@@ -349,11 +349,13 @@ impl Compute {
                     scratch.mul(kernels, part, None, (acts, m), 0);
                     for t in 0..len {
                         let at = (start + t) * n + row;
+                        let later = at + WRITE_AHEAD * n;
+                        y.prefetch(later..later + rows);
                         // SAFETY: strips belong to one task each, so do their columns.
-                        let out = unsafe { y.slice(at..at + rows) };
-                        for (s, out) in out.chunks_mut(ROWS).enumerate() {
-                            let at = (s * len + t) * ROWS;
-                            store(out, &scratch.tile[at..at + out.len()]);
+                        // (And the table's tier was checked.)
+                        unsafe {
+                            let out = y.slice(at..at + rows);
+                            gather(&scratch.tile[t * ROWS..], len * ROWS, out, adds);
                         }
                     }
                 }
@@ -361,14 +363,6 @@ impl Compute {
         };
         self.pool.run_beside(tasks.len(), &multiply, beside);
     }
-}
-
-fn copy(y: &mut [f32], sums: &[f32]) {
-    y.copy_from_slice(sums);
-}
-
-fn add(y: &mut [f32], sums: &[f32]) {
-    y.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
 }
 
 #[cfg(test)]

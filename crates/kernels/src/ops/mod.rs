@@ -20,7 +20,7 @@ use crate::{
 };
 
 pub use attention::Token;
-pub use rope::{RopeParams, RopeStyle, RopeTable, Yarn};
+pub use rope::{Heads, RopeParams, RopeStyle, RopeTable, Yarn};
 
 /// A pool and the kernels that run on it.
 pub struct Compute {

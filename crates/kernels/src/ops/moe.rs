@@ -7,7 +7,7 @@ use super::{
     matmul::{Item, Part, Run, runs, token_blocks, with_scratch},
 };
 use crate::{
-    acts::{Acts, ActsWriter, Forms, GROUP},
+    acts::{Acts, ActsWriter, Forms, GROUP, TILE_GROUP},
     disjoint::DisjointMut,
     profile::Op,
     strip::{ROWS, kernels::MAX_STRIPS},
@@ -266,7 +266,7 @@ impl Compute {
             self.observed(gate, s.expert, &view);
             self.observed(up, s.expert, &view);
         }
-        let kernels = &self.table.matmul;
+        let (kernels, float) = (&self.table.matmul, &self.table.float);
         let item = |s: &Segment| {
             let tiles = kernels.tiles_for(gate, s.len).is_some();
             Item {
@@ -302,30 +302,42 @@ impl Compute {
             with_scratch(|scratch| {
                 for (first, m) in token_blocks(len) {
                     let acts = (view.slice(first, m), len);
-                    let up_at = strips * m * ROWS;
-                    scratch.tile.fit(2 * up_at);
+                    let values = strips * m * ROWS;
+                    scratch.tile.fit(3 * values);
                     scratch.mul(kernels, gate, Some(up), acts, 0);
-                    scratch.mul(kernels, up, None, acts, up_at);
+                    scratch.mul(kernels, up, None, acts, values);
+                    let (gate, rest) = scratch.tile[..3 * values].split_at_mut(values);
+                    let (up, both) = rest.split_at_mut(values);
+                    if let (Forms::TILES, Some(tiles)) = (form, &kernels.tiles) {
+                        // `k` of the tile form is whole pairs of strips, and so are all runs.
+                        for (t, c) in (0..m)
+                            .step_by(TILE_GROUP)
+                            .flat_map(|t| (0..strips).step_by(FF_STRIPS).map(move |c| (t, c)))
+                        {
+                            let col = first_col + c * ROWS;
+                            let (out, tokens) = hidden.tile((start, len), first + t, col);
+                            let at = (c * m + t) * ROWS;
+                            let [gate, up] = [&gate[at..], &up[at..]];
+                            assert!(gate.len() >= (m + tokens) * ROWS);
+                            // SAFETY: the table's tier was checked; two strips are there, and
+                            // tasks write columns or segments of their own.
+                            unsafe {
+                                let [gate, up] = [gate, up].map(<[f32]>::as_ptr);
+                                (tiles.swiglu)(gate, up, m * ROWS, tokens, out);
+                            }
+                        }
+                        continue;
+                    }
+                    // SAFETY: the table's tier was checked.
+                    unsafe { (float.swiglu)(gate, up, both) };
                     for t in 0..m {
                         for c in (0..strips).step_by(FF_STRIPS) {
                             let col = first_col + c * ROWS;
-                            let (mut g, mut u) = ([0f32; FF_UNIT], [0f32; FF_UNIT]);
-                            for s in c..strips.min(c + FF_STRIPS) {
-                                let at = (s * m + t) * ROWS;
-                                let part = (s - c) * ROWS..(s - c + 1) * ROWS;
-                                g[part.clone()].copy_from_slice(&scratch.tile[at..at + ROWS]);
-                                let at = at + up_at;
-                                u[part].copy_from_slice(&scratch.tile[at..at + ROWS]);
-                            }
-                            let mut h = [0f32; FF_UNIT];
-                            let h = &mut h;
-                            // Always the whole unit, so that a value does not depend on how
-                            // many columns stand beside it.
-                            // SAFETY: the table's tier was checked; tasks write columns or
-                            // segments of their own.
+                            let mut unit = [0f32; FF_UNIT];
+                            let h = &mut unit[..FF_UNIT.min(n_ff - col)];
+                            // SAFETY: as above; tasks write columns or segments of their own.
                             unsafe {
-                                (self.table.float.swiglu)(&g, &u, h);
-                                let h = &h[..FF_UNIT.min(n_ff - col)];
+                                (float.gather)(&both[(c * m + t) * ROWS..], m * ROWS, h, false);
                                 hidden.put(kernels, form, (start, len), first + t, col, h);
                             }
                         }

@@ -143,52 +143,81 @@ impl RopeTable {
     }
 }
 
+/// Dimensions of a head that is normalised, at most.
+const MOST_NORMED: usize = 1024;
+
+/// A batch's queries or keys.
+pub struct Heads<'a> {
+    /// `[m][heads][dim]`
+    pub x: &'a mut [f32],
+    pub heads: usize,
+    /// `[dim]`: weights of each head's norm, if there is one.
+    pub norm: Option<&'a [f32]>,
+}
+
 impl Compute {
-    /// Rotates `x`, `[m][heads][dim]`, in place.
+    /// Normalises each head, where there is a norm, and rotates it by its token's position: in
+    /// place, queries and keys in one dispatch.
     ///
     /// # Panics
-    /// When lengths disagree or more dimensions rotate than a head has.
-    pub fn rope(
+    /// When lengths disagree, more dimensions rotate than a head has, or a head that is
+    /// normalised is longer than 1024.
+    pub fn heads(
         &self,
-        x: &mut [f32],
-        heads: usize,
+        mut both: [Heads<'_>; 2],
         dim: usize,
+        eps: f32,
         style: RopeStyle,
         table: &RopeTable,
     ) {
-        let _span = self.profile.span(Op::Rope);
+        let _span = self.profile.span(Op::Heads);
         let pairs = table.pairs;
-        if pairs == 0 {
-            return;
+        let tokens = both[0].x.len() / (both[0].heads * dim).max(1);
+        assert!(table.cos.len() == tokens * pairs && 2 * pairs <= dim);
+        for h in &both {
+            assert_eq!(h.x.len(), tokens * h.heads * dim);
+            assert!(h.norm.is_none_or(|w| w.len() == dim && dim <= MOST_NORMED));
         }
-        let tokens = table.cos.len() / pairs;
-        assert!(x.len() == tokens * heads * dim && 2 * pairs <= dim);
-        let row = heads * dim;
-        let out = DisjointMut::new(x);
-        self.for_each(tokens, row, &|t| {
-            // SAFETY: each task has its own token.
-            let x = unsafe { out.slice(t * row..(t + 1) * row) };
-            let (cos, sin) = (
-                &table.cos[t * pairs..][..pairs],
-                &table.sin[t * pairs..][..pairs],
-            );
-            for head in x.chunks_exact_mut(dim) {
-                match style {
-                    RopeStyle::Neox => {
-                        let (first, second) = head[..2 * pairs].split_at_mut(pairs);
-                        for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                            (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
-                        }
+        let cost = both.iter().map(|h| h.heads * dim).sum();
+        let both = both
+            .each_mut()
+            .map(|h| (DisjointMut::new(&mut *h.x), h.heads * dim, h.norm));
+        self.for_each(tokens, cost, &|t| {
+            let (cos, sin) = (&table.cos[t * pairs..], &table.sin[t * pairs..]);
+            let (cos, sin) = (&cos[..pairs], &sin[..pairs]);
+            let mut copy = [0f32; MOST_NORMED];
+            for (x, row, norm) in &both {
+                // SAFETY: each task has its own token.
+                let x = unsafe { x.slice(t * row..(t + 1) * row) };
+                for head in x.chunks_exact_mut(dim) {
+                    if let Some(w) = norm {
+                        let copy = &mut copy[..dim];
+                        copy.copy_from_slice(head);
+                        // SAFETY: the table's tier was checked.
+                        unsafe { (self.table.float.rms_norm)(copy, w, eps, head) };
                     }
-                    RopeStyle::Normal => {
-                        for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
-                            let (a, b) = (pair[0], pair[1]);
-                            (pair[0], pair[1]) = (a * c - b * s, a * s + b * c);
-                        }
-                    }
+                    rotate(head, style, cos, sin);
                 }
             }
         });
+    }
+}
+
+fn rotate(head: &mut [f32], style: RopeStyle, cos: &[f32], sin: &[f32]) {
+    let pairs = cos.len();
+    match style {
+        RopeStyle::Neox => {
+            let (first, second) = head[..2 * pairs].split_at_mut(pairs);
+            for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
+            }
+        }
+        RopeStyle::Normal => {
+            for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * c - b * s, a * s + b * c);
+            }
+        }
     }
 }
 

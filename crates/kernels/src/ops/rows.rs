@@ -62,29 +62,6 @@ impl Compute {
         });
     }
 
-    /// The same in place, for the heads of `x`, `[m][heads][dim]` with `dim = w.len()`.
-    ///
-    /// # Panics
-    /// When lengths disagree or a head is longer than 1024.
-    pub fn rms_norm_heads(&self, x: &mut [f32], heads: usize, w: &[f32], eps: f32) {
-        let _span = self.profile.span(Op::Norm);
-        let (dim, row) = (w.len(), w.len() * heads);
-        assert!(x.len().is_multiple_of(row) && dim <= 1024);
-        let tokens = x.len() / row;
-        let x = DisjointMut::new(x);
-        self.for_each(tokens, row, &|t| {
-            // SAFETY: each task has its own token.
-            let x = unsafe { x.slice(t * row..(t + 1) * row) };
-            let mut copy = [0f32; 1024];
-            for head in x.chunks_exact_mut(dim) {
-                let copy = &mut copy[..dim];
-                copy.copy_from_slice(head);
-                // SAFETY: the table's tier was checked.
-                unsafe { (self.table.float.rms_norm)(copy, w, eps, head) };
-            }
-        });
-    }
-
     /// `dst += x`.
     ///
     /// # Panics

@@ -1,6 +1,6 @@
 //! The definitions of the float operations.
 
-use crate::float::FloatOps;
+use crate::{float::FloatOps, strip::ROWS};
 
 /// The scalar table.
 pub(crate) const OPS: FloatOps = FloatOps {
@@ -8,6 +8,7 @@ pub(crate) const OPS: FloatOps = FloatOps {
     add_assign,
     swiglu,
     softmax,
+    gather,
 };
 
 /// `dst = x / sqrt(mean(x²) + eps) * w`
@@ -33,6 +34,20 @@ unsafe fn swiglu(gate: &[f32], up: &[f32], dst: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == dst.len());
     for ((dst, g), u) in dst.iter_mut().zip(gate).zip(up) {
         *dst = g / (1.0 + (-g).exp()) * u;
+    }
+}
+
+/// `dst[16 i + j] = sums[i * step + j]`, or added to what is there
+unsafe fn gather(sums: &[f32], step: usize, dst: &mut [f32], adds: bool) {
+    gather_from(0, sums, step, dst, adds);
+}
+
+/// The same from strip `first` on, the last of which may be part of one.
+pub(crate) fn gather_from(first: usize, sums: &[f32], step: usize, dst: &mut [f32], adds: bool) {
+    for (i, dst) in dst.chunks_mut(ROWS).enumerate().skip(first) {
+        for (dst, sum) in dst.iter_mut().zip(&sums[i * step..]) {
+            *dst = if adds { *dst + sum } else { *sum };
+        }
     }
 }
 

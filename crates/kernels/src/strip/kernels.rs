@@ -91,6 +91,13 @@ pub struct Tiles {
     /// # Safety
     /// `out` is valid for that, and the CPU has the tier.
     pub pack: unsafe fn(x: &[f32], out: *mut u16, step: usize),
+    /// `gate * sigmoid(gate) * up` of two strips and up to a tile of tokens, rounded to bf16:
+    /// operands are `[2][tokens][16]`, strips `step` values apart, `out` is `[tokens][32]`.
+    ///
+    /// # Safety
+    /// The pointers are valid for that, and the CPU has the tier.
+    pub swiglu:
+        unsafe fn(gate: *const f32, up: *const f32, step: usize, tokens: usize, out: *mut u16),
     /// Bytes that `mul_strips` wants as panel.
     pub scratch: usize,
     /// From how many tokens on tiles are faster than vectors, or `None` for types that they

@@ -28,6 +28,7 @@ fn per_tier(
 
 pub fn trials(trials: &mut Vec<Trial>) {
     per_tier(trials, "pack", pack);
+    per_tier(trials, "tile_swiglu", swiglu);
     for ty in matrix_types().filter(|&ty| ty != GgmlType::F32) {
         per_tier(trials, &format!("strips::{ty}"), move |tier| {
             strips(ty, tier)
@@ -89,6 +90,37 @@ fn pack(tier: Tier) -> Result<(), Failed> {
                     return Err(format!("{len} values: written between the steps").into());
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// Gates far out on both sides, and nothing written behind the tokens.
+fn swiglu(tier: Tier) -> Result<(), Failed> {
+    let c = with_amx(tier, 1);
+    let mut random = Random::new(52);
+    for tokens in [1, 2, 15, 16] {
+        for step in [16 * tokens, 16 * 37] {
+            let len = step + 16 * tokens;
+            let mut gate: Vec<_> = random.normals(len).iter().map(|x| x * 8.0).collect();
+            for (i, x) in [-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]
+                .iter()
+                .enumerate()
+            {
+                gate[2 * i] = *x;
+            }
+            let (gate, up) = (
+                Guarded::at_end(&gate),
+                Guarded::at_end(&random.normals(len)),
+            );
+            let mut out = Guarded::at_end(&vec![0x7777; tokens * 32]);
+            // SAFETY: two strips of so many tokens; the tier is available, else this trial is
+            // ignored.
+            unsafe {
+                let (gate, up) = (gate.as_ptr(), up.as_ptr());
+                (tiles(&c).swiglu)(gate, up, step, tokens, out.as_mut_ptr());
+            }
+            check::tile_swiglu(&gate, &up, step, tokens, &out)?;
         }
     }
     Ok(())

@@ -14,6 +14,7 @@ pub fn trials(trials: &mut Vec<Trial>) {
     per_tier(trials, "add_assign", add_assign);
     per_tier(trials, "swiglu", swiglu);
     per_tier(trials, "softmax", softmax);
+    per_tier(trials, "gather", gather);
 }
 
 fn each(run: impl Fn(usize, &mut Random) -> Result<(), Failed>) -> Result<(), Failed> {
@@ -80,5 +81,23 @@ fn softmax(tier: Tier) -> Result<(), Failed> {
             return Err(format!("softmax {n} sums to {total}").into());
         }
         Ok(check::softmax(&x, &got)?)
+    })
+}
+
+/// Whole strips and part of one, next to each other and far apart, put and added.
+fn gather(tier: Tier) -> Result<(), Failed> {
+    let float = Kernels::for_tier(tier).float;
+    each(|n, random| {
+        for step in [16, 48] {
+            let sums = random.normals((n.div_ceil(16) - 1) * step + 16);
+            let (sums, y) = (Guarded::at_end(&sums), random.normals(n));
+            for adds in [false, true] {
+                let mut got = Guarded::at_end(&y);
+                // SAFETY: as above.
+                unsafe { (float.gather)(&sums, step, &mut got, adds) };
+                check::gather(&sums, step, adds.then_some(&y[..]), &got)?;
+            }
+        }
+        Ok(())
     })
 }

@@ -1,14 +1,14 @@
-//! Rotary positions against rotation written down directly, in f64.
+//! Norm and rotation of heads against both written down directly, in f64.
 
 use crate::{Random, matmul::compute, per_tier};
 use libtest_mimic::{Failed, Trial};
 use tegula_kernels::{
     Tier, check,
-    ops::{RopeParams, RopeStyle, RopeTable, Yarn},
+    ops::{Heads, RopeParams, RopeStyle, RopeTable, Yarn},
 };
 
 pub fn trials(trials: &mut Vec<Trial>) {
-    per_tier(trials, "rope", rope);
+    per_tier(trials, "heads", heads);
 }
 
 /// Plain and scaled frequencies for `dims` rotating dimensions.
@@ -31,7 +31,7 @@ fn scalings(style: RopeStyle, dims: usize) -> Vec<RopeParams> {
     ]
 }
 
-fn rope(tier: Tier) -> Result<(), Failed> {
+fn heads(tier: Tier) -> Result<(), Failed> {
     let mut random = Random::new(41);
     // The whole head, a part of it, one pair; tokens that share out and that do not.
     for (dim, dims, heads) in [(64, 64, 3), (80, 32, 2), (128, 128, 8), (6, 2, 1)] {
@@ -39,10 +39,30 @@ fn rope(tier: Tier) -> Result<(), Failed> {
             for params in scalings(style, dims) {
                 for positions in [vec![0], vec![7, 3, 3, 40_000], (100..150).collect()] {
                     let x = random.normals(positions.len() * heads * dim);
+                    let keys = random.normals(positions.len() * dim);
+                    let norm = random.normals(dim);
                     let mut table = RopeTable::default();
                     table.fill(&params, positions.iter().copied());
                     let (mut got, mut want) = (x.clone(), x.clone());
-                    compute(tier, 2).rope(&mut got, heads, dim, style, &table);
+                    let (mut got_keys, mut want_keys) = (keys.clone(), keys.clone());
+                    let both = [(&mut got, heads, None), (&mut got_keys, 1, Some(&norm[..]))];
+                    let both = both.map(|(x, heads, norm)| Heads { x, heads, norm });
+                    compute(tier, 2).heads(both, dim, 1e-6, style, &table);
+                    for (key, &position) in want_keys.chunks_exact_mut(dim).zip(&positions) {
+                        let squares: f64 = key.iter().map(|x| f64::from(*x).powi(2)).sum();
+                        let scale = 1.0 / (squares / dim as f64 + 1e-6).sqrt();
+                        for (x, w) in key.iter_mut().zip(&norm) {
+                            *x = (f64::from(*x) * scale * f64::from(*w)) as f32;
+                        }
+                        rotate(key, position, &params);
+                    }
+                    let largest = norm.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    check::equal(
+                        &got_keys,
+                        &want_keys,
+                        |_| 1e-5 * largest,
+                        |i| format!("keys, {style:?} {dims} of {dim}: {i}"),
+                    )?;
                     for (i, head) in want.chunks_exact_mut(dim).enumerate() {
                         rotate(head, positions[i / heads], &params);
                     }

@@ -15,7 +15,7 @@ use crate::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
     kv::{KV_PAGE, KvCache, KvShape, PageTable},
     ops::{
-        RopeTable, Token,
+        self, RopeTable, Token,
         moe::{MoeScratch, RouteOptions, Routing},
     },
 };
@@ -441,15 +441,23 @@ impl Device for SimDevice {
         let len = places.m * places.pairs;
         let (cos, sin) = (self.floats(&places.cos, len), self.floats(&places.sin, len));
         let table = RopeTable::from_rows(cos, sin, places.pairs);
-        for Heads { x, norm, heads } in both {
-            let mut y = self.floats(x, places.m * heads * o.dim);
-            if let Some(norm) = norm {
-                let w = self.floats(norm, o.dim);
-                self.compute.rms_norm_heads(&mut y, heads, &w, o.eps);
-            }
-            self.compute.rope(&mut y, heads, o.dim, o.style, &table);
-            self.put(x, &y);
-        }
+        let mut rows = both
+            .each_ref()
+            .map(|h| self.floats(h.x, places.m * h.heads * o.dim));
+        let norms = both
+            .each_ref()
+            .map(|h| h.norm.map(|w| self.floats(w, o.dim)));
+        let [q, k] = &mut rows;
+        let of = |x, i: usize| ops::Heads {
+            x,
+            heads: both[i].heads,
+            norm: norms[i].as_deref(),
+        };
+        self.compute
+            .heads([of(q, 0), of(k, 1)], o.dim, o.eps, o.style, &table);
+        both.iter()
+            .zip(&rows)
+            .for_each(|(to, rows)| self.put(to.x, rows));
         Ok(())
     }
 
