@@ -14,7 +14,7 @@ use tegula_kernels::{
     kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable},
     lab::{Chunks, Inputs, Matrix, Way, multiply},
     ops::{
-        Token,
+        Attended, Token,
         moe::{MoeScratch, RouteOptions},
     },
 };
@@ -326,7 +326,16 @@ fn attention(plan: &Plan, size: Size) -> Result<Vec<Series>, String> {
         let (mut flash, mut apart) = (vec![0.0; q.len()], vec![0.0; q.len()]);
         let mut with = || {
             let tables = [&table];
-            compute.attention(&cache, 0, &tables, tokens, &q, heads, scale, &mut flash);
+            compute.attention(
+                &cache,
+                0,
+                &tables,
+                tokens,
+                &q,
+                heads,
+                scale,
+                Attended::Rows(&mut flash),
+            );
         };
         let mut acts = Acts::new();
         let rows = m * GROUP;

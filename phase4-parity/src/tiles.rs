@@ -8,7 +8,7 @@ use tegula_kernels::{
     Acts, Amx, Compute, Forms, PoolConfig, Tier, Weights,
     kv::{KvCache, KvShape, KvType, PageTable},
     ops::{
-        Token,
+        Attended, Token,
         moe::{MoeScratch, Routing},
     },
     strip,
@@ -421,7 +421,16 @@ pub fn attention() -> Result<String, String> {
     let q = random.values(tokens.len() * HEADS * DIM);
     let scale = 1.0 / (DIM as f32).sqrt();
     let mut got = vec![f32::NAN; q.len()];
-    c.attention(&cache, 0, &tables, &tokens, &q, HEADS, scale, &mut got);
+    c.attention(
+        &cache,
+        0,
+        &tables,
+        &tokens,
+        &q,
+        HEADS,
+        scale,
+        Attended::Rows(&mut got),
+    );
     let mut want = Vec::new();
     for (t, token) in tokens.iter().enumerate() {
         let (k, v) = &stored[token.sequence];

@@ -72,6 +72,7 @@ __device__ __forceinline__ void put_head(const Kv &c, const Where &w, int head, 
 // Writes k and v, `[m][heads][dim]`: a warp per head of either and token.
 extern "C" __global__ void __launch_bounds__(32)
 kv_store(Kv c, Where w, const float *k, const float *v) {
+    after_previous();
     bool second = blockIdx.x >= (u32)c.heads;
     int head = second ? blockIdx.x - c.heads : blockIdx.x, t = blockIdx.y;
     u64 from = ((u64)t * c.heads + head) * c.dim;
@@ -91,6 +92,7 @@ struct Heads {
 extern "C" __global__ void __launch_bounds__(32)
 heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const float *sin,
       int pairs, Kv c, Where at, const float *v) {
+    after_previous();
     extern __shared__ float row[];
     int t = blockIdx.y, lane = threadIdx.x, head = blockIdx.x;
     if (head >= q.heads + k.heads) {
@@ -154,6 +156,7 @@ __device__ __forceinline__ float half_of(u32 two, int which) {
 extern "C" __global__ void __launch_bounds__(128)
 attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
           float *out, float *sums, float2 *stats) {
+    after_previous();
     extern __shared__ float4 shared[];
     int group = heads / c.heads, parts = (group + HEADS - 1) / HEADS;
     int head = blockIdx.x / parts, first = blockIdx.x % parts * HEADS;
@@ -300,6 +303,7 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
 extern "C" __global__ void __launch_bounds__(128)
 merge(const float *sums, const float2 *stats, int heads, int runs, int dim, float *out, Q8 q8,
       u16 *bf16) {
+    after_previous();
     u64 row = blockIdx.x;
     stats += row * runs;
     sums += row * runs * dim;
@@ -508,6 +512,7 @@ __device__ __forceinline__ void attention_tiles(const Kv &c, const Where &w, con
 #define ATTENTION_TILES(DIM)                                                                     \
     extern "C" __global__ void __launch_bounds__(128) attention_tiles_##DIM(                     \
         Kv c, Where w, const float *q, int heads, float scale, int m, float *out, u32 *bf16) {   \
+        after_previous();                                                                        \
         attention_tiles<DIM>(c, w, q, heads, scale, m, out, bf16);                               \
     }
 

@@ -93,6 +93,19 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A kernel may be started while the one before it still runs. Each begins with this: those behind
+// it may be started, too, and it waits until the one before has ended and all that it wrote can be
+// seen. PTX for older architectures has comments in place of these instructions (`modules.rs`).
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#else
+    asm volatile("// griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("// griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ u16 f32_to_bf16(float f) { return (u16)bf16_pair(f, 0.0f); }
 
 // The sum over a warp, the same in every lane.

@@ -19,6 +19,16 @@ __device__ __forceinline__ int matrix_of(const Products &p, int &unit) {
 
 #if !FLOAT
 
+// Asks for the codes of neighbouring rows, a warp's share: weights do not wait for what came before
+// to end.
+__device__ __forceinline__ void ask_for(const Mat &w, int row, int rows) {
+    u64 bytes = (u64)(w.k / 32) * CODES;
+    const u8 *from = w.p[0] + row * bytes;
+    int end = (int)min(rows * bytes, (u64)8192);
+    for (int i = (threadIdx.x & 31) * 128; i < end; i += 4096)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
+
 // The products of R rows, of matrices with the same k, with M tokens of which `m` exist, the
 // same in all lanes. `at` are the rows' first groups, `first` the first token's row of x.
 template <int M, int R>
@@ -98,11 +108,18 @@ __device__ __forceinline__ void mul_vec(const Products &p, const Q8 &x, int m) {
 
 extern "C" __global__ void __launch_bounds__(128, 5)
 mul_vec_1(Products p, Q8 x, int m) {
+    int row = blockIdx.x * 4 + threadIdx.x / 32;
+    if (row < p.end[2]) {
+        const Mat &w = p.w[matrix_of(p, row)];
+        ask_for(w, 2 * row, min(2, w.n - 2 * row));
+    }
+    after_previous();
     mul_vec<1>(p, x, m);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_vec_8(Products p, Q8 x, int m) {
+    after_previous();
     mul_vec<8>(p, x, m);
 }
 
@@ -151,17 +168,25 @@ __device__ __forceinline__ void gate_up(const Mat &gate, const Mat &up, u64 base
 
 extern "C" __global__ void __launch_bounds__(256, 3)
 gate_up_1(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
+    int row = blockIdx.x * 32 + threadIdx.x / 32 * 4;
+    if (row < gate.n) {
+        ask_for(gate, row, min(4, gate.n - row));
+        ask_for(up, row, min(4, gate.n - row));
+    }
+    after_previous();
     gate_up<1>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 gate_up_8(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
+    after_previous();
     gate_up<8>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
 
 // The same for pairs of a token and an expert, one per blockIdx.y.
 extern "C" __global__ void __launch_bounds__(256, 3)
 experts_gate_up(Mat gate, Mat up, const u32 *ids, int used, Q8 x, float *hidden, Q8 q8) {
+    after_previous();
     int pair = blockIdx.y;
     gate_up<1>(gate, up, (u64)ids[pair] * gate.n, x, pair / used, 1, hidden, q8, pair);
 }
@@ -170,6 +195,7 @@ experts_gate_up(Mat gate, Mat up, const u32 *ids, int used, Q8 x, float *hidden,
 // order. A warp per expert of the token, four rows per block.
 extern "C" __global__ void __launch_bounds__(512)
 experts_down(Mat w, const u32 *ids, const float *weights, Q8 x, float *out) {
+    after_previous();
     __shared__ float y[16][4];
     int used = blockDim.x / 32, e = threadIdx.x / 32, t = blockIdx.y;
     int row0 = blockIdx.x * 4, n = w.n;
@@ -195,6 +221,7 @@ experts_down(Mat w, const u32 *ids, const float *weights, Q8 x, float *out) {
 // out[pair] = w of the pair's expert * x[pair / share]
 extern "C" __global__ void __launch_bounds__(128)
 experts_mul(Mat w, const u32 *ids, int share, Q8 x, float *out) {
+    after_previous();
     int row = blockIdx.x * 4 + threadIdx.x / 32, pair = blockIdx.y;
     if (row >= w.n) return;
     const Mat *const one[1] = {&w};
@@ -262,17 +289,20 @@ __device__ __forceinline__ void mul_float(const Products &p, const float *x, int
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_float_1(Products p, const float *x, int m) {
+    after_previous();
     mul_float<1>(p, x, m);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_float_8(Products p, const float *x, int m) {
+    after_previous();
     mul_float<8>(p, x, m);
 }
 
 // out[pair] = w of the pair's expert * x[pair / share]
 extern "C" __global__ void __launch_bounds__(128)
 experts_float(Mat w, const u32 *ids, int share, const float *x, float *out) {
+    after_previous();
     int row = blockIdx.x * 4 + threadIdx.x / 32, pair = blockIdx.y;
     if (row >= w.n) return;
     float acc[1];
@@ -286,6 +316,7 @@ experts_float(Mat w, const u32 *ids, int share, const float *x, float *out) {
 // takes. Stores go through shared memory, so that a warp's are whole lines.
 extern "C" __global__ void __launch_bounds__(256)
 to_bf16(Mat w, u64 first, u64 groups, uint4 *out) {
+    after_previous();
     __shared__ uint4 part[256 * 4];
     int tid = threadIdx.x;
     u64 start = (u64)blockIdx.x * 256;
@@ -436,17 +467,20 @@ __device__ __forceinline__ void mul_mat(const Mat &w, const u32 *x, int m, float
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_32(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
            const int *order, int share) {
+    after_previous();
     mul_mat<32>(w, x, m, out, bias, add, tiles, order, share);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_64(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
            const int *order, int share) {
+    after_previous();
     mul_mat<64>(w, x, m, out, bias, add, tiles, order, share);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_128(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
             const int *order, int share) {
+    after_previous();
     mul_mat<128>(w, x, m, out, bias, add, tiles, order, share);
 }

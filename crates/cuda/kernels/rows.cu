@@ -4,6 +4,7 @@
 // takes: q8 and pairs of bf16, where there is a place for them; then k is whole groups.
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u16 *bf16) {
+    after_previous();
     __shared__ float part[32];
     u64 row = blockIdx.x;
     x += row * k;
@@ -43,6 +44,7 @@ rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u1
 // Rows of k values in the q8 form, a warp per group.
 extern "C" __global__ void __launch_bounds__(256)
 quantize(const float *x, u64 groups, int k, Q8 q8) {
+    after_previous();
     u64 g = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (g >= groups) return;
     u64 row = g / (k / 32);
@@ -52,12 +54,14 @@ quantize(const float *x, u64 groups, int k, Q8 q8) {
 // Pairs of bf16.
 extern "C" __global__ void __launch_bounds__(256)
 round_bf16(const float2 *x, u64 pairs, u32 *out) {
+    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < pairs) out[i] = bf16_pair(x[i].x, x[i].y);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 add(float *dst, const float *x, u64 len) {
+    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) dst[i] += x[i];
 }
@@ -71,6 +75,7 @@ struct Parts {
 };
 
 extern "C" __global__ void __launch_bounds__(256) copy_parts(Parts p) {
+    after_previous();
     int part = blockIdx.y;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < p.words[part]; i += gridDim.x * 256)
         p.to[part][i] = p.from[part][i];
@@ -79,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(256) copy_parts(Parts p) {
 // gate = silu(gate) * up
 extern "C" __global__ void __launch_bounds__(256)
 swiglu(float *gate, const float *up, u64 len) {
+    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) gate[i] = silu(gate[i]) * up[i];
 }
@@ -86,6 +92,7 @@ swiglu(float *gate, const float *up, u64 len) {
 // The same as pairs of bf16.
 extern "C" __global__ void __launch_bounds__(256)
 swiglu_bf16(const float2 *gate, const float2 *up, u64 pairs, u32 *out) {
+    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= pairs) return;
     float2 g = gate[i], u = up[i];
@@ -94,6 +101,7 @@ swiglu_bf16(const float2 *gate, const float2 *up, u64 pairs, u32 *out) {
 
 extern "C" __global__ void __launch_bounds__(256)
 gather(const float *x, const u32 *rows, int k, float *out) {
+    after_previous();
     x += (u64)rows[blockIdx.x] * k;
     out += (u64)blockIdx.x * k;
     for (int i = threadIdx.x; i < k; i += 256) out[i] = x[i];
@@ -110,6 +118,7 @@ struct Planes {
 
 extern "C" __global__ void __launch_bounds__(256)
 to_planes(const u8 *raw, u64 first, u64 bytes, Planes p) {
+    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= bytes) return;
     u64 block = i / p.block;
@@ -125,6 +134,7 @@ to_planes(const u8 *raw, u64 first, u64 bytes, Planes p) {
 extern "C" __global__ void __launch_bounds__(32)
 route(const float *logits, int experts, int used, int normalize, float scale, u32 *ids,
       float *weights) {
+    after_previous();
     extern __shared__ float left[];
     int lane = threadIdx.x, t = blockIdx.x;
     logits += (u64)t * experts;
@@ -175,6 +185,7 @@ route(const float *logits, int experts, int used, int normalize, float scale, u3
 extern "C" __global__ void __launch_bounds__(1024)
 group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *order,
               int *tiles) {
+    after_previous();
     extern __shared__ int counts[];  // [warps][experts], then three per expert
     int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32;
     int lane = threadIdx.x & 31;
@@ -241,6 +252,7 @@ group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *o
 // x[t] += the sum over t's experts of weight * y[pair], in the routing's order.
 extern "C" __global__ void __launch_bounds__(256)
 combine(float *x, const float *y, const float *weights, int used, int n) {
+    after_previous();
     int c = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
     if (c >= n) return;
     float sum = 0.0f;
@@ -253,6 +265,7 @@ combine(float *x, const float *y, const float *weights, int used, int n) {
 // per row.
 extern "C" __global__ void __launch_bounds__(1024)
 argmax(const float *x, int n, u32 *out) {
+    after_previous();
     __shared__ float values[32];
     __shared__ int places[32];
     x += (u64)blockIdx.x * n;
@@ -317,6 +330,7 @@ __device__ inline int digit_of(const int *counts, int digits, int *need, int *fo
 // digit of its order, then by its index, so no two runs differ.
 extern "C" __global__ void __launch_bounds__(1024)
 top_k(const float *x, int n, int k, u32 *ids, float *values) {
+    after_previous();
     constexpr int DIGITS = 2048, MOST = 512;
     __shared__ int counts[DIGITS];
     __shared__ unsigned long long best[MOST];
@@ -400,6 +414,7 @@ top_k(const float *x, int n, int k, u32 *ids, float *values) {
 // The values of each of so many rows of n at the same `count` indices.
 extern "C" __global__ void __launch_bounds__(256)
 pick(const float *x, int n, const u32 *ids, int count, float *out) {
+    after_previous();
     for (int i = threadIdx.x; i < count; i += 256)
         out[(u64)blockIdx.x * count + i] = x[(u64)blockIdx.x * n + ids[i]];
 }

@@ -1,5 +1,6 @@
 //! The driver's interface: errors, contexts, streams, memory, launches.
 
+use crate::modules::OVERLAPS_FROM;
 use cudarc::driver::sys::{self, CUresult};
 use std::{
     ffi::{CStr, c_void},
@@ -65,6 +66,9 @@ pub(crate) fn count() -> Result<usize> {
     Ok(count.max(0) as usize)
 }
 
+/// The first driver that records kernels which overlap.
+const RECORDS_OVERLAP: i32 = 12_030;
+
 /// Refuses drivers that don't know CUDA 12, by the version that they state.
 fn new_enough(version: i32) -> Result<()> {
     if version >= 12_000 {
@@ -103,6 +107,8 @@ pub(crate) struct Gpu {
     pub arch: (i32, i32),
     /// Bytes of shared memory that a block may ask for.
     pub shared: usize,
+    /// Kernels may begin while those before them end.
+    overlaps: bool,
     capture: Mutex<Capture>,
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -123,7 +129,7 @@ impl Gpu {
         let mut text = [0 as std::ffi::c_char; 256];
         let mut context = ptr::null_mut();
         let (mut stream, mut copies) = (ptr::null_mut(), ptr::null_mut());
-        let (mut major, mut minor, mut shared) = (0, 0, 0);
+        let (mut major, mut minor, mut shared, mut version) = (0, 0, 0, 0);
         use sys::CUdevice_attribute_enum as A;
         // SAFETY: every call writes to a place of its own of the right size; the name is
         // terminated by the driver.
@@ -156,6 +162,10 @@ impl Gpu {
                 )?;
             }
             ck(
+                "asking the driver's version",
+                sys::cuDriverGetVersion(&raw mut version),
+            )?;
+            ck(
                 "opening it",
                 sys::cuDevicePrimaryCtxRetain(&raw mut context, device),
             )?;
@@ -172,6 +182,9 @@ impl Gpu {
             description: description.to_string_lossy().into_owned(),
             arch: (major, minor),
             shared: usize::try_from(shared).unwrap_or(0),
+            overlaps: (major, minor) >= OVERLAPS_FROM
+                && version >= RECORDS_OVERLAP
+                && std::env::var_os("TEGULA_CUDA_OVERLAP").is_none_or(|v| v != "0"),
             capture: Mutex::new(Capture::No),
             ordinal: device,
             context,
@@ -479,18 +492,29 @@ impl Gpu {
         self.current()?;
         self.recordable();
         let [x, y, z] = grid.map(|n| n as u32);
-        // SAFETY: the caller's promise.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            // SAFETY: plain numbers and addresses.
+            ..unsafe { std::mem::zeroed() }
+        };
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
+        };
+        // SAFETY: the caller's promise; kernels that overlap begin by waiting (`modules.rs`).
         let result = unsafe {
-            sys::cuLaunchKernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 function,
-                x,
-                y,
-                z,
-                block as u32,
-                1,
-                1,
-                shared as u32,
-                self.stream,
                 arguments.as_mut_ptr(),
                 ptr::null_mut(),
             )

@@ -14,7 +14,7 @@ use tegula_gguf::GgmlType;
 use tegula_kernels::{
     Acts, Amx, Compute, Pool, PoolConfig, Tier, Weights,
     kv::{KvCache, KvShape, KvType, PageTable},
-    ops::Token,
+    ops::{Attended, Token},
     pool::allowed_cpus,
 };
 
@@ -133,7 +133,16 @@ fn attention(c: &mut Criterion) {
                 group.bench_function(BenchmarkId::new(format!("{ty:?}x{queries}"), &name), |b| {
                     b.iter(|| {
                         let out = black_box(&mut out);
-                        compute.attention(&cache, 0, &[&table], tokens, q, HEADS, 0.1, out);
+                        compute.attention(
+                            &cache,
+                            0,
+                            &[&table],
+                            tokens,
+                            q,
+                            HEADS,
+                            0.1,
+                            Attended::Rows(out),
+                        );
                     });
                 });
             }

@@ -6,7 +6,7 @@ use tegula_kernels::{
         KV_PAGE, KvCache, KvError, KvShape, KvType, PageTable,
         pruned::{Halves, KvSparsity},
     },
-    ops::Token,
+    ops::{Attended, Token},
 };
 
 fn cache(pages: usize) -> KvCache {
@@ -45,7 +45,16 @@ fn mean(compute: &Compute, cache: &KvCache, table: &PageTable) -> f32 {
         sequence: 0,
         position: table.len() - 1,
     };
-    compute.attention(cache, 1, &[table], &[token], &[0.0; 32], 1, 1.0, &mut out);
+    compute.attention(
+        cache,
+        1,
+        &[table],
+        &[token],
+        &[0.0; 32],
+        1,
+        1.0,
+        Attended::Rows(&mut out),
+    );
     out[0]
 }
 
@@ -184,7 +193,16 @@ fn store(
 fn attend(compute: &Compute, cache: &KvCache, table: &PageTable, tokens: &[Token]) -> Vec<f32> {
     let q = rows(tokens.len() * 4 * PRUNED.dim, 9);
     let mut out = vec![f32::NAN; q.len()];
-    compute.attention(cache, 0, &[table], tokens, &q, 4, 0.125, &mut out);
+    compute.attention(
+        cache,
+        0,
+        &[table],
+        tokens,
+        &q,
+        4,
+        0.125,
+        Attended::Rows(&mut out),
+    );
     out
 }
 

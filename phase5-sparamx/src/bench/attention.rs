@@ -6,7 +6,7 @@ use tegula_gguf::{GgmlType, fuzz::driver::Random};
 use tegula_kernels::{
     Compute, PoolConfig, Tier,
     kv::{KV_PAGE, KvCache, KvShape, KvType, PageTable, pruned::KvSparsity},
-    ops::Token,
+    ops::{Attended, Token},
 };
 use tegula_lab::{Env, Series};
 
@@ -72,7 +72,16 @@ pub fn measure(plan: &Plan, heads: usize, positions: usize) -> Result<Vec<Series
             for layer in 0..shape.layers {
                 let (heads, scale) = (heads * GROUP, 1.0 / (shape.dim as f32).sqrt());
                 let out = black_box(&mut out);
-                compute.attention(cache, layer, &[table], &[token], &q, heads, scale, out);
+                compute.attention(
+                    cache,
+                    layer,
+                    &[table],
+                    &[token],
+                    &q,
+                    heads,
+                    scale,
+                    Attended::Rows(out),
+                );
             }
             shape.layers
         });

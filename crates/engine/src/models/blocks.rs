@@ -9,7 +9,7 @@ use tegula_kernels::{
     kv::{KvCache, PageTable},
     mem,
     ops::{
-        Heads, RopeTable, Token,
+        Attended, Heads, RopeTable, Token,
         moe::{MoeScratch, Routing},
     },
 };
@@ -30,6 +30,8 @@ pub(crate) struct Buffers {
     pub v: Vec<f32>,
     /// `[m][heads][dim]`
     pub attention: Vec<f32>,
+    /// Attention is in `acts` instead.
+    attended: bool,
     /// `[m][ff]`, in the form that `down` takes.
     hidden: Acts,
     /// `[ff]` of one token whose products are shared: of gate, of up, and what goes to down.
@@ -148,14 +150,21 @@ impl Step<'_> {
         self.compute.heads(both, c.head_dim, eps, style, &b.rope);
     }
 
-    /// Writes k and v to the cache and attends.
-    pub fn attend(&mut self, layer: usize) {
+    /// Writes k and v to the cache and attends: to rows, or to what the next product takes, in
+    /// these forms.
+    pub fn attend(&mut self, layer: usize, forms: Option<Forms>) {
         let (b, c) = (&mut *self.buffers, self.config);
         self.compute
             .kv_store(self.cache, layer, self.tables, self.tokens, &b.k, &b.v);
-        mem::resize(&mut b.attention, b.q.len());
         let scale = 1.0 / (c.head_dim as f32).sqrt();
-        let out = &mut b.attention;
+        let out = match forms {
+            Some(forms) => Attended::Acts(&mut b.acts, forms),
+            None => {
+                mem::resize(&mut b.attention, b.q.len());
+                Attended::Rows(&mut b.attention)
+            }
+        };
+        b.attended = forms.is_some();
         self.compute.attention(
             self.cache,
             layer,
@@ -166,6 +175,15 @@ impl Step<'_> {
             scale,
             out,
         );
+    }
+
+    /// The forms that attention can go to right away: those that its product takes here, if
+    /// every token's is wanted as it is.
+    pub fn attends_to(&self, layer: usize, a: &HostAttention) -> Option<Forms> {
+        let c = self.config;
+        let all = layer + 1 != c.layers || self.outputs.len() == self.m;
+        let direct = all && c.head_dim.is_multiple_of(32);
+        direct.then(|| self.compute.forms(self.m, [&a.out]))
     }
 
     /// Behind the last attention only tokens that want logits matter: the others' rows are
@@ -187,14 +205,11 @@ impl Step<'_> {
         sharing: Option<Sharing<'_>>,
     ) -> Result<()> {
         let b = &mut *self.buffers;
-        let k = layer.out.k();
-        self.compute.prepare(
-            &mut b.acts,
-            &b.attention,
-            self.m,
-            k,
-            self.compute.forms(self.m, [&layer.out]),
-        );
+        if !b.attended {
+            let (k, forms) = (layer.out.k(), self.compute.forms(self.m, [&layer.out]));
+            self.compute
+                .prepare(&mut b.acts, &b.attention, self.m, k, forms);
+        }
         let product = |y: &mut [f32], adds| {
             let mut products = [(&layer.out, y)];
             let (compute, x) = (self.compute, &b.attention);

@@ -212,11 +212,22 @@ impl<'a> Graph<'a> {
 
     /// Writes k and v to the cache and attends, where the cache is.
     pub fn attend(&mut self, layer: usize) {
-        let attention = &self.layer(layer).attention;
+        let Layer {
+            attention,
+            streamed,
+            shares,
+            ..
+        } = self.layer(layer);
         self.run(|g| {
             let d = match attention {
-                Placed::Host(_) => {
-                    g.step.attend(layer);
+                Placed::Host(a) => {
+                    let elsewhere = g.streams(&streamed.attention).is_some()
+                        || sharing(g.lanes, &g.step, &shares.out).is_some();
+                    let forms = match elsewhere {
+                        true => None,
+                        false => g.step.attends_to(layer, a),
+                    };
+                    g.step.attend(layer, forms);
                     return Ok(());
                 }
                 Placed::Split(parts) => {
@@ -232,7 +243,7 @@ impl<'a> Graph<'a> {
             }
             let (feeder, b) = (&mut OnPool(g.step.compute), &mut *g.step.buffers);
             lane.read_qkv(g.step.m, [&mut b.q, &mut b.k, &mut b.v], feeder)?;
-            g.step.attend(layer);
+            g.step.attend(layer, None);
             lane.write_attention(&g.step.buffers.attention, feeder)
         });
     }

@@ -125,37 +125,49 @@ pub(super) fn choose(tier: Tier) -> Option<Choice> {
 }
 
 /// Four inputs of 16 rows, from a dword of codes each: `(code - zero point) * scale`, or
-/// `code * scale + min`, with one rounding to f32 and one to bf16.
+/// `code * scale + min`, with one rounding to f32 and one to bf16; `line` is [`line`]'s.
+///
+/// Without a minimum a code is not converted but put into the mantissa of 1, which makes it
+/// `1 + code / 256`.
 #[inline(always)]
-pub(crate) unsafe fn four<L: Lanes>(codes: L, scale: L::Floats, bias: L::Floats, out: *mut u8) {
+unsafe fn four<L: Lanes, S: Shape>(codes: L, line: (L::Floats, L::Floats), out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
-        let byte = L::splat(0xff);
-        let value = [
-            L::fma(codes.and(byte).to_floats(), scale, bias),
-            L::fma(codes.shr(8).and(byte).to_floats(), scale, bias),
-            L::fma(codes.shr(16).and(byte).to_floats(), scale, bias),
-            L::fma(codes.shr(24).to_floats(), scale, bias),
-        ];
+        let mut value = [line.1; 4];
+        if S::MIN {
+            let byte = L::splat(0xff);
+            let bytes = [codes, codes.shr(8), codes.shr(16), codes.shr(24)];
+            for (value, code) in value.iter_mut().zip(bytes) {
+                *value = L::fma(code.and(byte).to_floats(), line.0, line.1);
+            }
+        } else {
+            let (mantissa, one) = (L::splat(0xff << 15), L::splat(0x3f80_0000));
+            let placed = [codes.shl(15), codes.shl(7), codes.shr(1), codes.shr(9)];
+            for (value, code) in value.iter_mut().zip(placed) {
+                *value = L::fma(code.and(mantissa).or(one).as_floats(), line.0, line.1);
+            }
+        }
         L::bf16_pair(value[0], value[1]).store(out);
         L::bf16_pair(value[2], value[3]).store(out.add(64));
     }
 }
 
-/// What is added to `code * scale`.
+/// Factor and summand that make a code, as [`four`] takes it, the weight. Both are exact: scales
+/// have 17 bits at most, so that they leave room for a zero point. A minimum does not.
 #[inline(always)]
-pub(crate) unsafe fn bias<L: Lanes, S: Shape>(
+unsafe fn line<L: Lanes, S: Shape>(
     scale: L::Floats,
     min: L::Floats,
     zero: u32,
-) -> L::Floats {
+) -> (L::Floats, L::Floats) {
     // SAFETY: the caller's.
     unsafe {
         if S::MIN {
-            min
-        } else {
-            L::fmul(scale, L::fsplat(-((1u32 << zero) as f32)))
+            return (scale, min);
         }
+        let below = -((256 + (1u32 << zero)) as f32);
+        let factor = L::fmul(scale, L::fsplat(256.0));
+        (factor, L::fmul(scale, L::fsplat(below)))
     }
 }
 
@@ -182,9 +194,9 @@ unsafe fn quantized<L: Lanes, F: Format>(
                 let codes = F::codes::<L>(block, g);
                 for h in 0..parts {
                     let (scale, min) = F::scale::<L>(block, g * parts + h);
-                    let bias = bias::<L, F::Shape>(scale, min, F::ZERO);
+                    let line = line::<L, F::Shape>(scale, min, F::ZERO);
                     for (e, &codes) in codes.iter().enumerate().skip(h * dwords).take(dwords) {
-                        four::<L>(codes, scale, bias, out.add(128 * e));
+                        four::<L, F::Shape>(codes, line, out.add(128 * e));
                     }
                 }
             }
@@ -200,14 +212,9 @@ unsafe fn codes<L: Lanes, S: Shape>(panel: &Panel, out: *mut u8) {
     unsafe {
         for g in 0..panel.groups * parts {
             let scale = L::fload(panel.scales.add(g * ROWS));
-            let bias = bias::<L, S>(scale, scale, panel.zero);
+            let line = line::<L, S>(scale, scale, panel.zero);
             for e in g * dwords..(g + 1) * dwords {
-                four::<L>(
-                    L::load(panel.codes.add(64 * e)),
-                    scale,
-                    bias,
-                    out.add(128 * e),
-                );
+                four::<L, S>(L::load(panel.codes.add(64 * e)), line, out.add(128 * e));
             }
         }
     }

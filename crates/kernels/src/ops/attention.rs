@@ -2,7 +2,7 @@
 
 use super::{Compute, matmul::WRITE_AHEAD};
 use crate::{
-    acts::TILE_GROUP,
+    acts::{Acts, ActsWriter, Forms, TILE_GROUP},
     attn::{CHUNK, ChunkArgs, TILE_CHUNK, TileAttention, TileChunk, TileScratch},
     disjoint::DisjointMut,
     kv::{
@@ -104,6 +104,20 @@ impl Block {
     }
 }
 
+/// Where attention goes.
+pub enum Attended<'a> {
+    /// `[m][heads][dim]`
+    Rows(&'a mut [f32]),
+    /// In the forms that the next product takes; heads are whole groups of 32.
+    Acts(&'a mut Acts, Forms),
+}
+
+/// The same, open for all tasks.
+enum Out<'a> {
+    Rows(DisjointMut<'a, f32>),
+    Acts(ActsWriter<'a>, Forms),
+}
+
 /// What is common to all tasks of one call.
 struct Call<'a> {
     compute: &'a Compute,
@@ -151,6 +165,10 @@ impl Compute {
                 let together = slot + TOGETHER <= KV_PAGE
                     && t + TOGETHER <= range.end
                     && tokens[t..t + TOGETHER].iter().enumerate().all(follows);
+                for t in (t..range.end).skip(TOGETHER).take(TOGETHER) {
+                    mem::prefetch(row(k, t, head));
+                    mem::prefetch(row(v, t, head));
+                }
                 // SAFETY: tasks have a head of their own, or pages of their own.
                 unsafe {
                     if together {
@@ -201,13 +219,13 @@ impl Compute {
 
     /// Causal attention of each token to the positions of its sequence up to its own.
     ///
-    /// `q` and `out` are `[m][heads][dim]`; query heads share KV heads in runs of
+    /// `q` and what comes out are `[m][heads][dim]`; query heads share KV heads in runs of
     /// `heads / kv_heads`. The result for a token depends on nothing but its query and its
     /// sequence.
     ///
     /// # Panics
-    /// When lengths disagree, `heads` is no multiple of the KV heads, or a position is
-    /// beyond its table.
+    /// When lengths disagree, `heads` is no multiple of the KV heads, a position is beyond its
+    /// table, or heads that are no whole groups go to [`Attended::Acts`].
     #[allow(clippy::too_many_arguments)]
     pub fn attention(
         &self,
@@ -218,12 +236,22 @@ impl Compute {
         q: &[f32],
         heads: usize,
         scale: f32,
-        out: &mut [f32],
+        out: Attended<'_>,
     ) {
         let _span = self.profile.span(Op::Attention);
         let shape = cache.shape();
         let (dim, kv_heads) = (shape.dim, shape.heads);
-        assert!(q.len() == tokens.len() * heads * dim && out.len() == q.len());
+        assert_eq!(q.len(), tokens.len() * heads * dim);
+        let out = match out {
+            Attended::Rows(rows) => {
+                assert_eq!(rows.len(), q.len());
+                Out::Rows(DisjointMut::new(rows))
+            }
+            Attended::Acts(acts, forms) => {
+                assert!(dim.is_multiple_of(32));
+                Out::Acts(acts.begin(tokens.len(), heads * dim, forms), forms)
+            }
+        };
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads));
         assert!(tokens.iter().all(|t| t.position < tables[t.sequence].len()));
         if tokens.is_empty() {
@@ -240,7 +268,6 @@ impl Compute {
             scale,
         };
         let group = heads / kv_heads;
-        let out = DisjointMut::new(out);
         if let Some(tiles) = self.table.attn.tiles_for(dim, tokens.len()) {
             return self.on_tiles(&call, tiles, &out);
         }
@@ -266,7 +293,7 @@ impl Compute {
     }
 
     /// Many queries: all chunks of a block and head in one task, on tiles.
-    fn on_tiles(&self, call: &Call<'_>, tiles: &TileAttention, out: &DisjointMut<'_, f32>) {
+    fn on_tiles(&self, call: &Call<'_>, tiles: &TileAttention, out: &Out<'_>) {
         let kv_heads = call.cache.shape().heads;
         // Reading and converting the cache is shared by a task's rows; but every thread
         // should find several tasks.
@@ -294,13 +321,7 @@ impl Compute {
 
     /// Few queries, long context: chunks are spread over the threads, and what they leave is
     /// merged afterwards in the same order and with the same arithmetic as above.
-    fn split_chunks(
-        &self,
-        call: &Call<'_>,
-        blocks: &[Block],
-        longest: usize,
-        out: &DisjointMut<'_, f32>,
-    ) {
+    fn split_chunks(&self, call: &Call<'_>, blocks: &[Block], longest: usize, out: &Out<'_>) {
         let (dim, kv_heads) = (call.cache.shape().dim, call.cache.shape().heads);
         let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * (call.heads / kv_heads);
         let part = rows * (dim + 2);
@@ -591,24 +612,42 @@ impl Call<'_> {
         stats: &[f32],
         block: Block,
         head: usize,
-        out: &DisjointMut<'_, f32>,
+        out: &Out<'_>,
     ) {
         let (dim, group) = (self.cache.shape().dim, self.group());
-        let sums = &stats[block.count * group..];
-        let token = |i: usize| ((block.first + i) * self.heads + head * group) * dim;
-        for i in 0..block.count {
-            let (at, later) = (token(i), token(i + WRITE_AHEAD));
-            if i + WRITE_AHEAD < block.count {
-                out.prefetch(later..later + group * dim);
+        let (sums, width) = (&stats[block.count * group..], group * dim);
+        let divide = |i: usize, to: &mut [f32]| {
+            let rows = total[i * width..(i + 1) * width].chunks_exact(dim);
+            let rows = rows.zip(&sums[i * group..]);
+            for (to, (row, sum)) in to.chunks_exact_mut(dim).zip(rows) {
+                let inverse = 1.0 / sum;
+                to.iter_mut().zip(row).for_each(|(to, x)| *to = x * inverse);
             }
-            // SAFETY: as the caller promises; rows of different blocks and heads are apart.
-            let to = unsafe { out.slice(at..at + group * dim) };
-            for g in 0..group {
-                let row = i * group + g;
-                let inverse = 1.0 / sums[row];
-                let from = &total[row * dim..(row + 1) * dim];
-                for (to, from) in to[g * dim..(g + 1) * dim].iter_mut().zip(from) {
-                    *to = from * inverse;
+        };
+        let (m, column) = (self.tokens.len(), head * width);
+        let mut row = Vec::new();
+        for i in 0..block.count {
+            let (t, later) = (block.first + i, block.first + i + WRITE_AHEAD);
+            let ahead = i + WRITE_AHEAD < block.count;
+            match out {
+                Out::Rows(rows) => {
+                    let at = |t| t * self.heads * dim + column;
+                    if ahead {
+                        rows.prefetch(at(later)..at(later) + width);
+                    }
+                    // SAFETY: as the caller promises; rows of different blocks and heads are
+                    // apart.
+                    divide(i, unsafe { rows.slice(at(t)..at(t) + width) });
+                }
+                Out::Acts(writer, forms) => {
+                    if ahead {
+                        writer.prefetch((0, m), later, column..column + width);
+                    }
+                    row.resize(width, 0.0);
+                    divide(i, &mut row);
+                    let kernels = &self.compute.table.matmul;
+                    // SAFETY: as above; the table's tier was checked.
+                    unsafe { writer.put(kernels, *forms, (0, m), t, column, &row) };
                 }
             }
         }

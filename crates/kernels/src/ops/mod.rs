@@ -19,7 +19,7 @@ use crate::{
     weights::Weights,
 };
 
-pub use attention::Token;
+pub use attention::{Attended, Token};
 pub use rope::{Heads, RopeParams, RopeStyle, RopeTable, Yarn};
 
 /// A pool and the kernels that run on it.

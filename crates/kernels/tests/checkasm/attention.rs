@@ -1,16 +1,23 @@
 //! The chunk kernel, and the whole operation over pages, batches and threads.
 
-use crate::{Random, guard::Guarded, per_tier};
+use crate::{
+    Random,
+    data::{Codes, raw, weight_bytes},
+    guard::Guarded,
+    matmul::product,
+    per_tier,
+};
 use libtest_mimic::{Failed, Trial};
+use tegula_gguf::GgmlType;
 use tegula_kernels::{
-    Compute, Kernels, PoolConfig, Tier,
+    Acts, Compute, Kernels, PoolConfig, Tier,
     attn::{CHUNK, ChunkArgs},
     check,
     kv::{
         KV_PAGE, KvCache, KvShape, KvType, PageTable,
         pruned::{Halves, KvSparsity, PackScratch},
     },
-    ops::Token,
+    ops::{Attended, Token},
 };
 
 const TYPES: [KvType; 3] = [KvType::F16, KvType::BF16, KvType::Q8_0];
@@ -253,10 +260,31 @@ fn case(compute: &Compute, (k, v): (KvType, KvType), lengths: &[usize], queries:
     }
 }
 
+/// Attention as rows, and the same products from what went to activations right away.
 fn attend(compute: &Compute, case: &Case, tokens: &[Token], q: &[f32]) -> Vec<f32> {
     let mut out = vec![f32::NAN; q.len()];
     let tables: Vec<_> = case.tables.iter().collect();
-    compute.attention(&case.cache, 1, &tables, tokens, q, HEADS, 0.125, &mut out);
+    compute.attention(
+        &case.cache,
+        1,
+        &tables,
+        tokens,
+        q,
+        HEADS,
+        0.125,
+        Attended::Rows(&mut out),
+    );
+    let m = tokens.len();
+    for ty in [GgmlType::F32, GgmlType::BF16, GgmlType::Q8_0] {
+        let (n, k) = (8, HEADS * DIM);
+        let bytes = weight_bytes(ty, n, k, Codes::Usual, &mut Random::new(12));
+        let w = raw(ty, n, k, 1, &bytes);
+        let (mut acts, mut y) = (Acts::new(), vec![f32::NAN; m * n]);
+        let to = Attended::Acts(&mut acts, compute.forms(m, [&w]));
+        compute.attention(&case.cache, 1, &tables, tokens, q, HEADS, 0.125, to);
+        compute.matmul(&w, &acts, &mut y);
+        assert_eq!(y, product(compute, &w, &out, m), "{ty}, {m} tokens");
+    }
     out
 }
 

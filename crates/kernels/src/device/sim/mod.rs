@@ -15,7 +15,7 @@ use crate::{
     Acts, Amx, Compute, PoolConfig, Tier, Weights,
     kv::{KV_PAGE, KvCache, KvShape, PageTable},
     ops::{
-        self, RopeTable, Token,
+        self, Attended, RopeTable, Token,
         moe::{MoeScratch, RouteOptions, Routing},
     },
 };
@@ -517,8 +517,16 @@ impl Device for SimDevice {
         let tables: Vec<_> = tables.iter().collect();
         let scale = 1.0 / (shape.dim as f32).sqrt();
         let mut y = vec![0.0; q.len()];
-        self.compute
-            .attention(&kv, 0, &tables, &tokens, &q, heads, scale, &mut y);
+        self.compute.attention(
+            &kv,
+            0,
+            &tables,
+            &tokens,
+            &q,
+            heads,
+            scale,
+            Attended::Rows(&mut y),
+        );
         self.put(out, &y);
         Ok(())
     }
