@@ -55,9 +55,6 @@ struct Group {
 #define SUPER (TYPE == Q2_K || TYPE == Q3_K || TYPE == Q4_K || TYPE == Q5_K || TYPE == Q6_K || \
     TYPE == IQ2_XXS || TYPE == IQ2_XS || TYPE == IQ2_S || TYPE == IQ3_XXS || TYPE == IQ3_S || \
     TYPE == IQ1_S || TYPE == IQ1_M || TYPE == IQ4_XS)
-// Bytes of the first plane that a group has: most of its codes.
-#define CODES (TYPE == Q8_0 ? 32 : TYPE == IQ2_S || TYPE == IQ1_S || TYPE == IQ1_M ? 4 : \
-    SUPER && TYPE != Q4_K && TYPE != Q5_K && TYPE != Q6_K && TYPE != IQ4_XS ? 8 : 16)
 #define FLOAT (TYPE == F32 || TYPE == F16 || TYPE == BF16)
 
 __device__ __forceinline__ float half_at(const u8 *p, u64 i) {

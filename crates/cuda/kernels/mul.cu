@@ -19,16 +19,6 @@ __device__ __forceinline__ int matrix_of(const Products &p, int &unit) {
 
 #if !FLOAT
 
-// Asks for the codes of neighbouring rows, a warp's share: weights do not wait for what came before
-// to end.
-__device__ __forceinline__ void ask_for(const Mat &w, int row, int rows) {
-    u64 bytes = (u64)(w.k / 32) * CODES;
-    const u8 *from = w.p[0] + row * bytes;
-    int end = (int)min(rows * bytes, (u64)8192);
-    for (int i = (threadIdx.x & 31) * 128; i < end; i += 4096)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-}
-
 // The products of R rows, of matrices with the same k, with M tokens of which `m` exist, the
 // same in all lanes. `at` are the rows' first groups, `first` the first token's row of x.
 template <int M, int R>
@@ -108,11 +98,6 @@ __device__ __forceinline__ void mul_vec(const Products &p, const Q8 &x, int m) {
 
 extern "C" __global__ void __launch_bounds__(128, 5)
 mul_vec_1(Products p, Q8 x, int m) {
-    int row = blockIdx.x * 4 + threadIdx.x / 32;
-    if (row < p.end[2]) {
-        const Mat &w = p.w[matrix_of(p, row)];
-        ask_for(w, 2 * row, min(2, w.n - 2 * row));
-    }
     after_previous();
     mul_vec<1>(p, x, m);
 }
@@ -168,11 +153,6 @@ __device__ __forceinline__ void gate_up(const Mat &gate, const Mat &up, u64 base
 
 extern "C" __global__ void __launch_bounds__(256, 3)
 gate_up_1(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
-    int row = blockIdx.x * 32 + threadIdx.x / 32 * 4;
-    if (row < gate.n) {
-        ask_for(gate, row, min(4, gate.n - row));
-        ask_for(up, row, min(4, gate.n - row));
-    }
     after_previous();
     gate_up<1>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
