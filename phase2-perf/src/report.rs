@@ -273,7 +273,8 @@ pub fn summary(root: &Path) -> Result<String, String> {
                 name(best.theirs)
             );
             let lines = machines.entry(machine.clone()).or_default();
-            lines.insert((placement, best.ours.cell()), line);
+            let of = (best.ours.model.clone(), best.ours.test.clone());
+            lines.insert((placement, of), line);
         }
     }
     if machines.is_empty() {
