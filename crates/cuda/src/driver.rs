@@ -52,18 +52,23 @@ pub(crate) fn count() -> Result<usize> {
             return Err(DeviceError::Unusable(why));
         }
     }
-    let mut version = 0;
-    // SAFETY: writes one integer.
-    check("CUDA", "asking for the driver's version", unsafe {
-        sys::cuDriverGetVersion(&raw mut version)
-    })?;
-    new_enough(version)?;
+    new_enough(version()?)?;
     let mut count = 0;
     // SAFETY: writes one integer.
     check("CUDA", "counting devices", unsafe {
         sys::cuDeviceGetCount(&raw mut count)
     })?;
     Ok(count.max(0) as usize)
+}
+
+/// The CUDA version that the driver knows, as 1000 · major + 10 · minor.
+fn version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    check("CUDA", "asking for the driver's version", unsafe {
+        sys::cuDriverGetVersion(&raw mut version)
+    })?;
+    Ok(version)
 }
 
 /// The first driver that records kernels which overlap.
@@ -129,7 +134,7 @@ impl Gpu {
         let mut text = [0 as std::ffi::c_char; 256];
         let mut context = ptr::null_mut();
         let (mut stream, mut copies) = (ptr::null_mut(), ptr::null_mut());
-        let (mut major, mut minor, mut shared, mut version) = (0, 0, 0, 0);
+        let (mut major, mut minor, mut shared) = (0, 0, 0);
         use sys::CUdevice_attribute_enum as A;
         // SAFETY: every call writes to a place of its own of the right size; the name is
         // terminated by the driver.
@@ -162,10 +167,6 @@ impl Gpu {
                 )?;
             }
             ck(
-                "asking the driver's version",
-                sys::cuDriverGetVersion(&raw mut version),
-            )?;
-            ck(
                 "opening it",
                 sys::cuDevicePrimaryCtxRetain(&raw mut context, device),
             )?;
@@ -183,7 +184,7 @@ impl Gpu {
             arch: (major, minor),
             shared: usize::try_from(shared).unwrap_or(0),
             overlaps: (major, minor) >= OVERLAPS_FROM
-                && version >= RECORDS_OVERLAP
+                && version()? >= RECORDS_OVERLAP
                 && std::env::var_os("TEGULA_CUDA_OVERLAP").is_none_or(|v| v != "0"),
             capture: Mutex::new(Capture::No),
             ordinal: device,

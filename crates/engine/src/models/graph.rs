@@ -223,10 +223,7 @@ impl<'a> Graph<'a> {
                 Placed::Host(a) => {
                     let elsewhere = g.streams(&streamed.attention).is_some()
                         || sharing(g.lanes, &g.step, &shares.out).is_some();
-                    let forms = match elsewhere {
-                        true => None,
-                        false => g.step.attends_to(layer, a),
-                    };
+                    let forms = g.step.attends_to(layer, a).filter(|_| !elsewhere);
                     g.step.attend(layer, forms);
                     return Ok(());
                 }

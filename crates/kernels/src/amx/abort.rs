@@ -12,6 +12,7 @@ pub(super) fn products(tiles: Tiles) -> Tiles {
     Tiles {
         mul_strips,
         pack,
+        swiglu,
         ..tiles
     }
 }
@@ -32,6 +33,10 @@ unsafe fn mul_strips(_: &StripArgs<'_>) {
 
 unsafe fn pack(_: &[f32], _: *mut u16, _: usize) {
     reached("pack")
+}
+
+unsafe fn swiglu(_: *const f32, _: *const f32, _: usize, _: usize, _: *mut u16) {
+    reached("swiglu")
 }
 
 unsafe fn chunk(_: &mut TileChunk<'_>) {

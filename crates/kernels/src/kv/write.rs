@@ -60,38 +60,18 @@ impl LayerWriter<'_> {
         k: [&[f32]; TOGETHER],
         v: [&[f32]; TOGETHER],
     ) {
-        if (self.shape.k, self.shape.v) != (KvType::F16, KvType::F16) {
-            for (i, (k, v)) in k.into_iter().zip(v).enumerate() {
-                // SAFETY: the caller's.
-                unsafe { self.put(page, slot + i, head, k, v) };
-            }
-            return;
-        }
         let dim = self.shape.dim;
         // SAFETY: the caller's.
         let (kb, vb) = unsafe { self.head(page, head) };
-        for first in (0..dim).step_by(CONVERTED) {
-            let count = CONVERTED.min(dim - first);
-            let mut bits = [[0u16; CONVERTED]; TOGETHER];
-            for (bits, k) in bits.iter_mut().zip(k) {
-                f16_bits(&k[first..first + count], &mut bits[..count]);
-            }
-            let whole = count / 8 * 8;
-            for d in (0..whole).step_by(8) {
-                let words = transpose(bits.each_ref().map(|row| &row[d..d + 8]));
-                for (i, words) in words.into_iter().enumerate() {
-                    let at = 2 * ((first + d + i) * KV_PAGE + slot);
-                    kb[at..at + 16].copy_from_slice(&words);
-                }
-            }
-            for (i, row) in bits.iter().enumerate() {
-                put_words(kb, &row[whole..count], |d| {
-                    (first + whole + d) * KV_PAGE + slot + i
-                });
-            }
+        match self.shape.k {
+            KvType::F16 => put_keys_together(kb, k, dim, slot),
+            ty => k
+                .into_iter()
+                .enumerate()
+                .for_each(|(i, k)| put_key(ty, kb, k, slot + i)),
         }
         for (i, v) in v.into_iter().enumerate() {
-            put_row(vb, v, (slot + i) * dim);
+            put_value(self.shape.v, vb, v, slot + i);
         }
     }
 
@@ -100,40 +80,62 @@ impl LayerWriter<'_> {
     /// # Safety
     /// No other thread writes this head at the same time.
     pub(crate) unsafe fn put(&self, page: u32, slot: usize, head: usize, k: &[f32], v: &[f32]) {
-        let dim = self.shape.dim;
         // SAFETY: the caller's.
         let (kb, vb) = unsafe { self.head(page, head) };
-        let columns = Place {
-            stride: KV_PAGE,
-            at: slot,
-        };
-        match self.shape.k {
-            KvType::F16 => put_halves(kb, k, |d| d * KV_PAGE + slot, f16_bits),
-            KvType::BF16 => {
-                put_halves(kb, k, |d| (d / 2 * KV_PAGE + slot) * 2 + d % 2, bf16_bits);
-            }
-            KvType::Q8_0 => put_q8(kb, k, columns, columns),
+        put_key(self.shape.k, kb, k, slot);
+        put_value(self.shape.v, vb, v, slot);
+    }
+}
+
+fn put_key(ty: KvType, page: &mut [u8], k: &[f32], slot: usize) {
+    let columns = Place {
+        stride: KV_PAGE,
+        at: slot,
+    };
+    match ty {
+        KvType::F16 => put_halves(page, k, |d| d * KV_PAGE + slot, f16_bits),
+        KvType::BF16 => {
+            put_halves(page, k, |d| (d / 2 * KV_PAGE + slot) * 2 + d % 2, bf16_bits);
         }
-        match self.shape.v {
-            KvType::F16 => put_row(vb, v, slot * dim),
-            KvType::BF16 => {
-                put_halves(vb, v, |d| (slot / 2 * dim + d) * 2 + slot % 2, bf16_bits);
+        KvType::Q8_0 => put_q8(page, k, columns, columns),
+    }
+}
+
+fn put_value(ty: KvType, page: &mut [u8], v: &[f32], slot: usize) {
+    let dim = v.len();
+    let row = |dim| Place {
+        stride: 1,
+        at: slot * dim,
+    };
+    match ty {
+        KvType::F16 => put_row(page, v, slot * dim),
+        KvType::BF16 => {
+            put_halves(page, v, |d| (slot / 2 * dim + d) * 2 + slot % 2, bf16_bits);
+        }
+        KvType::Q8_0 => put_q8(page, v, row(dim), row(dim / 32)),
+    }
+}
+
+/// F16 keys of neighbouring positions from `slot` on.
+fn put_keys_together(page: &mut [u8], k: [&[f32]; TOGETHER], dim: usize, slot: usize) {
+    for first in (0..dim).step_by(CONVERTED) {
+        let count = CONVERTED.min(dim - first);
+        let mut bits = [[0u16; CONVERTED]; TOGETHER];
+        for (bits, k) in bits.iter_mut().zip(k) {
+            f16_bits(&k[first..first + count], &mut bits[..count]);
+        }
+        let whole = count / 8 * 8;
+        for d in (0..whole).step_by(8) {
+            let words = transpose(bits.each_ref().map(|row| &row[d..d + 8]));
+            for (i, words) in words.into_iter().enumerate() {
+                let at = 2 * ((first + d + i) * KV_PAGE + slot);
+                page[at..at + 16].copy_from_slice(&words);
             }
-            KvType::Q8_0 => {
-                let codes = Place {
-                    stride: 1,
-                    at: slot * dim,
-                };
-                put_q8(
-                    vb,
-                    v,
-                    codes,
-                    Place {
-                        stride: 1,
-                        at: slot * (dim / 32),
-                    },
-                );
-            }
+        }
+        for (i, row) in bits.iter().enumerate() {
+            put_words(page, &row[whole..count], |d| {
+                (first + whole + d) * KV_PAGE + slot + i
+            });
         }
     }
 }
@@ -251,14 +253,17 @@ mod tests {
 
     #[test]
     fn positions_together_are_positions_one_by_one() {
-        for ty in KvType::ALL {
+        for (ty, v_type) in KvType::ALL
+            .into_iter()
+            .flat_map(|k| KvType::ALL.map(|v| (k, v)))
+        {
             for dim in [32, 96, 128] {
                 let shape = KvShape {
                     layers: 1,
                     heads: 2,
                     dim,
                     k: ty,
-                    v: ty,
+                    v: v_type,
                 };
                 let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * 0.13;
                 let rows: Vec<f32> = (0..2 * TOGETHER * dim).map(value).collect();
@@ -287,7 +292,7 @@ mod tests {
                     }
                     bytes
                 };
-                assert!(write(true) == write(false), "{ty:?} {dim}");
+                assert!(write(true) == write(false), "{ty:?} {v_type:?} {dim}");
             }
         }
     }
