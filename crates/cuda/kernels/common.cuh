@@ -155,3 +155,100 @@ __device__ __forceinline__ void put_q8(const Q8 &to, u64 row, int k, int group, 
         to.s[at] = make_float2((float)half * d, (float)high * d);
     }
 }
+
+// A row of k values on its way to a product, by the whole block: `put(i, value)` takes
+// x[i] / rms(x) * w[i], a warp 32 neighbours at a time.
+struct Norm {
+    const float *x;
+    const float *w;
+    float eps;
+    int k;
+    float *out;
+    Q8 q8;
+};
+
+// A thread keeps KEPT values of x and w, so that both are read once and together.
+template <int KEPT, class Put>
+__device__ __forceinline__ void normalise(const float *x, const float *w, float eps, int k,
+                                          Put put) {
+    __shared__ float part[32];
+    int threads = blockDim.x;
+    float own[KEPT], weight[KEPT], sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * threads;
+        own[j] = i < k ? x[i] : 0.0f;
+        weight[j] = i < k ? w[i] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) sum = fmaf(own[j], own[j], sum);
+    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) sum = fmaf(x[i], x[i], sum);
+    sum = warp_sum(sum);
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (int i = 0; i < threads / 32; i++) sum += part[i];
+    float scale = 1.0f / sqrtf(sum / (float)k + eps);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * threads;
+        if (i < k) put(i, own[j] * scale * weight[j]);
+    }
+    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) put(i, x[i] * scale * w[i]);
+}
+
+// The best `used` experts of a token by their logits, by one warp: ties go to the lower number, a
+// NaN is less than any number. Weights are a softmax over all, renormalised. Lane i has logits
+// i, i + 32, …, PER of them; there are no more, and at most 32 are used.
+template <int PER>
+__device__ __forceinline__ void choose(const float *logits, int experts, int used, int normalize,
+                                       float scale, u32 *ids, float *weights) {
+    int lane = threadIdx.x & 31;
+    float left[PER], largest = -INF;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        // What is not there loses every comparison, as what is taken does. Other blocks may just
+        // have written these: not from the first-level cache.
+        left[j] = NAN_;
+        if (lane + 32 * j < experts)
+            asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(left[j]) : "l"(logits + lane + 32 * j));
+        largest = fmaxf(largest, left[j]);
+    }
+    largest = warp_max(largest);
+    float total = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        if (lane + 32 * j >= experts) continue;
+        total += expf(left[j] - largest);
+        if (isnan(left[j])) left[j] = -INF;
+    }
+    total = warp_sum(total);
+    float sum = 0.0f, mine = 0.0f;
+    int chosen = 0;
+    for (int c = 0; c < used; c++) {
+        float best = -INF;
+        int at = experts;
+#pragma unroll
+        for (int j = 0; j < PER; j++) {
+            int i = lane + 32 * j;
+            if (left[j] > best || (left[j] == best && i < at)) best = left[j], at = i;
+        }
+#pragma unroll
+        for (int i = 16; i > 0; i >>= 1) {
+            float other = __shfl_xor_sync(0xffffffffu, best, i);
+            int from = __shfl_xor_sync(0xffffffffu, at, i);
+            if (from < experts && (at >= experts || other > best || (other == best && from < at)))
+                best = other, at = from;
+        }
+        float weight = expf(best - largest) / total;
+        sum += weight;
+        if (lane == c) mine = weight, chosen = at;
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            if (at == lane + 32 * j) left[j] = NAN_;
+    }
+    if (lane < used) {
+        ids[lane] = chosen;
+        weights[lane] = (normalize ? mine / sum : mine) * scale;
+    }
+}

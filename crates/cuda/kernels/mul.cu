@@ -222,7 +222,7 @@ __device__ __forceinline__ void dot_float(const Mat &w, u64 at, const float *x, 
 #pragma unroll
     for (int t = 0; t < M; t++) acc[t] = 0.0f;
     int whole = k & 3 ? 0 : k;
-#pragma unroll(M == 1 ? 4 : 1)
+#pragma unroll(M == 1 ? 8 : 1)
     for (int c = lane * 4; c < whole; c += 128) {
         float4 v = weights4(w, at + c);
 #pragma unroll
@@ -277,6 +277,54 @@ extern "C" __global__ void __launch_bounds__(128)
 mul_float_8(Products p, const float *x, int m) {
     after_previous();
     mul_float<8>(p, x, m);
+}
+
+// A router's product with one normalised row, which each block makes for itself in shared memory,
+// and the choice of experts by the last block to end. The first one leaves the row to others. The
+// tickets are zero before, and after.
+template <int PER>
+__device__ __forceinline__ void norm_route(const Mat &w, const Norm &norm, float *logits, int used,
+                                           int normalize, float scale, u32 *ids, float *weights,
+                                           u32 *tickets) {
+    extern __shared__ uint4 stages[];
+    float *x = (float *)stages;
+    __shared__ u32 ticket;
+    normalise<16>(norm.x, norm.w, norm.eps, w.k, [&](int i, float v) {
+        x[i] = v;
+        if (blockIdx.x == 0) {
+            norm.out[i] = v;
+            if (norm.q8.q) put_q8(norm.q8, 0, w.k, i / 32, v);
+        }
+    });
+    __syncthreads();
+    int row = blockIdx.x * 4 + threadIdx.x / 32;
+    if (row < w.n) {
+        float acc[1];
+        dot_float<1>(w, (u64)row * w.k, x, 1, acc);
+        if ((threadIdx.x & 31) == 0) logits[row] = acc[0];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1u);
+    __syncthreads();
+    if (ticket != gridDim.x - 1 || threadIdx.x >= 32) return;
+    __threadfence();
+    choose<PER>(logits, w.n, used, normalize, scale, ids, weights);
+    if (threadIdx.x == 0) *tickets = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+norm_route_128(Mat w, Norm norm, float *logits, int used, int normalize, float scale, u32 *ids,
+               float *weights, u32 *tickets) {
+    after_previous();
+    norm_route<4>(w, norm, logits, used, normalize, scale, ids, weights, tickets);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+norm_route_256(Mat w, Norm norm, float *logits, int used, int normalize, float scale, u32 *ids,
+               float *weights, u32 *tickets) {
+    after_previous();
+    norm_route<8>(w, norm, logits, used, normalize, scale, ids, weights, tickets);
 }
 
 // out[pair] = w of the pair's expert * x[pair / share]

@@ -5,40 +5,14 @@
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u16 *bf16) {
     after_previous();
-    __shared__ float part[32];
     u64 row = blockIdx.x;
     x += row * k;
     out += row * k;
-    int threads = blockDim.x;
-    // What a thread keeps of x and w, so that both are read once and together.
-    constexpr int KEPT = 8;
-    float own[KEPT], weight[KEPT], sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * threads;
-        own[j] = i < k ? x[i] : 0.0f;
-        weight[j] = i < k ? w[i] : 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) sum = fmaf(own[j], own[j], sum);
-    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) sum = fmaf(x[i], x[i], sum);
-    sum = warp_sum(sum);
-    if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0.0f;
-    for (int i = 0; i < threads / 32; i++) sum += part[i];
-    float scale = 1.0f / sqrtf(sum / (float)k + eps);
-    auto put = [&](int i, float v) {
+    normalise<8>(x, w, eps, k, [&](int i, float v) {
         out[i] = v;
         if (q8.q) put_q8(q8, row, k, i / 32, v);
         if (bf16) bf16[row * k + i] = f32_to_bf16(v);
-    };
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * threads;
-        if (i < k) put(i, own[j] * scale * weight[j]);
-    }
-    for (int i = threadIdx.x + KEPT * threads; i < k; i += threads) put(i, x[i] * scale * w[i]);
+    });
 }
 
 // Rows of k values in the q8 form, a warp per group.
@@ -129,8 +103,7 @@ to_planes(const u8 *raw, u64 first, u64 bytes, Planes p) {
     }
 }
 
-// The best `used` experts of a token by their logits, a warp per token: ties go to the lower
-// number, a NaN is less than any number. Weights are a softmax over all, renormalised.
+// `choose` for any number of experts, a warp per token.
 extern "C" __global__ void __launch_bounds__(32)
 route(const float *logits, int experts, int used, int normalize, float scale, u32 *ids,
       float *weights) {
@@ -176,6 +149,15 @@ route(const float *logits, int experts, int used, int normalize, float scale, u3
     __syncwarp();
     for (int c = lane; c < used; c += 32)
         weights[c] = (normalize ? weights[c] / sum : weights[c]) * scale;
+}
+
+extern "C" __global__ void __launch_bounds__(32)
+route_256(const float *logits, int experts, int used, int normalize, float scale, u32 *ids,
+          float *weights) {
+    after_previous();
+    u64 t = blockIdx.x;
+    choose<8>(logits + t * experts, experts, used, normalize, scale, ids + t * used,
+              weights + t * used);
 }
 
 // Pairs of token and expert grouped by expert, in one block of up to 32 warps: `order` lists the

@@ -28,6 +28,9 @@ pub(crate) const FEW: usize = 8;
 /// them. A hybrid has a recording per layer.
 const RECORDED: usize = 32 << 10;
 
+/// No block has ended.
+const TICKETS: [u8; 4] = [0; 4];
+
 /// A GPU's memory, counted where a GPU is presented as several.
 pub(crate) struct Pool {
     pub(crate) gpu: Gpu,
@@ -98,6 +101,8 @@ pub struct CudaDevice {
     pub(crate) stage: Mutex<Option<Stage>>,
     pub(crate) modules: Modules,
     pub(crate) grids: Buffer,
+    /// How many blocks of a kernel have ended whose last one does more; zero between kernels.
+    pub(crate) tickets: Buffer,
     pub(crate) pool: Arc<Pool>,
 }
 
@@ -194,9 +199,11 @@ impl CudaDevice {
             }),
             modules: Modules::default(),
             grids: pool.alloc(books.len())?,
+            tickets: pool.alloc(TICKETS.len())?,
             pool,
         };
         device.write_at(&device.grids, 0, &books)?;
+        device.write_at(&device.tickets, 0, &TICKETS)?;
         Ok(device)
     }
 

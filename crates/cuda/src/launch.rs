@@ -71,6 +71,18 @@ pub(crate) struct Q8 {
     pub sums: u64,
 }
 
+/// A row on its way to a product: addresses, and where the normalised row goes.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct NormOf {
+    pub x: u64,
+    pub w: u64,
+    pub eps: f32,
+    pub k: i32,
+    pub out: u64,
+    pub q8: Q8,
+}
+
 /// The heads of one projection.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -3,7 +3,7 @@
 use crate::{
     copies::PIECE,
     device::{CudaDevice, FEW, failed, is_float, on_tensor_cores, where_of},
-    launch::{HeadsOf, Kv, Q8, launch},
+    launch::{HeadsOf, Kv, NormOf, Q8, launch},
     modules::Unit,
     products::Into,
 };
@@ -12,7 +12,7 @@ use tegula_gguf::GgmlType;
 use tegula_kernels::{
     device::{
         Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, MOST_LARGEST, Matrix,
-        Network, Places, Product, RawMatrix, Recording, Result, stream::Feeder,
+        Network, Norm, Places, Product, RawMatrix, Recording, Result, stream::Feeder,
     },
     kv::{KV_PAGE, KvShape},
     ops::{RopeStyle, moe::RouteOptions},
@@ -24,6 +24,10 @@ const BUSY: usize = 264;
 const QUERY_ROWS: usize = 64;
 /// Shared memory that a block gets unasked.
 const SHARED: usize = 48 << 10;
+
+/// Experts and used ones up to which a lane keeps its logits in registers.
+const FEW_EXPERTS: usize = 256;
+const FEW_USED: usize = 32;
 
 /// Attention on tensor cores for heads of `dim`, and the shared memory that it takes.
 fn tiles_kernel(dim: usize) -> Option<(&'static CStr, usize)> {
@@ -110,6 +114,63 @@ impl CudaDevice {
 }
 
 impl CudaDevice {
+    /// One row, with a place for its q8 form.
+    fn norm_of(&self, norm: &Norm<'_>) -> Result<NormOf> {
+        let out = norm.out.address();
+        let (q8, _) = self.prepare(out, 1, norm.k)?;
+        Ok(NormOf {
+            x: norm.x.address(),
+            w: norm.w.address(),
+            eps: norm.eps,
+            k: norm.k as i32,
+            out,
+            q8,
+        })
+    }
+
+    /// Norm, product and choice for one token in a kernel; `false` if it does not take them.
+    fn norm_and_route(
+        &self,
+        norm: &Norm<'_>,
+        router: &Product<'_>,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<bool> {
+        let (ty, n, shared) = (router.w.ty, router.w.n, 4 * norm.k);
+        let few = n <= FEW_EXPERTS && options.used <= FEW_USED && shared <= SHARED;
+        if !few || !is_float(ty) || router.bias.is_some() || router.add {
+            return Ok(false);
+        }
+        let (w, logits) = (self.mat(router.w), router.out.address());
+        self.overwritten(logits);
+        let (norm, tickets) = (self.norm_of(norm)?, self.tickets.address());
+        let (used, normalize) = (options.used as i32, i32::from(options.normalize));
+        let (ids, weights) = (routing.ids.address(), routing.weights.address());
+        let (scale, grid) = (options.scale, [n.div_ceil(4), 1, 1]);
+        let name = match n {
+            ..=128 => c"norm_route_128",
+            _ => c"norm_route_256",
+        };
+        launch!(
+            self,
+            Unit::Mul(ty),
+            name,
+            grid,
+            128,
+            shared,
+            w,
+            norm,
+            logits,
+            used,
+            normalize,
+            scale,
+            ids,
+            weights,
+            tickets
+        )?;
+        Ok(true)
+    }
+
     /// `dst += x`, `len` values, which may lie in pinned memory.
     pub(crate) fn add_at(&self, dst: &Buffer, x: u64, len: usize) -> Result<()> {
         self.overwritten(dst.address());
@@ -234,6 +295,20 @@ impl Device for CudaDevice {
 
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()> {
         self.multiply(products, |_| Ok(x.address()), m)
+    }
+
+    fn norm_route(
+        &self,
+        norm: &Norm<'_>,
+        router: Product<'_>,
+        m: usize,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<()> {
+        if m == 1 && self.norm_and_route(norm, &router, options, routing)? {
+            return Ok(());
+        }
+        self.norm_then_route(norm, router, m, options, routing)
     }
 
     fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()> {
@@ -394,7 +469,13 @@ impl Device for CudaDevice {
         let (logits, count, used) = (logits.address(), experts as i32, options.used as i32);
         let (normalize, scale) = (i32::from(options.normalize), options.scale);
         let (ids, weights) = (routing.ids.address(), routing.weights.address());
-        let (unit, name, grid) = (Unit::Rows, c"route", [m, 1, 1]);
+        let few = experts <= FEW_EXPERTS && options.used <= FEW_USED;
+        let (name, shared) = if few {
+            (c"route_256", 0)
+        } else {
+            (c"route", shared)
+        };
+        let (unit, grid) = (Unit::Rows, [m, 1, 1]);
         launch!(
             self, unit, name, grid, 32, shared, logits, count, used, normalize, scale, ids, weights
         )

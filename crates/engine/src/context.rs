@@ -45,7 +45,7 @@ impl Default for ContextOptions {
         ContextOptions {
             context: 0,
             batch: 2048,
-            ubatch: 512,
+            ubatch: 1024,
             sequences: 1,
             room: 0,
             k_type: KvType::F16,

@@ -129,7 +129,7 @@ impl Default for OffloadFlags {
             context: 4096,
             k_type: KvType::F16,
             v_type: KvType::F16,
-            ubatch: 512,
+            ubatch: 1024,
             margin: 512 << 20,
             op_offload: true,
             op_offload_min_batch: None,

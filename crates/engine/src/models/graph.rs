@@ -342,7 +342,8 @@ impl<'a> Graph<'a> {
             }
             Placed::Device(d, f) => {
                 g.move_to(At::Device(*d))?;
-                g.lanes[*d].norm_ffn(f, m)
+                let chooses = matches!(experts, Some(Placed::Device(e, _)) if e == d);
+                g.lanes[*d].norm_ffn(f, m, chooses)
             }
         });
     }
@@ -515,7 +516,7 @@ impl<'a> Graph<'a> {
         if let Placed::Device(e, experts) = experts
             && *e == d
         {
-            self.lanes[d].route(count, m)?;
+            // `norm_ffn` has chosen.
             return self.lanes[d].add_experts(experts, m);
         }
         let streams = streams.filter(|(at, _)| *at == d);

@@ -11,7 +11,7 @@ use std::{ops::Range, sync::Arc};
 use tegula_kernels::{
     device::{
         self, Buffer, Device, DeviceError, DeviceRouting, HeadOptions, Heads, MOST_LARGEST, Matrix,
-        Places, PlacesData, Product, RawMatrix, stream::Feeder,
+        Norm, Places, PlacesData, Product, RawMatrix, stream::Feeder,
     },
     kv::KvShape,
     mem,
@@ -428,9 +428,9 @@ impl Lane {
         Ok(self.device.matmul(&[product], &self.attention, m)?)
     }
 
-    /// Norm and dense network, or norm and the router's logits.
-    pub fn norm_ffn(&self, ffn: &DeviceFfn, m: usize) -> Result<()> {
-        self.norm_ffn_to(ffn, m, &self.x)
+    /// Norm and dense network, or norm and the router's logits, and the choice by them if `chooses`.
+    pub fn norm_ffn(&self, ffn: &DeviceFfn, m: usize, chooses: bool) -> Result<()> {
+        self.norm_ffn_to(ffn, m, &self.x, chooses)
     }
 
     /// The same, but the network's result is not added to x: it is `delta`.
@@ -438,27 +438,39 @@ impl Lane {
         if matches!(ffn.kind, FfnKind::Dense(_)) {
             self.device.zero(&self.delta)?;
         }
-        self.norm_ffn_to(ffn, m, &self.delta)
+        self.norm_ffn_to(ffn, m, &self.delta, false)
     }
 
-    fn norm_ffn_to(&self, ffn: &DeviceFfn, m: usize, to: &Buffer) -> Result<()> {
+    fn norm_ffn_to(&self, ffn: &DeviceFfn, m: usize, to: &Buffer, chooses: bool) -> Result<()> {
         let _span = self.issuing();
-        self.norm(&ffn.norm, m)?;
-        match &ffn.kind {
+        let router = match &ffn.kind {
             FfnKind::Dense(network) => {
+                self.norm(&ffn.norm, m)?;
                 let network = on_device(network);
-                Ok(self.device.ffn(&network, &self.input, m, to)?)
+                return Ok(self.device.ffn(&network, &self.input, m, to)?);
             }
-            FfnKind::Router(router) => {
-                let product = Product {
-                    w: router,
-                    out: self.router_logits(),
-                    bias: None,
-                    add: false,
-                };
-                Ok(self.device.matmul(&[product], &self.input, m)?)
-            }
+            FfnKind::Router(router) => Product {
+                w: router,
+                out: self.router_logits(),
+                bias: None,
+                add: false,
+            },
+        };
+        if !chooses {
+            self.norm(&ffn.norm, m)?;
+            return Ok(self.device.matmul(&[router], &self.input, m)?);
         }
+        let norm = Norm {
+            x: &self.x,
+            w: &ffn.norm,
+            eps: self.config.rms_eps,
+            k: self.config.embd,
+            out: &self.input,
+        };
+        let (options, routing) = (self.config.route_options(), self.routing());
+        Ok(self
+            .device
+            .norm_route(&norm, router, m, &options, routing)?)
     }
 
     fn router_logits(&self) -> &Buffer {

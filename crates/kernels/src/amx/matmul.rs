@@ -194,9 +194,9 @@ unsafe fn sparse(args: &StripArgs<'_>) {
 }
 
 /// Decodes stretches of the strips, of `panel_k` inputs, with `decode(index of the strip,
-/// first input, inputs, out, next)` and multiplies them. `next` is the strip, and the input in it, that comes after this one: few
-/// tokens leave no time to wait for memory, which stops prefetching by itself where a stretch
-/// ends.
+/// first input, inputs, out, next)` and multiplies them. `next` is the strip, and the input in
+/// it, that comes after this one: few tokens leave no time to wait for memory, which stops
+/// prefetching by itself where a stretch ends.
 ///
 /// # Safety
 /// As [`mul_strips`].

@@ -423,6 +423,15 @@ pub struct Product<'a> {
     pub add: bool,
 }
 
+/// `out = x / rms(x) * w` for rows of `k`.
+pub struct Norm<'a> {
+    pub x: &'a Buffer,
+    pub w: &'a Buffer,
+    pub eps: f32,
+    pub k: usize,
+    pub out: &'a Buffer,
+}
+
 /// Where a batch's tokens stand, on a device.
 pub struct Places {
     /// `[m]` of `(first page in pages, position)`, u32 each.
@@ -637,8 +646,35 @@ pub trait Device: Send + Sync {
     /// Products with the same `x`, `[m][k]`.
     fn matmul(&self, products: &[Product<'_>], x: &Buffer, m: usize) -> Result<()>;
 
-    /// The same for an `x` that comes from here, f32 values as bytes, to pinned buffers, which
-    /// [`Device::collect`] reads.
+    /// A norm, a router's product with it, and [`Device::route`] by its logits.
+    fn norm_route(
+        &self,
+        norm: &Norm<'_>,
+        router: Product<'_>,
+        m: usize,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<()> {
+        self.norm_then_route(norm, router, m, options, routing)
+    }
+
+    /// The same as three operations.
+    fn norm_then_route(
+        &self,
+        norm: &Norm<'_>,
+        router: Product<'_>,
+        m: usize,
+        options: &RouteOptions,
+        routing: &DeviceRouting,
+    ) -> Result<()> {
+        let (logits, experts) = (router.out, router.w.n);
+        self.rms_norm(norm.x, norm.w, norm.eps, m, norm.k, norm.out)?;
+        self.matmul(&[router], norm.out, m)?;
+        self.route(logits, m, experts, options, routing)
+    }
+
+    /// [`Device::matmul`] for an `x` that comes from here, f32 values as bytes, to pinned buffers,
+    /// which [`Device::collect`] reads.
     fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()>;
 
     /// Waits for what was issued and copies the beginnings of pinned buffers, without a copy

@@ -16,9 +16,10 @@ use crate::{
     weights::{Encoding, Weights},
 };
 
-/// Tokens whose activations are kept in the second-level cache: larger batches decode the
-/// weights once per this many.
+/// Larger batches decode the weights once per so many tokens. Vectors keep their activations in the
+/// second-level cache; tiles bring them there as they go, and keep the sums.
 const TOKEN_BLOCK: usize = 512;
+const TILE_TOKEN_BLOCK: usize = 1024;
 
 /// So many tokens before their results are written their places are asked for.
 pub(super) const WRITE_AHEAD: usize = 4;
@@ -128,10 +129,9 @@ impl Scratch {
 
 /// The pieces that a product with `m` tokens is cut into: (first token, tokens). They are
 /// about equal, and all but the last are whole groups.
-pub(crate) fn token_blocks(m: usize) -> impl Iterator<Item = (usize, usize)> {
-    let len = m
-        .div_ceil(m.div_ceil(TOKEN_BLOCK).max(1))
-        .next_multiple_of(32);
+pub(crate) fn token_blocks(m: usize, tiles: bool) -> impl Iterator<Item = (usize, usize)> {
+    let most = if tiles { TILE_TOKEN_BLOCK } else { TOKEN_BLOCK };
+    let len = m.div_ceil(m.div_ceil(most).max(1)).next_multiple_of(32);
     (0..m).step_by(len.max(1)).map(move |t| (t, len.min(m - t)))
 }
 
@@ -343,7 +343,7 @@ impl Compute {
             let row = first * ROWS;
             let rows = (count * ROWS).min(n - row);
             with_scratch(|scratch| {
-                for (start, len) in token_blocks(m) {
+                for (start, len) in token_blocks(m, kernels.tiles_for(w, m).is_some()) {
                     let acts = x.view().slice(start, len);
                     scratch.tile.fit(count * len * ROWS);
                     scratch.mul(kernels, part, None, (acts, m), 0);
@@ -406,9 +406,11 @@ mod tests {
 
     #[test]
     fn token_blocks_are_even_and_whole_groups() {
-        let cut = |m| token_blocks(m).collect::<Vec<_>>();
-        assert_eq!(cut(0), []);
-        assert_eq!(cut(512), [(0, 512)]);
-        assert_eq!(cut(513), [(0, 288), (288, 225)]);
+        let cut = |m, tiles| token_blocks(m, tiles).collect::<Vec<_>>();
+        assert_eq!(cut(0, false), []);
+        assert_eq!(cut(512, false), [(0, 512)]);
+        assert_eq!(cut(513, false), [(0, 288), (288, 225)]);
+        assert_eq!(cut(513, true), [(0, 513)]);
+        assert_eq!(cut(1100, true), [(0, 576), (576, 524)]);
     }
 }

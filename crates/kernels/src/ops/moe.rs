@@ -300,7 +300,7 @@ impl Compute {
                 x.segment(start, len)
             };
             with_scratch(|scratch| {
-                for (first, m) in token_blocks(len) {
+                for (first, m) in token_blocks(len, kernels.tiles_for(gate.w, len).is_some()) {
                     let acts = (view.slice(first, m), len);
                     let values = strips * m * ROWS;
                     scratch.tile.fit(3 * values);
@@ -420,19 +420,16 @@ impl Compute {
             self.observed(down, s.expert, &hidden.segment(s.start, s.len));
         }
         let y = DisjointMut::new(out);
+        let tiles = |m| kernels.tiles_for(down, m).is_some();
         // The block of tokens, first and count, that each assignment is multiplied in.
         let mut blocks = Vec::with_capacity(assigned);
         for &Segment { start, len, .. } in &groups.segments {
-            for (first, count) in token_blocks(len) {
+            for (first, count) in token_blocks(len, tiles(len)) {
                 blocks.extend(std::iter::repeat_n((start + first, count), count));
             }
         }
         // With tiles strips are multiplied in pairs, and one token reads two at once.
-        let run = if shared || kernels.tiles_for(down, m).is_some() {
-            2
-        } else {
-            1
-        };
+        let run = if shared || tiles(m) { 2 } else { 1 };
         self.pool.run(down.strips().div_ceil(run), &|task| {
             let first_strip = task * run;
             let strips = run.min(down.strips() - first_strip);
@@ -449,7 +446,7 @@ impl Compute {
                 for (i, s) in groups.segments.iter().enumerate() {
                     // An expert's strips are short: the next ones' beginnings come meanwhile.
                     let next = groups.segments.get(i + 1).map(part);
-                    for (first, count) in token_blocks(s.len) {
+                    for (first, count) in token_blocks(s.len, tiles(s.len)) {
                         let acts = hidden.segment(s.start, s.len).slice(first, count);
                         let at = (s.start + first) * strips * ROWS;
                         scratch.mul(kernels, part(s), next, (acts, s.len), at);

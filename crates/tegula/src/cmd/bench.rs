@@ -95,7 +95,7 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "LIST", default_value = "2048", value_parser = numbers)]
     batch_size: Vec<Numbers>,
     /// Tokens that run through the layers together (-ub)
-    #[arg(long, value_name = "LIST", default_value = "512", value_parser = numbers)]
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = numbers)]
     ubatch_size: Vec<Numbers>,
     /// Types of the cached keys (-ctk): f16, bf16, q8_0
     #[arg(long, value_name = "TYPE", value_delimiter = ',', default_value = "f16",
@@ -590,7 +590,7 @@ impl Printer {
                 column("n_batch", 7, |r| r.batch.to_string()),
             ),
             (
-                all(&args.ubatch_size) != [512],
+                all(&args.ubatch_size) != [1024],
                 column("n_ubatch", 8, |r| r.ubatch.to_string()),
             ),
             (
