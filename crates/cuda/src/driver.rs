@@ -5,7 +5,10 @@ use cudarc::driver::sys::{self, CUresult};
 use std::{
     ffi::{CStr, c_void},
     ptr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread::{self, ThreadId},
 };
 use tegula_kernels::device::{DeviceError, Result};
@@ -105,10 +108,6 @@ pub(crate) enum Stream {
     Copies,
 }
 
-/// Kernels of experts begin when the one before them has ended: those that begin earlier, all
-/// blocks of them, take more than they give (`docs/bench`).
-const ALONE: [&[u8]; 2] = [b"experts", b"norm_route"];
-
 /// One GPU's context with streams of its own.
 pub(crate) struct Gpu {
     pub name: String,
@@ -116,8 +115,9 @@ pub(crate) struct Gpu {
     pub arch: (i32, i32),
     /// Bytes of shared memory that a block may ask for.
     pub shared: usize,
-    /// Kernels may begin while those before them end.
+    /// Kernels can begin while those before them end, and are to.
     overlaps: bool,
+    overlap: AtomicBool,
     capture: Mutex<Capture>,
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -190,6 +190,7 @@ impl Gpu {
             overlaps: (major, minor) >= OVERLAPS_FROM
                 && version()? >= RECORDS_OVERLAP
                 && std::env::var_os("TEGULA_CUDA_OVERLAP").is_none_or(|v| v != "0"),
+            overlap: AtomicBool::new(true),
             capture: Mutex::new(Capture::No),
             ordinal: device,
             context,
@@ -475,6 +476,12 @@ impl Gpu {
         Ok(function)
     }
 
+    /// Whether what is launched from now on may begin while what is before it ends, on a GPU that
+    /// can do so.
+    pub fn overlap(&self, on: bool) {
+        self.overlap.store(on, Relaxed);
+    }
+
     /// The stream, for libraries that issue to it.
     pub fn stream(&self) -> Result<sys::CUstream> {
         self.current()?;
@@ -503,7 +510,7 @@ impl Gpu {
             ..unsafe { std::mem::zeroed() }
         };
         overlap.value.programmaticStreamSerializationAllowed = 1;
-        let alone = ALONE.iter().any(|p| name.to_bytes().starts_with(p));
+        let overlaps = self.overlaps && self.overlap.load(Relaxed);
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -514,7 +521,7 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: self.stream,
             attrs: &raw mut overlap,
-            numAttrs: u32::from(self.overlaps && !alone),
+            numAttrs: u32::from(overlaps),
         };
         // SAFETY: the caller's promise; kernels that overlap begin by waiting (`modules.rs`).
         let result = unsafe {

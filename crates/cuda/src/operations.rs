@@ -423,6 +423,9 @@ impl Device for CudaDevice {
     fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
         let Network { gate, up, down } = *network;
         let (ff, input) = (gate.n, input.address());
+        // Blocks that wait for the kernel before cost experts more than they give: 345 tokens a
+        // second where 364 are made without, dense networks 355 and 349 (`docs/bench`).
+        self.pool.gpu.overlap(true);
         self.overwritten(x.address());
         let last = [Into::plain(down, x.address())];
         if m <= FEW && gate.ty == up.ty && !is_float(gate.ty) {
@@ -492,6 +495,8 @@ impl Device for CudaDevice {
         let Network { gate, up, down } = *network;
         let (ff, n, used) = (gate.n, down.n, routing.used);
         let (pairs, input) = (m * used, input.address());
+        // See `ffn`.
+        self.pool.gpu.overlap(false);
         let (ids, weights) = (routing.ids.address(), routing.weights.address());
         let x = x.address();
         self.overwritten(x);
