@@ -265,7 +265,7 @@ pub fn summary(root: &Path) -> Result<String, String> {
             let placement = placement(record, best.ours);
             let line = format!(
                 "| {} | {placement} | {} | {:.1} ({}) | {:.1} ({}) | {claim} | [{date}]({file}) |\n",
-                best.ours.model,
+                titled(best.ours),
                 best.ours.test,
                 best.ours.summary.median_ts,
                 best.ours.isa,
@@ -273,8 +273,10 @@ pub fn summary(root: &Path) -> Result<String, String> {
                 name(best.theirs)
             );
             let lines = machines.entry(machine.clone()).or_default();
-            let of = (best.ours.model.clone(), best.ours.test.clone());
-            lines.insert((placement, of), line);
+            // The same weights may have been called otherwise.
+            let ours = best.ours;
+            let weights = (ours.arch.clone(), ours.params, ours.file_type.clone());
+            lines.insert((placement, weights, ours.test.clone()), line);
         }
     }
     if machines.is_empty() {
@@ -290,6 +292,14 @@ pub fn summary(root: &Path) -> Result<String, String> {
         );
     }
     Ok(out)
+}
+
+/// A file's name, and its type if the name does not tell.
+fn titled(row: &Row) -> String {
+    match row.model.contains(&row.file_type) {
+        true => row.model.clone(),
+        false => format!("{} ({})", row.model, row.file_type),
+    }
 }
 
 /// Per cell our best setting beside the peer's best.
@@ -406,12 +416,16 @@ mod tests {
         let short = summary(dir.path()).unwrap();
         assert!(
             short.contains(
-                "| m.gguf | CPU | tg64 | 30.5 (avx512, amx) | 10.0 (llama-bench) | 3.05 | ["
+                "| m.gguf (Q4_0) | CPU | tg64 | 30.5 (avx512, amx) | 10.0 (llama-bench) | 3.05 | ["
             ),
             "{short}"
         );
-        // Of the same, the newest says how it is.
+        // Of the same weights, whatever their file is called, the newest says how it is.
         let mut newer = compared();
+        newer
+            .rows
+            .iter_mut()
+            .for_each(|r| r.model = "m-Q4_0.gguf".to_owned());
         newer.rows[1].samples_ts = vec![40.0; 3];
         newer.rows[1].summary = Summary::of(&[40.0; 3]);
         newer
@@ -419,7 +433,8 @@ mod tests {
             .unwrap();
         let short = summary(dir.path()).unwrap();
         assert!(
-            short.contains("| 40.0 (avx512, amx) |") && !short.contains("30.5"),
+            short.contains("| m-Q4_0.gguf | CPU | tg64 | 40.0 (avx512, amx) |")
+                && !short.contains("30.5"),
             "{short}"
         );
     }

@@ -28,9 +28,6 @@ pub(crate) const FEW: usize = 8;
 /// them. A hybrid has a recording per layer.
 const RECORDED: usize = 32 << 10;
 
-/// No block has ended.
-const TICKETS: [u8; 4] = [0; 4];
-
 /// A GPU's memory, counted where a GPU is presented as several.
 pub(crate) struct Pool {
     pub(crate) gpu: Gpu,
@@ -101,7 +98,7 @@ pub struct CudaDevice {
     pub(crate) stage: Mutex<Option<Stage>>,
     pub(crate) modules: Modules,
     pub(crate) grids: Buffer,
-    /// How many blocks of a kernel have ended whose last one does more; zero between kernels.
+    /// How many blocks of a kernel have ended whose last one does more, a u32; zero between kernels.
     pub(crate) tickets: Buffer,
     pub(crate) pool: Arc<Pool>,
 }
@@ -199,11 +196,11 @@ impl CudaDevice {
             }),
             modules: Modules::default(),
             grids: pool.alloc(books.len())?,
-            tickets: pool.alloc(TICKETS.len())?,
+            tickets: pool.alloc(4)?,
             pool,
         };
         device.write_at(&device.grids, 0, &books)?;
-        device.write_at(&device.tickets, 0, &TICKETS)?;
+        device.write_at(&device.tickets, 0, &[0; 4])?;
         Ok(device)
     }
 
