@@ -343,9 +343,10 @@ fn sanitizer() -> Option<PathBuf> {
 
 /// Trials of checkgpu that show every kernel to a tool that makes them a hundred times slower:
 /// of the formats a few.
-const TRIALS: [&str; 13] = [
+const TRIALS: [&str; 14] = [
     "gpu::rows",
     "gpu::routing",
+    "gpu::routers",
     "gpu::largest",
     "gpu::forms",
     "gpu::recordings",
