@@ -128,49 +128,6 @@ impl CudaDevice {
         })
     }
 
-    /// Norm, product and choice for one token in a kernel; `false` if it does not take them.
-    fn norm_and_route(
-        &self,
-        norm: &Norm<'_>,
-        router: &Product<'_>,
-        options: &RouteOptions,
-        routing: &DeviceRouting,
-    ) -> Result<bool> {
-        let (ty, n, shared) = (router.w.ty, router.w.n, 4 * norm.k);
-        let few = n <= FEW_EXPERTS && options.used <= FEW_USED && shared <= SHARED;
-        if !few || !is_float(ty) || router.bias.is_some() || router.add {
-            return Ok(false);
-        }
-        let (w, logits) = (self.mat(router.w), router.out.address());
-        self.overwritten(logits);
-        let (norm, tickets) = (self.norm_of(norm)?, self.tickets.address());
-        let (used, normalize) = (options.used as i32, i32::from(options.normalize));
-        let (ids, weights) = (routing.ids.address(), routing.weights.address());
-        let (scale, grid) = (options.scale, [n.div_ceil(4), 1, 1]);
-        let name = match n {
-            ..=128 => c"norm_route_128",
-            _ => c"norm_route_256",
-        };
-        launch!(
-            self,
-            Unit::Mul(ty),
-            name,
-            grid,
-            128,
-            shared,
-            w,
-            norm,
-            logits,
-            used,
-            normalize,
-            scale,
-            ids,
-            weights,
-            tickets
-        )?;
-        Ok(true)
-    }
-
     /// `dst += x`, `len` values, which may lie in pinned memory.
     pub(crate) fn add_at(&self, dst: &Buffer, x: u64, len: usize) -> Result<()> {
         self.overwritten(dst.address());
@@ -297,18 +254,46 @@ impl Device for CudaDevice {
         self.multiply(products, |_| Ok(x.address()), m)
     }
 
-    fn norm_route(
+    fn norm_route_at_once(
         &self,
         norm: &Norm<'_>,
-        router: Product<'_>,
-        m: usize,
+        router: &Product<'_>,
         options: &RouteOptions,
         routing: &DeviceRouting,
-    ) -> Result<()> {
-        if m == 1 && self.norm_and_route(norm, &router, options, routing)? {
-            return Ok(());
+    ) -> Result<bool> {
+        let (ty, n, shared) = (router.w.ty, router.w.n, 4 * norm.k);
+        let few = n <= FEW_EXPERTS && options.used <= FEW_USED && shared <= SHARED;
+        if !few || !is_float(ty) || router.bias.is_some() || router.add {
+            return Ok(false);
         }
-        self.norm_then_route(norm, router, m, options, routing)
+        let (w, logits) = (self.mat(router.w), router.out.address());
+        self.overwritten(logits);
+        let (norm, tickets) = (self.norm_of(norm)?, self.tickets.address());
+        let (used, normalize) = (options.used as i32, i32::from(options.normalize));
+        let (ids, weights) = (routing.ids.address(), routing.weights.address());
+        let (scale, grid) = (options.scale, [n.div_ceil(4), 1, 1]);
+        let name = match n {
+            ..=128 => c"norm_route_128",
+            _ => c"norm_route_256",
+        };
+        launch!(
+            self,
+            Unit::Mul(ty),
+            name,
+            grid,
+            128,
+            shared,
+            w,
+            norm,
+            logits,
+            used,
+            normalize,
+            scale,
+            ids,
+            weights,
+            tickets
+        )?;
+        Ok(true)
     }
 
     fn matmul_from(&self, products: &[Product<'_>], x: &[u8], m: usize) -> Result<()> {

@@ -12,6 +12,9 @@ use tegula_kernels::{
     ops::Token,
 };
 
+/// Tokens that run through the layers together, unless something else is asked for.
+pub const UBATCH: usize = 1024;
+
 /// How to make a [`Context`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ContextOptions {
@@ -45,7 +48,7 @@ impl Default for ContextOptions {
         ContextOptions {
             context: 0,
             batch: 2048,
-            ubatch: 1024,
+            ubatch: UBATCH,
             sequences: 1,
             room: 0,
             k_type: KvType::F16,

@@ -26,7 +26,7 @@ pub mod threads;
 
 pub use config::{Arch, ModelConfig};
 pub use constraint::{Constraint, ConstraintError, TokenSet};
-pub use context::{Batch, BatchToken, Context, ContextOptions, Outputs, Top};
+pub use context::{Batch, BatchToken, Context, ContextOptions, Outputs, Top, UBATCH};
 pub use error::{Error, Result};
 pub use model::{LoadEvent, LoadOptions, Model, Source};
 pub use offload::{Offload, OffloadFlags};

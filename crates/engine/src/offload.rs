@@ -8,6 +8,7 @@
 
 use crate::{
     Error, ModelConfig, Result,
+    context::UBATCH,
     share::{DecodeShare, Shares},
     stream::Streams,
     tensor_split::{Cut, TensorSplit},
@@ -129,7 +130,7 @@ impl Default for OffloadFlags {
             context: 4096,
             k_type: KvType::F16,
             v_type: KvType::F16,
-            ubatch: 1024,
+            ubatch: UBATCH,
             margin: 512 << 20,
             op_offload: true,
             op_offload_min_batch: None,

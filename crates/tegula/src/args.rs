@@ -18,7 +18,7 @@ use std::{
     sync::Arc,
 };
 use tegula_engine::{
-    Context, ContextOptions, LoadEvent, LoadOptions, Model, SamplerOptions, Source,
+    Context, ContextOptions, LoadEvent, LoadOptions, Model, SamplerOptions, Source, UBATCH,
     threads::default_threads,
 };
 use tegula_gguf::Gguf;
@@ -379,7 +379,7 @@ pub struct CacheArgs {
     #[arg(short, long = "batch-size", value_name = "N", default_value_t = 2048)]
     batch_size: usize,
     /// Tokens that run through the layers together (-ub)
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = UBATCH)]
     ubatch_size: usize,
     /// Type of the cached keys (-ctk): f16, bf16 or q8_0
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = kv_type)]

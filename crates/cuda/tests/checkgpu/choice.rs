@@ -5,7 +5,7 @@ use libtest_mimic::Failed;
 use tegula_cuda::CudaDevice;
 use tegula_gguf::GgmlType;
 use tegula_kernels::{
-    device::{Device, DeviceRouting, Norm, Product},
+    device::{Device, Norm, Product},
     ops::moe::RouteOptions,
 };
 
@@ -41,11 +41,7 @@ pub fn routers(gpu: &CudaDevice) -> Result<(), Failed> {
                     k,
                     out: &input,
                 };
-                let routing = DeviceRouting {
-                    ids: d.poisoned(m * used),
-                    weights: d.poisoned(m * used),
-                    used,
-                };
+                let routing = d.routing(m, used);
                 let options = RouteOptions {
                     used,
                     normalize: experts != 16,
@@ -97,11 +93,7 @@ pub fn routing(gpu: &CudaDevice) -> Result<(), Failed> {
                     // Ties go to the lower number, and what is no choice comes last.
                     (logits[1], logits[3], logits[0]) = (2.0, 2.0, f32::NEG_INFINITY);
                 }
-                let routing = DeviceRouting {
-                    ids: d.poisoned(m * used),
-                    weights: d.poisoned(m * used),
-                    used,
-                };
+                let routing = d.routing(m, used);
                 let options = RouteOptions {
                     used,
                     normalize,

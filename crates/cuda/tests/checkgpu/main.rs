@@ -100,6 +100,12 @@ impl Bench<'_> {
             .collect()
     }
 
+    /// Places for choices of experts.
+    fn routing(&self, m: usize, used: usize) -> DeviceRouting {
+        let [ids, weights] = [0, 1].map(|_| self.poisoned(m * used));
+        DeviceRouting { ids, weights, used }
+    }
+
     fn load(&self, m: &RawMatrix) -> Matrix {
         self.0.load(m).unwrap()
     }

@@ -655,22 +655,24 @@ pub trait Device: Send + Sync {
         options: &RouteOptions,
         routing: &DeviceRouting,
     ) -> Result<()> {
-        self.norm_then_route(norm, router, m, options, routing)
-    }
-
-    /// The same as three operations.
-    fn norm_then_route(
-        &self,
-        norm: &Norm<'_>,
-        router: Product<'_>,
-        m: usize,
-        options: &RouteOptions,
-        routing: &DeviceRouting,
-    ) -> Result<()> {
+        if m == 1 && self.norm_route_at_once(norm, &router, options, routing)? {
+            return Ok(());
+        }
         let (logits, experts) = (router.out, router.w.n);
         self.rms_norm(norm.x, norm.w, norm.eps, m, norm.k, norm.out)?;
         self.matmul(&[router], norm.out, m)?;
         self.route(logits, m, experts, options, routing)
+    }
+
+    /// The same for one token as a single operation; `false` if there is none for these.
+    fn norm_route_at_once(
+        &self,
+        _: &Norm<'_>,
+        _: &Product<'_>,
+        _: &RouteOptions,
+        _: &DeviceRouting,
+    ) -> Result<bool> {
+        Ok(false)
     }
 
     /// [`Device::matmul`] for an `x` that comes from here, f32 values as bytes, to pinned buffers,

@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 use tegula_engine::{
-    LoadOptions, Model, Source,
+    LoadOptions, Model, Source, UBATCH,
     plan::{Placement, TileUse},
     threads::default_threads,
 };
@@ -95,7 +95,7 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "LIST", default_value = "2048", value_parser = numbers)]
     batch_size: Vec<Numbers>,
     /// Tokens that run through the layers together (-ub)
-    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = numbers)]
+    #[arg(long, value_name = "LIST", default_value = UBATCH.to_string(), value_parser = numbers)]
     ubatch_size: Vec<Numbers>,
     /// Types of the cached keys (-ctk): f16, bf16, q8_0
     #[arg(long, value_name = "TYPE", value_delimiter = ',', default_value = "f16",
@@ -590,7 +590,7 @@ impl Printer {
                 column("n_batch", 7, |r| r.batch.to_string()),
             ),
             (
-                all(&args.ubatch_size) != [1024],
+                all(&args.ubatch_size) != [UBATCH],
                 column("n_ubatch", 8, |r| r.ubatch.to_string()),
             ),
             (
