@@ -72,7 +72,6 @@ __device__ __forceinline__ void put_head(const Kv &c, const Where &w, int head, 
 // Writes k and v, `[m][heads][dim]`: a warp per head of either and token.
 extern "C" __global__ void __launch_bounds__(32)
 kv_store(Kv c, Where w, const float *k, const float *v) {
-    after_previous();
     bool second = blockIdx.x >= (u32)c.heads;
     int head = second ? blockIdx.x - c.heads : blockIdx.x, t = blockIdx.y;
     u64 from = ((u64)t * c.heads + head) * c.dim;
@@ -92,7 +91,6 @@ struct Heads {
 extern "C" __global__ void __launch_bounds__(32)
 heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const float *sin,
       int pairs, Kv c, Where at, const float *v) {
-    after_previous();
     extern __shared__ float row[];
     int t = blockIdx.y, lane = threadIdx.x, head = blockIdx.x;
     if (head >= q.heads + k.heads) {
@@ -127,97 +125,142 @@ heads(Heads q, Heads k, float eps, int dim, int neox, const float *cos, const fl
     if (store) put_head(c, at, head, t, false, row);
 }
 
-// Up to 8 query heads that share a KV head.
-#define HEADS 8
-
-__device__ __forceinline__ void add_scaled(float (&to)[HEADS], const float4 *f, float x) {
-    float4 a = f[0], b = f[1];
-    to[0] = fmaf(a.x, x, to[0]);
-    to[1] = fmaf(a.y, x, to[1]);
-    to[2] = fmaf(a.z, x, to[2]);
-    to[3] = fmaf(a.w, x, to[3]);
-    to[4] = fmaf(b.x, x, to[4]);
-    to[5] = fmaf(b.y, x, to[5]);
-    to[6] = fmaf(b.z, x, to[6]);
-    to[7] = fmaf(b.w, x, to[7]);
+// x times what HEADS query heads have at `f`, which is a whole number of vectors.
+template <int HEADS>
+__device__ __forceinline__ void add_scaled(float (&to)[HEADS], const float *f, float x) {
+#pragma unroll
+    for (int i = 0; i < HEADS / 4; i++) {
+        float4 a = ((const float4 *)f)[i];
+        to[4 * i + 0] = fmaf(a.x, x, to[4 * i + 0]);
+        to[4 * i + 1] = fmaf(a.y, x, to[4 * i + 1]);
+        to[4 * i + 2] = fmaf(a.z, x, to[4 * i + 2]);
+        to[4 * i + 3] = fmaf(a.w, x, to[4 * i + 3]);
+    }
 }
 
 __device__ __forceinline__ float half_of(u32 two, int which) {
     return f16_to_f32((u16)(which ? two >> 16 : two));
 }
 
-// One token, one KV head, up to 8 of its query heads, one run of pages; 128 threads. With one
-// run the result goes to out, `[m][heads][dim]`; with more its parts: sums `[m][heads][runs]
-// [dim]` and (maximum, sum) `[m][heads][runs]`.
+// A result of attention, `[m][heads][dim]`, and the forms of it that the next product takes, where
+// there is a place for them: then heads are whole groups.
+struct Attended {
+    float *out;
+    Q8 q8;
+    u16 *bf16;
+};
+
+// Dimension `d` of a head of a token: a warp's are neighbours.
+__device__ __forceinline__ void put_attended(const Attended &to, int t, int head, int heads, int dim,
+                                             int d, float v) {
+    u64 at = ((u64)t * heads + head) * dim + d;
+    to.out[at] = v;
+    if (to.q8.q) put_q8(to.q8, t, heads * dim, (head * dim + d) / 32, v);
+    if (to.bf16) to.bf16[at] = f32_to_bf16(v);
+}
+
+// One token, one KV head, up to HEADS of its query heads, one run of pages; 128 threads. With one
+// run the result goes to `to`; with more its parts: sums `[m][heads][runs][dim]` and (maximum, sum)
+// `[m][heads][runs]`.
 //
 // Flash attention over pages: scores of 64 positions, of which each warp adds a quarter of the
-// dimensions; their softmax (a warp takes two heads); then threads add values in their
+// dimensions; their softmax (a warp takes every fourth head); then threads add values in their
 // dimensions, pairs of them, and groups of threads share the positions.
-extern "C" __global__ void __launch_bounds__(128)
-attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
-          float *out, float *sums, float2 *stats) {
-    after_previous();
-    extern __shared__ float4 shared[];
+//
+// A block waits for memory more than it computes, so what it can know is asked for at once: of f16
+// up to 32 words of a thread's keys and of its values, and the next page's keys once the present
+// ones are used. Eight of them are multiplied without a branch.
+template <int HEADS>
+__device__ __forceinline__ void attention(const Kv &c, const Where &w, const float *q, int heads,
+                                          float scale, int run_pages, int runs, const Attended &to,
+                                          float *sums, float2 *stats) {
+    constexpr int ASKED = 32, STEP = 8;
+    extern __shared__ float shared[];
     int group = heads / c.heads, parts = (group + HEADS - 1) / HEADS;
     int head = blockIdx.x / parts, first = blockIdx.x % parts * HEADS;
     int live = min(HEADS, group - first), run = blockIdx.y, t = blockIdx.z;
     int dim = c.dim, tid = threadIdx.x, lane = tid & 31, warp = tid / 32;
-    float4 *sq = shared;                  // [dim][8]
-    float *ss = (float *)(sq + 2 * dim);  // [64][8]
-    float *part = ss + 64 * HEADS;        // [4][64][8]: quarters of scores, then of sums
-    float *top = part + 4 * 64 * HEADS;   // [8] maxima, [8] sums, [8] factors
+    float *sq = shared;                  // [dim][HEADS]
+    float *ss = sq + dim * HEADS;        // [64][HEADS]
+    float *part = ss + 64 * HEADS;       // [4][64][HEADS]: quarters of scores, then of sums
+    float *top = part + 4 * 64 * HEADS;  // [HEADS] maxima, sums, factors
     int seen = (int)w.tokens[2 * t + 1] + 1;
     const u32 *pages = w.pages + w.tokens[2 * t];
+    int page = run * run_pages, end = min(page + run_pages, (seen + 63) / 64);
+    // This warp's dimensions of keys; two neighbouring ones of values, and which share of the
+    // positions.
+    int d0 = warp * dim / 4, d1 = (warp + 1) * dim / 4;
+    int pairs = dim / 2, shares = 128 / pairs, share = tid / pairs, pair = tid % pairs;
+    bool fast = c.k_type == KV_F16 && dim % 32 == 0;
+    auto keys_of = [&](int page) {
+        return c.cache + (u64)pages[page] * c.page_bytes + (u64)head * c.head_bytes;
+    };
+    // Positions 2 * lane and the one behind it, of dimensions from `d` on.
+    u32 kx[ASKED], vx[ASKED];
+    auto ask_keys = [&](const u8 *k, int d) {
+#pragma unroll
+        for (int i = 0; i < ASKED; i++)
+            kx[i] = d + i < d1 ? ((const u32 *)k)[(d + i) * 32 + lane] : 0;
+    };
+    auto ask_values = [&](const u8 *v, int slot, int visible) {
+#pragma unroll
+        for (int i = 0; i < ASKED; i++) {
+            int at = slot + i * shares;
+            vx[i] = at < visible ? ((const u32 *)v)[at * pairs + pair] : 0;
+        }
+    };
+    const u8 *k = page < end ? keys_of(page) : 0;
+    if (k && fast) ask_keys(k, d0);
     int q0 = head * group + first;
     for (int i = tid; i < dim * HEADS; i += 128) {
-        int h = i / dim, d = i % dim;
-        float v = h < live ? q[((u64)t * heads + q0 + h) * dim + d] * scale : 0.0f;
-        ((float *)sq)[d * HEADS + h] = v;
+        int h = i % HEADS, d = i / HEADS;
+        sq[i] = h < live ? q[((u64)t * heads + q0 + h) * dim + d] * scale : 0.0f;
     }
     if (tid < HEADS) top[tid] = -INF, top[HEADS + tid] = 0.0f;
-    // Two neighbouring dimensions, and which share of the positions.
-    int pairs = dim / 2, shares = 128 / pairs, share = tid / pairs, pair = tid % pairs;
     float acc[2][HEADS];
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int h = 0; h < HEADS; h++) acc[i][h] = 0.0f;
-    bool fast = c.k_type == KV_F16 && dim % 32 == 0;
-    int end = min((run + 1) * run_pages, (seen + 63) / 64);
-    for (int page = run * run_pages; page < end; page++) {
-        const u8 *k = c.cache + (u64)pages[page] * c.page_bytes + (u64)head * c.head_bytes;
-        const u8 *v = k + c.k_bytes;
+    for (; page < end; page++) {
+        const u8 *v = k + c.k_bytes, *next = page + 1 < end ? keys_of(page + 1) : 0;
         int visible = min(64, seen - page * 64);
+        if (c.v_type == KV_F16 && share < shares) ask_values(v, share, visible);
         __syncthreads();
-        float a[HEADS], b[HEADS];
+        float score[2][HEADS];
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) a[h] = b[h] = 0.0f;
-        // Positions 2 * lane and the one behind it.
-        int d0 = warp * dim / 4, d1 = (warp + 1) * dim / 4;
+        for (int h = 0; h < HEADS; h++) score[0][h] = score[1][h] = 0.0f;
         if (fast) {
-            for (int d = d0; d < d1; d += 8) {
-                u32 x[8];
+            for (int d = d0; d < d1; d += ASKED) {
+                if (d > d0) ask_keys(k, d);
 #pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = ((const u32 *)k)[(d + i) * 32 + lane];
+                for (int j = 0; j < ASKED; j += STEP) {
+                    if (d + j >= d1) break;
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    add_scaled(a, sq + 2 * (d + i), half_of(x[i], 0));
-                    add_scaled(b, sq + 2 * (d + i), half_of(x[i], 1));
+                    for (int i = j; i < j + STEP; i++) {
+                        add_scaled<HEADS>(score[0], sq + (d + i) * HEADS, half_of(kx[i], 0));
+                        add_scaled<HEADS>(score[1], sq + (d + i) * HEADS, half_of(kx[i], 1));
+                    }
                 }
             }
+            if (next) ask_keys(next, d0);
         } else {
             for (int d = d0; d < d1; d++) {
-                add_scaled(a, sq + 2 * d, k_at(c, k, 2 * lane, d));
-                add_scaled(b, sq + 2 * d, k_at(c, k, 2 * lane + 1, d));
+                add_scaled<HEADS>(score[0], sq + d * HEADS, k_at(c, k, 2 * lane, d));
+                add_scaled<HEADS>(score[1], sq + d * HEADS, k_at(c, k, 2 * lane + 1, d));
             }
         }
-        float4 *to = (float4 *)(part + (warp * 64 + 2 * lane) * HEADS);
-        to[0] = make_float4(a[0], a[1], a[2], a[3]);
-        to[1] = make_float4(a[4], a[5], a[6], a[7]);
-        to[2] = make_float4(b[0], b[1], b[2], b[3]);
-        to[3] = make_float4(b[4], b[5], b[6], b[7]);
+        k = next;
+        float4 *quarter = (float4 *)(part + (warp * 64 + 2 * lane) * HEADS);
+#pragma unroll
+        for (int i = 0; i < HEADS / 2; i++) {
+            const float *s = &score[i / (HEADS / 4)][i % (HEADS / 4) * 4];
+            quarter[i] = make_float4(s[0], s[1], s[2], s[3]);
+        }
         __syncthreads();
-        for (int h = warp; h < HEADS; h += 4) {
+#pragma unroll
+        for (int j = 0; j < HEADS; j += 4) {
+            int h = j + warp;
             float s[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -246,38 +289,36 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
             }
         }
         __syncthreads();
-        if (share < shares) {
+        if (share >= shares) continue;
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-                for (int h = 0; h < HEADS; h++) acc[i][h] *= top[2 * HEADS + h];
-            if (c.v_type == KV_F16) {
-                for (int slot = share; slot < visible; slot += 8 * shares) {
-                    u32 x[8];
+            for (int h = 0; h < HEADS; h++) acc[i][h] *= top[2 * HEADS + h];
+        if (c.v_type == KV_F16) {
+            for (int slot = share; slot < visible; slot += ASKED * shares) {
+                if (slot > share) ask_values(v, slot, visible);
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        int at = slot + i * shares;
-                        x[i] = at < visible ? ((const u32 *)v)[at * pairs + pair] : 0;
-                    }
+                for (int j = 0; j < ASKED; j += STEP) {
+                    if (slot + j * shares >= visible) break;
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
+                    for (int i = j; i < j + STEP; i++) {
                         // Behind the last position there is a weight of some position and 0.
-                        const float4 *p = (const float4 *)ss + 2 * min(slot + i * shares, 63);
-                        add_scaled(acc[0], p, half_of(x[i], 0));
-                        add_scaled(acc[1], p, half_of(x[i], 1));
+                        const float *p = ss + min(slot + i * shares, 63) * HEADS;
+                        add_scaled<HEADS>(acc[0], p, half_of(vx[i], 0));
+                        add_scaled<HEADS>(acc[1], p, half_of(vx[i], 1));
                     }
                 }
-            } else {
-                for (int slot = share; slot < visible; slot += shares) {
-                    const float4 *p = (const float4 *)ss + 2 * slot;
-                    add_scaled(acc[0], p, v_at(c, v, slot, 2 * pair));
-                    add_scaled(acc[1], p, v_at(c, v, slot, 2 * pair + 1));
-                }
+            }
+        } else {
+            for (int slot = share; slot < visible; slot += shares) {
+                const float *p = ss + slot * HEADS;
+                add_scaled<HEADS>(acc[0], p, v_at(c, v, slot, 2 * pair));
+                add_scaled<HEADS>(acc[1], p, v_at(c, v, slot, 2 * pair + 1));
             }
         }
     }
     __syncthreads();
-    // The shares' sums, [shares][dim][8].
+    // The shares' sums, [shares][dim][HEADS].
     if (share < shares)
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -285,43 +326,72 @@ attention(Kv c, Where w, const float *q, int heads, float scale, int run_pages, 
             for (int h = 0; h < HEADS; h++)
                 part[(share * dim + 2 * pair + i) * HEADS + h] = acc[i][h];
     __syncthreads();
-    for (int d = tid; d < dim; d += 128)
-        for (int h = 0; h < live; h++) {
-            float sum = 0.0f;
-            for (int u = 0; u < shares; u++) sum += part[(u * dim + d) * HEADS + h];
-            u64 row = (u64)t * heads + q0 + h;
-            if (runs == 1) out[row * dim + d] = sum * (1.0f / top[HEADS + h]);
-            else sums[(row * runs + run) * dim + d] = sum;
+    for (int d = tid; d < dim; d += 128) {
+        float v[HEADS];
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) v[h] = part[d * HEADS + h];
+        for (int u = 1; u < shares; u++)
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) v[h] += part[(u * dim + d) * HEADS + h];
+        auto put = [&](int h) {
+            if (runs == 1) put_attended(to, t, q0 + h, heads, dim, d, v[h] / top[HEADS + h]);
+            else sums[(((u64)t * heads + q0 + h) * runs + run) * dim + d] = v[h];
+        };
+        // Without branches between them the heads' many steps overlap.
+        if (live == HEADS) {
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) put(h);
+        } else {
+#pragma unroll
+            for (int h = 0; h < HEADS; h++)
+                if (h < live) put(h);
         }
+    }
     if (runs > 1 && tid < live)
         stats[((u64)t * heads + q0 + tid) * runs + run] = make_float2(top[tid], top[HEADS + tid]);
 }
 
-// Merges the runs of each head, in order, and gives the result in the forms that the next
-// product takes as well, where there is a place for them: then heads are whole groups. Runs
-// that saw nothing have a sum of zero.
 extern "C" __global__ void __launch_bounds__(128)
-merge(const float *sums, const float2 *stats, int heads, int runs, int dim, float *out, Q8 q8,
-      u16 *bf16) {
-    after_previous();
+attention_4(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
+            Attended to, float *sums, float2 *stats) {
+    attention<4>(c, w, q, heads, scale, run_pages, runs, to, sums, stats);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+attention_8(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
+            Attended to, float *sums, float2 *stats) {
+    attention<8>(c, w, q, heads, scale, run_pages, runs, to, sums, stats);
+}
+
+// Merges the runs of each head, RUNS at most; a block per token and head. Runs that saw nothing have
+// a sum of zero.
+#define RUNS 264
+
+extern "C" __global__ void __launch_bounds__(128)
+merge(const float *sums, const float2 *stats, int heads, int runs, int dim, Attended to) {
+    __shared__ float factors[RUNS];
     u64 row = blockIdx.x;
     stats += row * runs;
     sums += row * runs * dim;
-    float largest = -INF;
-    for (int r = 0; r < runs; r++) largest = fmaxf(largest, stats[r].x);
-    float total = 0.0f;
-    for (int r = 0; r < runs; r++)
-        if (stats[r].y > 0.0f) total += stats[r].y * expf(stats[r].x - largest);
-    u64 token = row / heads;
-    int at = (int)(row - token * heads) * dim;
+    if (threadIdx.x < 32) {
+        float largest = -INF, total = 0.0f;
+        for (int r = threadIdx.x; r < runs; r += 32) largest = fmaxf(largest, stats[r].x);
+        largest = warp_max(largest);
+        for (int r = threadIdx.x; r < runs; r += 32) {
+            float2 of = stats[r];
+            factors[r] = of.y > 0.0f ? expf(of.x - largest) : 0.0f;
+            total += of.y * factors[r];
+        }
+        total = warp_sum(total);
+        for (int r = threadIdx.x; r < runs; r += 32) factors[r] /= total;
+    }
+    __syncthreads();
+    int t = (int)(row / heads), head = (int)(row - (u64)t * heads);
     for (int d = threadIdx.x; d < dim; d += 128) {
         float v = 0.0f;
-        for (int r = 0; r < runs; r++)
-            if (stats[r].y > 0.0f) v += sums[(u64)r * dim + d] * expf(stats[r].x - largest);
-        v /= total;
-        out[row * dim + d] = v;
-        if (q8.q) put_q8(q8, token, heads * dim, (at + d) / 32, v);
-        if (bf16) bf16[row * dim + d] = f32_to_bf16(v);
+#pragma unroll 8
+        for (int r = 0; r < runs; r++) v = fmaf(sums[(u64)r * dim + d], factors[r], v);
+        put_attended(to, t, head, heads, dim, d, v);
     }
 }
 
@@ -512,7 +582,6 @@ __device__ __forceinline__ void attention_tiles(const Kv &c, const Where &w, con
 #define ATTENTION_TILES(DIM)                                                                     \
     extern "C" __global__ void __launch_bounds__(128) attention_tiles_##DIM(                     \
         Kv c, Where w, const float *q, int heads, float scale, int m, float *out, u32 *bf16) {   \
-        after_previous();                                                                        \
         attention_tiles<DIM>(c, w, q, heads, scale, m, out, bf16);                               \
     }
 

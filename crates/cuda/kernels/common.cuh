@@ -93,19 +93,6 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A kernel may be started while the one before it still runs. Each begins with this: those behind
-// it may be started, too, and it waits until the one before has ended and all that it wrote can be
-// seen. PTX for older architectures has comments in place of these instructions (`modules.rs`).
-__device__ __forceinline__ void after_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#else
-    asm volatile("// griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("// griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ u16 f32_to_bf16(float f) { return (u16)bf16_pair(f, 0.0f); }
 
 // The sum over a warp, the same in every lane.
@@ -119,6 +106,21 @@ __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
     for (int i = 16; i > 0; i >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, i));
     return v;
+}
+
+// True, for the whole block, in the last of `blocks` that come here with this counter: it can read
+// what all of them wrote before, past the L1 (`__ldcg`). The counter is zero before and after.
+__device__ __forceinline__ bool last_of(u32 blocks, u32 *counter) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // What the barrier has shown to this thread comes before its count, for all to see.
+        __threadfence();
+        last = atomicInc(counter, blocks - 1) == blocks - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
 }
 
 __device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
@@ -216,39 +218,44 @@ __device__ __forceinline__ void choose(const float *logits, int experts, int use
     }
     largest = warp_max(largest);
     float total = 0.0f;
+    // Keys are ordered as numbers are; 0 is what is taken or not there.
+    u32 key[PER];
 #pragma unroll
     for (int j = 0; j < PER; j++) {
+        key[j] = 0;
         if (lane + 32 * j >= experts) continue;
         total += expf(left[j] - largest);
-        if (isnan(left[j])) left[j] = -INF;
+        // Zeros of both signs are equal.
+        int bits = __float_as_int(left[j] + 0.0f);
+        key[j] = isnan(left[j]) ? 1u : (u32)bits ^ ((u32)(bits >> 31) | 0x80000000u);
     }
     total = warp_sum(total);
-    float sum = 0.0f, mine = 0.0f;
+    u32 mine = 0;
     int chosen = 0;
     for (int c = 0; c < used; c++) {
-        float best = -INF;
+        u32 best = 0;
+#pragma unroll
+        for (int j = 0; j < PER; j++) best = max(best, key[j]);
+        best = __reduce_max_sync(0xffffffffu, best);
         int at = experts;
 #pragma unroll
-        for (int j = 0; j < PER; j++) {
-            int i = lane + 32 * j;
-            if (left[j] > best || (left[j] == best && i < at)) best = left[j], at = i;
-        }
-#pragma unroll
-        for (int i = 16; i > 0; i >>= 1) {
-            float other = __shfl_xor_sync(0xffffffffu, best, i);
-            int from = __shfl_xor_sync(0xffffffffu, at, i);
-            if (from < experts && (at >= experts || other > best || (other == best && from < at)))
-                best = other, at = from;
-        }
-        float weight = expf(best - largest) / total;
-        sum += weight;
-        if (lane == c) mine = weight, chosen = at;
+        for (int j = PER - 1; j >= 0; j--)
+            if (key[j] == best) at = lane + 32 * j;
+        at = __reduce_min_sync(0xffffffffu, at);
+        if (lane == c) mine = best, chosen = at;
 #pragma unroll
         for (int j = 0; j < PER; j++)
-            if (at == lane + 32 * j) left[j] = NAN_;
+            if (at == lane + 32 * j) key[j] = 0;
     }
+    float weight = 0.0f;
+    if (mine > 1) {
+        u32 bits = mine & 0x80000000u ? mine & 0x7fffffffu : ~mine;
+        weight = expf(__int_as_float((int)bits) - largest);
+    }
+    weight /= total;
+    float sum = warp_sum(lane < used ? weight : 0.0f);
     if (lane < used) {
         ids[lane] = chosen;
-        weights[lane] = (normalize ? mine / sum : mine) * scale;
+        weights[lane] = (normalize ? weight / sum : weight) * scale;
     }
 }

@@ -98,13 +98,11 @@ __device__ __forceinline__ void mul_vec(const Products &p, const Q8 &x, int m) {
 
 extern "C" __global__ void __launch_bounds__(128, 5)
 mul_vec_1(Products p, Q8 x, int m) {
-    after_previous();
     mul_vec<1>(p, x, m);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_vec_8(Products p, Q8 x, int m) {
-    after_previous();
     mul_vec<8>(p, x, m);
 }
 
@@ -153,20 +151,17 @@ __device__ __forceinline__ void gate_up(const Mat &gate, const Mat &up, u64 base
 
 extern "C" __global__ void __launch_bounds__(256, 3)
 gate_up_1(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
-    after_previous();
     gate_up<1>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 gate_up_8(Mat gate, Mat up, Q8 x, int m, float *hidden, Q8 q8) {
-    after_previous();
     gate_up<8>(gate, up, 0, x, 0, m, hidden, q8, 0);
 }
 
 // The same for pairs of a token and an expert, one per blockIdx.y.
 extern "C" __global__ void __launch_bounds__(256, 3)
 experts_gate_up(Mat gate, Mat up, const u32 *ids, int used, Q8 x, float *hidden, Q8 q8) {
-    after_previous();
     int pair = blockIdx.y;
     gate_up<1>(gate, up, (u64)ids[pair] * gate.n, x, pair / used, 1, hidden, q8, pair);
 }
@@ -175,7 +170,6 @@ experts_gate_up(Mat gate, Mat up, const u32 *ids, int used, Q8 x, float *hidden,
 // order. A warp per expert of the token, four rows per block.
 extern "C" __global__ void __launch_bounds__(512)
 experts_down(Mat w, const u32 *ids, const float *weights, Q8 x, float *out) {
-    after_previous();
     __shared__ float y[16][4];
     int used = blockDim.x / 32, e = threadIdx.x / 32, t = blockIdx.y;
     int row0 = blockIdx.x * 4, n = w.n;
@@ -201,7 +195,6 @@ experts_down(Mat w, const u32 *ids, const float *weights, Q8 x, float *out) {
 // out[pair] = w of the pair's expert * x[pair / share]
 extern "C" __global__ void __launch_bounds__(128)
 experts_mul(Mat w, const u32 *ids, int share, Q8 x, float *out) {
-    after_previous();
     int row = blockIdx.x * 4 + threadIdx.x / 32, pair = blockIdx.y;
     if (row >= w.n) return;
     const Mat *const one[1] = {&w};
@@ -269,68 +262,77 @@ __device__ __forceinline__ void mul_float(const Products &p, const float *x, int
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_float_1(Products p, const float *x, int m) {
-    after_previous();
     mul_float<1>(p, x, m);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 mul_float_8(Products p, const float *x, int m) {
-    after_previous();
     mul_float<8>(p, x, m);
 }
 
-// A router's product with one normalised row, which each block makes for itself in shared memory,
-// and the choice of experts by the last block to end. The first one leaves the row to others. The
-// tickets are zero before, and after.
+// A router's product with one normalised row, which each block makes for itself in shared memory
+// while its first weights are on their way, and the choice of experts by the last block to end.
+// Each block leaves its share of the row to the kernels behind.
 template <int PER>
 __device__ __forceinline__ void norm_route(const Mat &w, const Norm &norm, float *logits, int used,
                                            int normalize, float scale, u32 *ids, float *weights,
-                                           u32 *tickets) {
+                                           u32 *counter) {
     extern __shared__ uint4 stages[];
     float *x = (float *)stages;
-    __shared__ u32 ticket;
-    normalise<16>(norm.x, norm.w, norm.eps, w.k, [&](int i, float v) {
-        x[i] = v;
-        if (blockIdx.x == 0) {
-            norm.out[i] = v;
-            if (norm.q8.q) put_q8(norm.q8, 0, w.k, i / 32, v);
-        }
-    });
-    __syncthreads();
-    int row = blockIdx.x * 4 + threadIdx.x / 32;
-    if (row < w.n) {
-        float acc[1];
-        dot_float<1>(w, (u64)row * w.k, x, 1, acc);
-        if ((threadIdx.x & 31) == 0) logits[row] = acc[0];
+    constexpr int ASKED = 16;
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, k = w.k;
+    int row = blockIdx.x * 4 + warp, whole = k & 3 ? 0 : k;
+    u64 at = (u64)min(row, w.n - 1) * k;
+    float4 asked[ASKED];
+#pragma unroll
+    for (int j = 0; j < ASKED; j++) {
+        int c = lane * 4 + j * 128;
+        asked[j] = c < whole ? weights4(w, at + c) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
-    __threadfence();
+    normalise<16>(norm.x, norm.w, norm.eps, k, [&](int i, float v) { x[i] = v; });
     __syncthreads();
-    if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1u);
-    __syncthreads();
-    if (ticket != gridDim.x - 1 || threadIdx.x >= 32) return;
-    __threadfence();
-    choose<PER>(logits, w.n, used, normalize, scale, ids, weights);
-    if (threadIdx.x == 0) *tickets = 0;
+    float acc = 0.0f;
+    auto add = [&](float4 v, int c) {
+        float4 a = *(const float4 *)(x + c);
+        acc = fmaf(v.x, a.x, acc);
+        acc = fmaf(v.y, a.y, acc);
+        acc = fmaf(v.z, a.z, acc);
+        acc = fmaf(v.w, a.w, acc);
+    };
+#pragma unroll
+    for (int j = 0; j < ASKED; j++) {
+        int c = lane * 4 + j * 128;
+        if (c < whole) add(asked[j], c);
+    }
+    for (int c = lane * 4 + ASKED * 128; c < whole; c += 128) add(weights4(w, at + c), c);
+    for (int c = whole + lane; c < k; c += 32) acc = fmaf(weight(w, at + c), x[c], acc);
+    acc = warp_sum(acc);
+    if (row < w.n && lane == 0) logits[row] = acc;
+    // Warps of all blocks take groups in turns.
+    for (int g = blockIdx.x * 4 + warp; g * 32 < k; g += gridDim.x * 4) {
+        int i = g * 32 + lane;
+        if (i < k) norm.out[i] = x[i];
+        if (norm.q8.q) put_q8(norm.q8, 0, k, g, x[i]);
+    }
+    if (last_of(gridDim.x, counter) && warp == 0)
+        choose<PER>(logits, w.n, used, normalize, scale, ids, weights);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 norm_route_128(Mat w, Norm norm, float *logits, int used, int normalize, float scale, u32 *ids,
-               float *weights, u32 *tickets) {
-    after_previous();
-    norm_route<4>(w, norm, logits, used, normalize, scale, ids, weights, tickets);
+               float *weights, u32 *counter) {
+    norm_route<4>(w, norm, logits, used, normalize, scale, ids, weights, counter);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 norm_route_256(Mat w, Norm norm, float *logits, int used, int normalize, float scale, u32 *ids,
-               float *weights, u32 *tickets) {
-    after_previous();
-    norm_route<8>(w, norm, logits, used, normalize, scale, ids, weights, tickets);
+               float *weights, u32 *counter) {
+    norm_route<8>(w, norm, logits, used, normalize, scale, ids, weights, counter);
 }
 
 // out[pair] = w of the pair's expert * x[pair / share]
 extern "C" __global__ void __launch_bounds__(128)
 experts_float(Mat w, const u32 *ids, int share, const float *x, float *out) {
-    after_previous();
     int row = blockIdx.x * 4 + threadIdx.x / 32, pair = blockIdx.y;
     if (row >= w.n) return;
     float acc[1];
@@ -344,7 +346,6 @@ experts_float(Mat w, const u32 *ids, int share, const float *x, float *out) {
 // takes. Stores go through shared memory, so that a warp's are whole lines.
 extern "C" __global__ void __launch_bounds__(256)
 to_bf16(Mat w, u64 first, u64 groups, uint4 *out) {
-    after_previous();
     __shared__ uint4 part[256 * 4];
     int tid = threadIdx.x;
     u64 start = (u64)blockIdx.x * 256;
@@ -495,20 +496,17 @@ __device__ __forceinline__ void mul_mat(const Mat &w, const u32 *x, int m, float
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_32(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
            const int *order, int share) {
-    after_previous();
     mul_mat<32>(w, x, m, out, bias, add, tiles, order, share);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_64(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
            const int *order, int share) {
-    after_previous();
     mul_mat<64>(w, x, m, out, bias, add, tiles, order, share);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 mul_mat_128(Mat w, const u32 *x, int m, float *out, const float *bias, int add, const int *tiles,
             const int *order, int share) {
-    after_previous();
     mul_mat<128>(w, x, m, out, bias, add, tiles, order, share);
 }

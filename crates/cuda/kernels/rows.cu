@@ -4,7 +4,6 @@
 // takes: q8 and pairs of bf16, where there is a place for them; then k is whole groups.
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u16 *bf16) {
-    after_previous();
     u64 row = blockIdx.x;
     x += row * k;
     out += row * k;
@@ -18,7 +17,6 @@ rms_norm(const float *x, const float *w, float eps, int k, float *out, Q8 q8, u1
 // Rows of k values in the q8 form, a warp per group.
 extern "C" __global__ void __launch_bounds__(256)
 quantize(const float *x, u64 groups, int k, Q8 q8) {
-    after_previous();
     u64 g = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (g >= groups) return;
     u64 row = g / (k / 32);
@@ -28,14 +26,12 @@ quantize(const float *x, u64 groups, int k, Q8 q8) {
 // Pairs of bf16.
 extern "C" __global__ void __launch_bounds__(256)
 round_bf16(const float2 *x, u64 pairs, u32 *out) {
-    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < pairs) out[i] = bf16_pair(x[i].x, x[i].y);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 add(float *dst, const float *x, u64 len) {
-    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) dst[i] += x[i];
 }
@@ -49,7 +45,6 @@ struct Parts {
 };
 
 extern "C" __global__ void __launch_bounds__(256) copy_parts(Parts p) {
-    after_previous();
     int part = blockIdx.y;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < p.words[part]; i += gridDim.x * 256)
         p.to[part][i] = p.from[part][i];
@@ -58,7 +53,6 @@ extern "C" __global__ void __launch_bounds__(256) copy_parts(Parts p) {
 // gate = silu(gate) * up
 extern "C" __global__ void __launch_bounds__(256)
 swiglu(float *gate, const float *up, u64 len) {
-    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) gate[i] = silu(gate[i]) * up[i];
 }
@@ -66,7 +60,6 @@ swiglu(float *gate, const float *up, u64 len) {
 // The same as pairs of bf16.
 extern "C" __global__ void __launch_bounds__(256)
 swiglu_bf16(const float2 *gate, const float2 *up, u64 pairs, u32 *out) {
-    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= pairs) return;
     float2 g = gate[i], u = up[i];
@@ -75,7 +68,6 @@ swiglu_bf16(const float2 *gate, const float2 *up, u64 pairs, u32 *out) {
 
 extern "C" __global__ void __launch_bounds__(256)
 gather(const float *x, const u32 *rows, int k, float *out) {
-    after_previous();
     x += (u64)rows[blockIdx.x] * k;
     out += (u64)blockIdx.x * k;
     for (int i = threadIdx.x; i < k; i += 256) out[i] = x[i];
@@ -92,7 +84,6 @@ struct Planes {
 
 extern "C" __global__ void __launch_bounds__(256)
 to_planes(const u8 *raw, u64 first, u64 bytes, Planes p) {
-    after_previous();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= bytes) return;
     u64 block = i / p.block;
@@ -107,7 +98,6 @@ to_planes(const u8 *raw, u64 first, u64 bytes, Planes p) {
 extern "C" __global__ void __launch_bounds__(32)
 route(const float *logits, int experts, int used, int normalize, float scale, u32 *ids,
       float *weights) {
-    after_previous();
     extern __shared__ float left[];
     int lane = threadIdx.x, t = blockIdx.x;
     logits += (u64)t * experts;
@@ -154,7 +144,6 @@ route(const float *logits, int experts, int used, int normalize, float scale, u3
 extern "C" __global__ void __launch_bounds__(32)
 route_256(const float *logits, int experts, int used, int normalize, float scale, u32 *ids,
           float *weights) {
-    after_previous();
     u64 t = blockIdx.x;
     choose<8>(logits + t * experts, experts, used, normalize, scale, ids + t * used,
               weights + t * used);
@@ -167,7 +156,6 @@ route_256(const float *logits, int experts, int used, int normalize, float scale
 extern "C" __global__ void __launch_bounds__(1024)
 group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *order,
               int *tiles) {
-    after_previous();
     extern __shared__ int counts[];  // [warps][experts], then three per expert
     int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32;
     int lane = threadIdx.x & 31;
@@ -234,7 +222,6 @@ group_experts(const u32 *ids, int pairs, int experts, int tile, int most, int *o
 // x[t] += the sum over t's experts of weight * y[pair], in the routing's order.
 extern "C" __global__ void __launch_bounds__(256)
 combine(float *x, const float *y, const float *weights, int used, int n) {
-    after_previous();
     int c = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
     if (c >= n) return;
     float sum = 0.0f;
@@ -247,7 +234,6 @@ combine(float *x, const float *y, const float *weights, int used, int n) {
 // per row.
 extern "C" __global__ void __launch_bounds__(1024)
 argmax(const float *x, int n, u32 *out) {
-    after_previous();
     __shared__ float values[32];
     __shared__ int places[32];
     x += (u64)blockIdx.x * n;
@@ -312,7 +298,6 @@ __device__ inline int digit_of(const int *counts, int digits, int *need, int *fo
 // digit of its order, then by its index, so no two runs differ.
 extern "C" __global__ void __launch_bounds__(1024)
 top_k(const float *x, int n, int k, u32 *ids, float *values) {
-    after_previous();
     constexpr int DIGITS = 2048, MOST = 512;
     __shared__ int counts[DIGITS];
     __shared__ unsigned long long best[MOST];
@@ -396,7 +381,6 @@ top_k(const float *x, int n, int k, u32 *ids, float *values) {
 // The values of each of so many rows of n at the same `count` indices.
 extern "C" __global__ void __launch_bounds__(256)
 pick(const float *x, int n, const u32 *ids, int count, float *out) {
-    after_previous();
     for (int i = threadIdx.x; i < count; i += 256)
         out[(u64)blockIdx.x * count + i] = x[(u64)blockIdx.x * n + ids[i]];
 }

@@ -99,7 +99,7 @@ pub struct CudaDevice {
     pub(crate) modules: Modules,
     pub(crate) grids: Buffer,
     /// How many blocks of a kernel have ended whose last one does more, a u32; zero between kernels.
-    pub(crate) tickets: Buffer,
+    pub(crate) counter: Buffer,
     pub(crate) pool: Arc<Pool>,
 }
 
@@ -196,11 +196,11 @@ impl CudaDevice {
             }),
             modules: Modules::default(),
             grids: pool.alloc(books.len())?,
-            tickets: pool.alloc(4)?,
+            counter: pool.alloc(4)?,
             pool,
         };
         device.write_at(&device.grids, 0, &books)?;
-        device.write_at(&device.tickets, 0, &[0; 4])?;
+        device.write_at(&device.counter, 0, &[0; 4])?;
         Ok(device)
     }
 
@@ -381,7 +381,7 @@ impl CudaDevice {
         for &unit in crate::modules::UNITS {
             let name = match unit {
                 Unit::Rows => c"rms_norm",
-                Unit::Attention => c"attention",
+                Unit::Attention => c"attention_8",
                 Unit::Mul(_) => c"mul_mat_64",
             };
             self.modules.function(&self.pool.gpu, unit, name)?;
@@ -463,7 +463,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::{HeadsOf, Mat, Parts, PlaneTable, Products};
+    use crate::launch::{Attended, HeadsOf, Mat, Parts, PlaneTable, Products};
 
     #[test]
     fn parameters_lie_as_the_kernels_expect() {
@@ -472,6 +472,7 @@ mod tests {
         assert_eq!(size_of::<Kv>(), 40);
         assert_eq!(size_of::<PlaneTable>(), 88);
         assert_eq!(size_of::<Q8>(), 24);
+        assert_eq!(size_of::<Attended>(), 40);
         assert_eq!(size_of::<HeadsOf>(), 24);
         assert_eq!(size_of::<Parts>(), 120);
     }

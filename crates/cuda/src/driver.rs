@@ -1,14 +1,10 @@
 //! The driver's interface: errors, contexts, streams, memory, launches.
 
-use crate::modules::OVERLAPS_FROM;
 use cudarc::driver::sys::{self, CUresult};
 use std::{
     ffi::{CStr, c_void},
     ptr,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     thread::{self, ThreadId},
 };
 use tegula_kernels::device::{DeviceError, Result};
@@ -74,9 +70,6 @@ fn version() -> Result<i32> {
     Ok(version)
 }
 
-/// The first driver that records kernels which overlap.
-const RECORDS_OVERLAP: i32 = 12_030;
-
 /// Refuses drivers that don't know CUDA 12, by the version that they state.
 fn new_enough(version: i32) -> Result<()> {
     if version >= 12_000 {
@@ -115,9 +108,6 @@ pub(crate) struct Gpu {
     pub arch: (i32, i32),
     /// Bytes of shared memory that a block may ask for.
     pub shared: usize,
-    /// Kernels can begin while those before them end, and are to.
-    overlaps: bool,
-    overlap: AtomicBool,
     capture: Mutex<Capture>,
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -187,10 +177,6 @@ impl Gpu {
             description: description.to_string_lossy().into_owned(),
             arch: (major, minor),
             shared: usize::try_from(shared).unwrap_or(0),
-            overlaps: (major, minor) >= OVERLAPS_FROM
-                && version()? >= RECORDS_OVERLAP
-                && std::env::var_os("TEGULA_CUDA_OVERLAP").is_none_or(|v| v != "0"),
-            overlap: AtomicBool::new(true),
             capture: Mutex::new(Capture::No),
             ordinal: device,
             context,
@@ -476,12 +462,6 @@ impl Gpu {
         Ok(function)
     }
 
-    /// Whether what is launched from now on may begin while what is before it ends, on a GPU that
-    /// can do so.
-    pub fn overlap(&self, on: bool) {
-        self.overlap.store(on, Relaxed);
-    }
-
     /// The stream, for libraries that issue to it.
     pub fn stream(&self) -> Result<sys::CUstream> {
         self.current()?;
@@ -504,30 +484,18 @@ impl Gpu {
         self.current()?;
         self.recordable();
         let [x, y, z] = grid.map(|n| n as u32);
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            // SAFETY: plain numbers and addresses.
-            ..unsafe { std::mem::zeroed() }
-        };
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        let overlaps = self.overlaps && self.overlap.load(Relaxed);
-        let config = sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: block as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared as u32,
-            hStream: self.stream,
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(overlaps),
-        };
-        // SAFETY: the caller's promise; kernels that overlap begin by waiting (`modules.rs`).
+        // SAFETY: the caller's promise.
         let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
+            sys::cuLaunchKernel(
                 function,
+                x,
+                y,
+                z,
+                block as u32,
+                1,
+                1,
+                shared as u32,
+                self.stream,
                 arguments.as_mut_ptr(),
                 ptr::null_mut(),
             )

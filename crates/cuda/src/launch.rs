@@ -83,6 +83,15 @@ pub(crate) struct NormOf {
     pub q8: Q8,
 }
 
+/// A result of attention and its other forms: addresses, 0 where there is no place for one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Attended {
+    pub out: u64,
+    pub q8: Q8,
+    pub bf16: u64,
+}
+
 /// The heads of one projection.
 #[derive(Clone, Copy)]
 #[repr(C)]

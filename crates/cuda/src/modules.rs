@@ -162,7 +162,7 @@ fn load(gpu: &Gpu, unit: Unit) -> Result<sys::CUmodule> {
     let terminated = |text: &str| CString::new(text).unwrap_or_default().into_bytes_with_nul();
     let refused = match unit.shipped() {
         Err(why) => why.to_owned(),
-        Ok(ptx) => match gpu.module(&terminated(&for_arch(ptx, gpu.arch))) {
+        Ok(ptx) => match gpu.module(&terminated(&ptx)) {
             Ok(module) => return Ok(module),
             Err(result) => format!("{result:?}"),
         },
@@ -175,19 +175,6 @@ fn load(gpu: &Gpu, unit: Unit) -> Result<sys::CUmodule> {
         Err(why) => why,
     };
     Err(no_image(&gpu.name, unit, gpu.arch, &refused, &why))
-}
-
-/// The architecture from which on a kernel can begin while the one before it ends.
-pub(crate) const OVERLAPS_FROM: (i32, i32) = (9, 0);
-
-/// Shipped PTX for a GPU: from Hopper on the instructions by which kernels overlap take the place
-/// of the comments that older ones read.
-fn for_arch(ptx: String, arch: (i32, i32)) -> String {
-    if arch < OVERLAPS_FROM {
-        return ptx;
-    }
-    ptx.replace(".target sm_80", ".target sm_90")
-        .replace("// griddepcontrol.", "griddepcontrol.")
 }
 
 /// No kernels for a GPU: neither the shipped ones nor any that could be made here.
@@ -208,31 +195,6 @@ fn no_image(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_kernel_waits_for_the_one_before_it_where_kernels_overlap() {
-        for unit in UNITS {
-            let ptx = unit.shipped().unwrap();
-            let kernels = ptx.matches(".entry ").count();
-            assert!(kernels > 0, "{unit:?}");
-            assert_eq!(for_arch(ptx.clone(), (8, 9)), ptx);
-            let newer = for_arch(ptx, (9, 0));
-            assert!(newer.contains(".target sm_90\n"), "{unit:?}");
-            for kernel in newer.split(".entry ").skip(1) {
-                let waits = kernel.find("\tgriddepcontrol.wait;").unwrap();
-                // Parameters and a thread's own memory apart, nothing is read or written before.
-                let accesses = kernel
-                    .match_indices("\tld.")
-                    .chain(kernel.match_indices("\tst."));
-                let own = |at: &(usize, &str)| {
-                    let space = &kernel[at.0 + at.1.len()..];
-                    space.starts_with("param") || space.starts_with("local")
-                };
-                let first = accesses.filter(|at| !own(at)).map(|at| at.0).min();
-                assert!(first.is_none_or(|at| waits < at), "{unit:?}: {kernel:.40}");
-            }
-        }
-    }
 
     #[test]
     fn what_has_no_image_is_said_with_both_reasons() {

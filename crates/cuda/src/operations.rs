@@ -3,7 +3,7 @@
 use crate::{
     copies::PIECE,
     device::{CudaDevice, FEW, failed, is_float, on_tensor_cores, where_of},
-    launch::{HeadsOf, Kv, NormOf, Q8, launch},
+    launch::{Attended, HeadsOf, Kv, NormOf, Q8, launch},
     modules::Unit,
     products::Into,
 };
@@ -18,7 +18,8 @@ use tegula_kernels::{
     ops::{RopeStyle, moe::RouteOptions},
 };
 
-/// Blocks of threads that keep a GPU busy.
+/// Blocks of threads that keep a GPU busy, and so the most runs that `merge` is given
+/// (`attention.cu`).
 const BUSY: usize = 264;
 /// Rows of queries that a block of [`tiles_kernel`] takes.
 const QUERY_ROWS: usize = 64;
@@ -268,7 +269,7 @@ impl Device for CudaDevice {
         }
         let (w, logits) = (self.mat(router.w), router.out.address());
         self.overwritten(logits);
-        let (norm, tickets) = (self.norm_of(norm)?, self.tickets.address());
+        let (norm, counter) = (self.norm_of(norm)?, self.counter.address());
         let (used, normalize) = (options.used as i32, i32::from(options.normalize));
         let (ids, weights) = (routing.ids.address(), routing.weights.address());
         let (scale, grid) = (options.scale, [n.div_ceil(4), 1, 1]);
@@ -291,7 +292,7 @@ impl Device for CudaDevice {
             scale,
             ids,
             weights,
-            tickets
+            counter
         )?;
         Ok(true)
     }
@@ -366,10 +367,17 @@ impl Device for CudaDevice {
         if self.attention_by_tiles(cache, shape, places, q, heads, out)? {
             return Ok(());
         }
-        let parts = (heads / shape.heads).div_ceil(8);
+        // Query heads that share a KV head, as many as a block takes.
+        let group = heads / shape.heads;
+        let (name, per) = if group <= 4 {
+            (c"attention_4", 4)
+        } else {
+            (c"attention_8", 8)
+        };
+        let parts = group.div_ceil(per);
         let pages = places.longest.div_ceil(KV_PAGE).max(1);
         let blocks = shape.heads * parts * places.m;
-        let run_pages = pages.div_ceil((BUSY / blocks.max(1)).clamp(1, pages));
+        let run_pages = pages.div_ceil((BUSY / blocks.max(1)).max(1));
         let runs = pages.div_ceil(run_pages);
         let rows = places.m * heads;
         let (sums, stats) = match runs {
@@ -379,19 +387,6 @@ impl Device for CudaDevice {
                 self.scratch("attention stats", 8 * rows * runs)?,
             ),
         };
-        let (kv, at) = (self.kv(cache, shape), where_of(places));
-        let (scale, n) = (1.0f32 / (dim as f32).sqrt(), heads as i32);
-        let (per, count) = (run_pages as i32, runs as i32);
-        let shared = 4 * (8 * dim + (1 + 4) * 64 * 8 + 3 * 8);
-        let (unit, name) = (Unit::Attention, c"attention");
-        let grid = [shape.heads * parts, runs, places.m];
-        launch!(
-            self, unit, name, grid, 128, shared, kv, at, q, n, scale, per, count, out, sums, stats
-        )?;
-        if runs == 1 {
-            self.overwritten(out);
-            return Ok(());
-        }
         let (q8, bf16) = match dim.is_multiple_of(32) {
             true => self.prepare(out, places.m, heads * dim)?,
             false => {
@@ -399,18 +394,28 @@ impl Device for CudaDevice {
                 (Q8::default(), 0)
             }
         };
+        let to = Attended { out, q8, bf16 };
+        let (kv, at) = (self.kv(cache, shape), where_of(places));
+        let (scale, n) = (1.0f32 / (dim as f32).sqrt(), heads as i32);
+        let (each, count) = (run_pages as i32, runs as i32);
+        let shared = 4 * per * (dim + (1 + 4) * 64 + 3);
+        let unit = Unit::Attention;
+        let grid = [shape.heads * parts, runs, places.m];
+        launch!(
+            self, unit, name, grid, 128, shared, kv, at, q, n, scale, each, count, to, sums, stats
+        )?;
+        if runs == 1 {
+            return Ok(());
+        }
         let (name, grid, dim) = (c"merge", [rows, 1, 1], dim as i32);
         launch!(
-            self, unit, name, grid, 128, 0, sums, stats, n, count, dim, out, q8, bf16
+            self, unit, name, grid, 128, 0, sums, stats, n, count, dim, to
         )
     }
 
     fn ffn(&self, network: &Network<'_>, input: &Buffer, m: usize, x: &Buffer) -> Result<()> {
         let Network { gate, up, down } = *network;
         let (ff, input) = (gate.n, input.address());
-        // Blocks that wait for the kernel before cost experts more than they give: 345 tokens a
-        // second where 364 are made without, dense networks 355 and 349 (`docs/bench`).
-        self.pool.gpu.overlap(true);
         self.overwritten(x.address());
         let last = [Into::plain(down, x.address())];
         if m <= FEW && gate.ty == up.ty && !is_float(gate.ty) {
@@ -480,8 +485,6 @@ impl Device for CudaDevice {
         let Network { gate, up, down } = *network;
         let (ff, n, used) = (gate.n, down.n, routing.used);
         let (pairs, input) = (m * used, input.address());
-        // See `ffn`.
-        self.pool.gpu.overlap(false);
         let (ids, weights) = (routing.ids.address(), routing.weights.address());
         let x = x.address();
         self.overwritten(x);
