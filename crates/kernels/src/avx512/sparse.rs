@@ -20,7 +20,9 @@
 //! 2.6 GHz takes, at 50 % of zeros, 38 GB/s of `S8` (44 bytes a step), 24 of `S4` (28) and 31 of
 //! `S-BF16` (36). Eight cores want two to three times the 100 GB/s that their memory gives: bytes
 //! are the limit, and with them the gain is 1.54, 1.28 and 1.78 at most. `S4` gains little because
-//! scales and bitmaps are 12 of its 28 bytes.
+//! scales and bitmaps are 12 of its 28 bytes. The fewer bytes a step has, the more its instructions
+//! count all the same: one token's sums stay in registers, and where two steps have no more than a
+//! line, memory is asked for every other step (`docs/bench`).
 //!
 //! So what counts is that enough lines are on their way from memory all the time. One stream keeps
 //! too few (`docs/bench`), hence several strips. And a strip is not read at an even pace: heads and
@@ -43,7 +45,7 @@ use crate::{
     generic::{
         format::{self, Shape},
         lanes::Lanes,
-        matmul::{AHEAD, Tokens, panel_at, panel_products, token_runs, tokens_at},
+        matmul::{Tokens, panel_at, panel_products, streams, token_runs, tokens_at},
     },
     sparse::Super,
     strip::{
@@ -163,6 +165,9 @@ impl Codes for S4 {
 
 /// Strips that few tokens pass over in turns.
 const STREAMS: usize = 4;
+/// Bytes of a strip that are on their way: of four, 8 KiB of a first-level cache that two threads
+/// may share.
+const AHEAD: usize = 2048;
 
 /// Steps of a group.
 const fn steps(ty: GgmlType) -> usize {
@@ -199,12 +204,12 @@ impl Ask {
         }
     }
 
-    /// A step's bytes.
+    /// The bytes of `steps` steps, which are no more than a line's.
     #[inline(always)]
-    fn step<const HINT: i32>(&mut self) {
+    fn steps<const HINT: i32>(&mut self, steps: usize) {
         // SAFETY: prefetching reads nothing that the program could see, and never faults.
         unsafe { _mm_prefetch::<HINT>(self.at.cast()) };
-        self.at = self.at.wrapping_add(self.step);
+        self.at = self.at.wrapping_add(steps * self.step);
     }
 
     /// To be called before each group.
@@ -250,7 +255,7 @@ fn cursors(args: &StripArgs<'_>, first: usize, count: usize) -> [Cursor; STREAMS
     // What requests at an even pace do not reach, all at once: nothing can begin without it.
     for line in (0..AHEAD).step_by(64) {
         for s in (first..first + count).filter(|&s| line < args.bytes[s]) {
-            // SAFETY: as in `Ask::step`.
+            // SAFETY: as in `Ask::steps`.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(args.strips[s].wrapping_add(line).cast()) };
         }
     }
@@ -354,6 +359,25 @@ pub(crate) unsafe fn mul_strips(args: &StripArgs<'_>) {
 /// As [`mul_strips`].
 unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
     let acts = &args.acts;
+    if acts.m == 1 {
+        streams(args.strips.len(), STREAMS, |first, count| {
+            let strips = cursors(args, first, count);
+            // SAFETY: the caller's; groups and tokens are inside the strips and the view.
+            unsafe {
+                let x = Tokens {
+                    tile: args.tile_of(first),
+                    ..tokens_at::<C::Shape>(acts, 0, 1)
+                };
+                match (count, strips.iter().all(|s| 2 * s.ask.step <= LINE)) {
+                    (4, true) => one_token::<C, 4, 2>(strips, args.k, &x),
+                    (4, false) => one_token::<C, 4, 1>(strips, args.k, &x),
+                    (2, _) => one_token::<C, 2, 1>([strips[0], strips[1]], args.k, &x),
+                    _ => one_token::<C, 1, 1>([strips[0]], args.k, &x),
+                }
+            }
+        });
+        return;
+    }
     if acts.m <= TOKENS {
         for first in (0..args.strips.len()).step_by(STREAMS) {
             let count = STREAMS.min(args.strips.len() - first);
@@ -365,7 +389,6 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
                     ..tokens_at::<C::Shape>(acts, 0, acts.m)
                 };
                 match acts.m {
-                    1 => tokens::<C, 1>(strips, args.k, &x),
                     2 => tokens::<C, 2>(strips, args.k, &x),
                     3 => tokens::<C, 3>(strips, args.k, &x),
                     4 => tokens::<C, 4>(strips, args.k, &x),
@@ -398,6 +421,70 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
     }
 }
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Sums of one token with `S` strips, in registers. Memory is asked for every `EVERY` steps.
+struct One<'a, const S: usize, const EVERY: usize> {
+    x: &'a Tokens,
+    sums: [__m512; S],
+}
+
+impl<C: Codes, const S: usize, const EVERY: usize> Visit<C> for One<'_, S, EVERY> {
+    #[inline(always)]
+    unsafe fn group<const HIGH: bool>(&mut self, kb: usize, s: usize, cursor: &mut Cursor) {
+        // SAFETY: the caller's.
+        unsafe {
+            let Cursor {
+                head,
+                mut values,
+                mut ask,
+                ..
+            } = *cursor;
+            ask.turn();
+            // Two chains of sums, so that a group waits for half as many products in a row.
+            let zero = _mm512_set1_epi32(*self.x.nsum.add(kb) << C::ZERO);
+            let mut sums = [zero, _mm512_setzero_si512()];
+            let bits = head.add(2 * ROWS).cast::<u64>();
+            let q = self.x.q.add(kb * GROUP).cast::<i32>();
+            for e in 0..8 {
+                if e % EVERY == 0 {
+                    ask.steps::<_MM_HINT_T0>(EVERY);
+                }
+                let codes = step::<C, HIGH>(bits.add(e), &mut values);
+                let q = _mm512_set1_epi32(q.add(e).read_unaligned());
+                sums[e % 2] = _mm512_dpbusd_epi32(sums[e % 2], codes, q);
+            }
+            (cursor.values, cursor.ask) = (values, ask);
+            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+            let scale = _mm512_set1_ps(*self.x.d.add(kb));
+            let scale = _mm512_mul_ps(<__m512i as Lanes>::load_f16(head), scale);
+            self.sums[s] = _mm512_fmadd_ps(sum, scale, self.sums[s]);
+        }
+    }
+}
+
+/// `S` strips times one token; the tiles are written, not added to.
+///
+/// # Safety
+/// As [`tokens`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,popcnt,f16c")]
+unsafe fn one_token<C: Codes, const S: usize, const EVERY: usize>(
+    mut strips: [Cursor; S],
+    k: usize,
+    x: &Tokens,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let sums = [_mm512_setzero_ps(); S];
+        let mut one = One::<S, EVERY> { x, sums };
+        walk::<C>(&mut strips, k, &mut one);
+        for (s, sum) in one.sums.into_iter().enumerate() {
+            _mm512_storeu_ps(x.tile.add(s * ROWS), sum);
+        }
+    }
+}
+
 /// Sums of `T` tokens, in their tiles.
 struct Sums<'a, const T: usize> {
     x: &'a Tokens,
@@ -423,7 +510,7 @@ impl<C: Codes, const T: usize> Visit<C> for Sums<'_, T> {
             let bits = head.add(2 * ROWS).cast::<u64>();
             let q = x.q.add(at * GROUP);
             for e in 0..8 {
-                ask.step::<_MM_HINT_T0>();
+                ask.steps::<_MM_HINT_T0>(1);
                 let codes = step::<C, HIGH>(bits.add(e), &mut values);
                 for (t, sum) in sums.iter_mut().enumerate() {
                     let q = q.add(t * GROUP + 4 * e).cast::<i32>().read_unaligned();
@@ -472,7 +559,7 @@ impl<C: Codes> Visit<C> for ToPanel {
             let bits = cursor.head.add(2 * ROWS).cast::<u64>();
             let out = self.codes.add(kb * GROUP * ROWS);
             for e in 0..8 {
-                cursor.ask.step::<_MM_HINT_T1>();
+                cursor.ask.steps::<_MM_HINT_T1>(1);
                 let codes = step::<C, HIGH>(bits.add(e), &mut cursor.values);
                 _mm512_storeu_si512(out.add(64 * e).cast(), codes);
             }
@@ -636,7 +723,7 @@ unsafe fn bf16_group<const T: usize>(
             *acc = _mm512_loadu_ps(tile.add(t * ROWS));
         }
         for i in 0..pairs {
-            ask.step::<_MM_HINT_T0>();
+            ask.steps::<_MM_HINT_T0>(1);
             let w: __m512bh =
                 std::mem::transmute(bf16_step(head.cast::<u32>().add(i), &mut values));
             for (t, acc) in acc.iter_mut().enumerate() {
@@ -666,7 +753,7 @@ unsafe fn bf16_expand(mut from: Cursor, len: usize, out: *mut u8) -> *const u8 {
             for g in 0..groups {
                 let out = out.add((first + g) * GROUP * ROWS * 2);
                 for i in 0..GROUP / 2 {
-                    from.ask.step::<_MM_HINT_T1>();
+                    from.ask.steps::<_MM_HINT_T1>(1);
                     let w = bf16_step(from.head.cast::<u32>().add(i), &mut from.values);
                     _mm512_storeu_si512(out.add(64 * i).cast(), w);
                 }
@@ -752,7 +839,7 @@ impl<C: Codes> Visit<C> for ToTiles {
                 places.map(|place| _mm512_mul_ps(scale, _mm512_set1_ps(-(place.power() + zero))));
             let absent = _mm512_set1_epi8(C::ABSENT as i8);
             for e in 0..8 {
-                cursor.ask.step::<_MM_HINT_T1>();
+                cursor.ask.steps::<_MM_HINT_T1>(1);
                 let mask = bits.add(e).read_unaligned();
                 let codes = _mm512_loadu_si512(cursor.values.cast());
                 cursor.values = cursor.values.add(mask.count_ones() as usize);
