@@ -67,6 +67,8 @@ pub(crate) trait Format {
     const GROUPS: usize;
     /// log2 of the codes' zero point. Unused with minima.
     const ZERO: u32;
+    /// Codes are below 32.
+    const SMALL: bool = !Self::Shape::FULL;
     /// The unsigned codes of group `g`: dword `e` holds weights `4e .. 4e + 4`.
     unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8];
     /// Scale `g` of the block, and minus the minimum as it is added, if the format has one.
@@ -389,6 +391,7 @@ impl Format for Q6_K {
     const BYTES: usize = 16 * 210;
     const GROUPS: usize = 8;
     const ZERO: u32 = 5;
+    const SMALL: bool = false;
 
     #[inline(always)]
     unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8] {

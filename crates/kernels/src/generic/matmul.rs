@@ -55,6 +55,8 @@ pub(crate) struct Panel {
     pub first: usize,
     /// log2 of the zero point.
     pub zero: u32,
+    /// Codes are below 32.
+    pub small: bool,
     /// What the first product with the panel asks for on its way, which need not be valid
     /// memory: the weights that are decoded next.
     pub next: *const u8,
@@ -219,7 +221,7 @@ macro_rules! tier_kernels {
 pub(crate) use tier_kernels;
 
 /// Adds one group of 32 to `T` sums. `scale` and `min` are those of the group, or of its two
-/// halves.
+/// halves; `small` says that codes are below 32.
 ///
 /// # Safety
 /// `t` points at the group's first token.
@@ -228,7 +230,7 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     acc: &mut [L::Floats; T],
     codes: impl Fn(usize) -> L,
     scales: [(L::Floats, L::Floats); 2],
-    zero: u32,
+    (zero, small): (u32, bool),
     kb: usize,
     x: &Tokens,
 ) {
@@ -245,7 +247,15 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
                     sums[t] = L::broadcast(x.nsum.add(at + t)).shl(zero);
                 }
             }
-            for e in h * dwords..(h + 1) * dwords {
+            let mut first = h * dwords;
+            while L::SMALL && small && first < (h + 1) * dwords {
+                let c = std::array::from_fn(|e| codes(first + e));
+                for t in 0..T {
+                    sums[t] = sums[t].dot_small(c, q.add(t * 32 + first * 4));
+                }
+                first += 4;
+            }
+            for e in first..(h + 1) * dwords {
                 let c = codes(e);
                 for t in 0..T {
                     let q = q.add(t * 32 + e * 4);
@@ -301,7 +311,7 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
                         #[inline(always)]
                         |e| codes[e],
                         scales,
-                        F::ZERO,
+                        (F::ZERO, F::SMALL),
                         kb,
                         tokens,
                     );
@@ -343,6 +353,20 @@ pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize
 /// Adds a panel's products with `T` tokens to their sums.
 #[inline(always)]
 pub(crate) unsafe fn product<L: Lanes, S: Shape, const T: usize>(panel: &Panel, x: &Tokens) {
+    // SAFETY: the caller's.
+    unsafe {
+        // Two loops, each without the other's code, where they differ.
+        if L::SMALL && !S::FULL && panel.small {
+            product_of::<L, S, T>(panel, true, x);
+        } else {
+            product_of::<L, S, T>(panel, false, x);
+        }
+    }
+}
+
+/// [`product`], of small codes or any.
+#[inline(always)]
+unsafe fn product_of<L: Lanes, S: Shape, const T: usize>(panel: &Panel, small: bool, x: &Tokens) {
     let parts = if S::HALVES { 2 } else { 1 };
     unsafe {
         let mut acc = [L::fsplat(0.0); T];
@@ -368,7 +392,7 @@ pub(crate) unsafe fn product<L: Lanes, S: Shape, const T: usize>(panel: &Panel, 
                 #[inline(always)]
                 |e| L::load(codes.add(64 * e)),
                 scales,
-                panel.zero,
+                (panel.zero, small),
                 panel.first + g,
                 x,
             );
@@ -566,6 +590,7 @@ unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
                 let panel = Panel {
                     next: blocks.wrapping_add(len / per_block * F::BYTES),
                     next_bytes: F::BYTES / F::GROUPS,
+                    small: F::SMALL,
                     ..panel_at(args.panel, k / 32, len / 32, F::ZERO)
                 };
                 M::decode::<F>(blocks, len / per_block, &panel);
@@ -588,6 +613,7 @@ pub(crate) unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zer
             groups,
             first,
             zero,
+            small: false,
             next: std::ptr::null(),
             next_bytes: 0,
         }

@@ -41,7 +41,7 @@ unsafe fn strip<L: Lanes, F: Format, const T: usize>(
                     #[inline(always)]
                     |e| codes[e],
                     scales,
-                    F::ZERO,
+                    (F::ZERO, F::SMALL),
                     b * F::GROUPS + g,
                     tokens,
                 );
