@@ -343,7 +343,7 @@ fn sanitizer() -> Option<PathBuf> {
 
 /// Trials of checkgpu that show every kernel to a tool that makes them a hundred times slower:
 /// of the formats a few.
-const TRIALS: [&str; 14] = [
+const TRIALS: [&str; 16] = [
     "gpu::rows",
     "gpu::routing",
     "gpu::routers",
@@ -353,6 +353,8 @@ const TRIALS: [&str; 14] = [
     "gpu::streaming",
     "gpu::pinned",
     "gpu::attention_f16_f16",
+    "gpu::attention_bf16_bf16",
+    "gpu::attention_q8_0_q8_0",
     "gpu::attention_bf16_q8_0",
     "gpu::products_BF16",
     "gpu::products_Q4_0",

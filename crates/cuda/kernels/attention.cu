@@ -3,7 +3,7 @@
 // K is `[dim][64]` and V `[64][dim]` in f16; in bf16 pairs along dim and along positions; in
 // q8_0 codes as in f16, then f32 scales `[dim / 32][64]` and `[64][dim / 32]`.
 
-enum { KV_F16 = 0, KV_BF16 = 1, KV_Q8_0 = 2 };
+enum { KV_F16 = 0, KV_BF16 = 1, KV_Q8_0 = 2, KV_ANY = 3 };
 
 struct Kv {
     u8 *cache;
@@ -142,6 +142,10 @@ __device__ __forceinline__ float half_of(u32 two, int which) {
     return f16_to_f32((u16)(which ? two >> 16 : two));
 }
 
+__device__ __forceinline__ float bf16_of(u32 two, int which) {
+    return __int_as_float(which ? two & 0xffff0000u : two << 16);
+}
+
 // A result of attention, `[m][heads][dim]`, and the forms of it that the next product takes, where
 // there is a place for them: then heads are whole groups.
 struct Attended {
@@ -167,10 +171,11 @@ __device__ __forceinline__ void put_attended(const Attended &to, int t, int head
 // dimensions; their softmax (a warp takes every fourth head); then threads add values in their
 // dimensions, pairs of them, and groups of threads share the positions.
 //
-// A block waits for memory more than it computes, so what it can know is asked for at once: of f16
-// up to 32 words of a thread's keys and of its values, and the next page's keys once the present
-// ones are used. Eight of them are multiplied without a branch.
-template <int HEADS>
+// A block waits for memory more than it computes, so what it can know is asked for at once: up to 32
+// words of a thread's keys and of its values, and the next page's keys once the present ones are
+// used. Eight of them are multiplied without a branch. KV is the type of both caches; with KV_ANY
+// they are read number by number: mixed types, and heads that are not whole groups for a warp.
+template <int HEADS, int KV>
 __device__ __forceinline__ void attention(const Kv &c, const Where &w, const float *q, int heads,
                                           float scale, int run_pages, int runs, const Attended &to,
                                           float *sums, float2 *stats) {
@@ -191,26 +196,68 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
     // positions.
     int d0 = warp * dim / 4, d1 = (warp + 1) * dim / 4;
     int pairs = dim / 2, shares = 128 / pairs, share = tid / pairs, pair = tid % pairs;
-    bool fast = c.k_type == KV_F16 && dim % 32 == 0;
+    constexpr bool FAST = KV != KV_ANY;
     auto keys_of = [&](int page) {
         return c.cache + (u64)pages[page] * c.page_bytes + (u64)head * c.head_bytes;
     };
-    // Positions 2 * lane and the one behind it, of dimensions from `d` on.
-    u32 kx[ASKED], vx[ASKED];
+    // Positions 2 * lane and the one behind it, of dimensions from `d` on, and the scales of those.
+    u32 kx[ASKED];
+    float2 k_scale = make_float2(1.0f, 1.0f);
     auto ask_keys = [&](const u8 *k, int d) {
 #pragma unroll
-        for (int i = 0; i < ASKED; i++)
-            kx[i] = d + i < d1 ? ((const u32 *)k)[(d + i) * 32 + lane] : 0;
+        for (int i = 0; i < ASKED; i++) {
+            bool there = d + i < d1;
+            if constexpr (KV == KV_F16) {
+                kx[i] = there ? ((const u32 *)k)[(d + i) * 32 + lane] : 0;
+            } else if constexpr (KV == KV_Q8_0) {
+                kx[i] = there ? ((const u16 *)k)[(d + i) * 32 + lane] : 0;
+            } else if (i % 2 == 0) {
+                uint2 x = there ? ((const uint2 *)k)[(d + i) / 2 * 32 + lane] : make_uint2(0, 0);
+                kx[i] = x.x, kx[i + 1] = x.y;
+            }
+        }
+        if constexpr (KV == KV_Q8_0)
+            k_scale = ((const float2 *)(k + dim * 64))[d / 32 * 32 + lane];
     };
-    auto ask_values = [&](const u8 *v, int slot, int visible) {
+    auto key = [&](int i, int which) {
+        if constexpr (KV == KV_F16) return half_of(kx[i], which);
+        else if constexpr (KV == KV_Q8_0)
+            return (float)(i8)(kx[i] >> 8 * which) * (which ? k_scale.y : k_scale.x);
+        else return bf16_of(kx[(i & ~1) + which], i & 1);
+    };
+    // This thread's two dimensions of its share of the positions, from the `from`th on.
+    u32 vx[ASKED];
+    float v_scale[KV == KV_Q8_0 ? ASKED : 1];
+    auto slot_of = [&](int from, int i) {
+        if constexpr (KV == KV_BF16) return 2 * (share + (from + i) / 2 * shares) + (i & 1);
+        return share + (from + i) * shares;
+    };
+    auto ask_values = [&](const u8 *v, int from, int visible) {
 #pragma unroll
         for (int i = 0; i < ASKED; i++) {
-            int at = slot + i * shares;
-            vx[i] = at < visible ? ((const u32 *)v)[at * pairs + pair] : 0;
+            int at = slot_of(from, i);
+            bool there = at < visible;
+            if constexpr (KV == KV_F16) {
+                vx[i] = there ? ((const u32 *)v)[at * pairs + pair] : 0;
+            } else if constexpr (KV == KV_Q8_0) {
+                vx[i] = there ? ((const u16 *)v)[at * pairs + pair] : 0;
+                const float *scales = (const float *)(v + dim * 64);
+                v_scale[i] = there ? scales[at * (dim / 32) + pair / 16] : 0.0f;
+            } else if (i % 2 == 0) {
+                uint2 x = there ? ((const uint2 *)v)[at / 2 * pairs + pair] : make_uint2(0, 0);
+                // What is behind the last position may be no number.
+                u32 mask = at + 1 < visible ? 0xffffffffu : 0xffffu;
+                vx[i] = x.x & mask, vx[i + 1] = x.y & mask;
+            }
         }
     };
+    auto value = [&](int i, int which) {
+        if constexpr (KV == KV_F16) return half_of(vx[i], which);
+        else if constexpr (KV == KV_Q8_0) return (float)(i8)(vx[i] >> 8 * which) * v_scale[i];
+        else return bf16_of(vx[(i & ~1) + which], i & 1);
+    };
     const u8 *k = page < end ? keys_of(page) : 0;
-    if (k && fast) ask_keys(k, d0);
+    if (FAST && k) ask_keys(k, d0);
     int q0 = head * group + first;
     for (int i = tid; i < dim * HEADS; i += 128) {
         int h = i % HEADS, d = i / HEADS;
@@ -225,12 +272,12 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
     for (; page < end; page++) {
         const u8 *v = k + c.k_bytes, *next = page + 1 < end ? keys_of(page + 1) : 0;
         int visible = min(64, seen - page * 64);
-        if (c.v_type == KV_F16 && share < shares) ask_values(v, share, visible);
+        if (FAST && share < shares) ask_values(v, 0, visible);
         __syncthreads();
         float score[2][HEADS];
 #pragma unroll
         for (int h = 0; h < HEADS; h++) score[0][h] = score[1][h] = 0.0f;
-        if (fast) {
+        if constexpr (FAST) {
             for (int d = d0; d < d1; d += ASKED) {
                 if (d > d0) ask_keys(k, d);
 #pragma unroll
@@ -238,8 +285,8 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
                     if (d + j >= d1) break;
 #pragma unroll
                     for (int i = j; i < j + STEP; i++) {
-                        add_scaled<HEADS>(score[0], sq + (d + i) * HEADS, half_of(kx[i], 0));
-                        add_scaled<HEADS>(score[1], sq + (d + i) * HEADS, half_of(kx[i], 1));
+                        add_scaled<HEADS>(score[0], sq + (d + i) * HEADS, key(i, 0));
+                        add_scaled<HEADS>(score[1], sq + (d + i) * HEADS, key(i, 1));
                     }
                 }
             }
@@ -281,6 +328,7 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
                 sum += e;
             }
             sum = warp_sum(sum);
+            __syncwarp();
             if (lane == 0) {
                 float factor = old == -INF ? 0.0f : expf(old - now);
                 top[h] = now;
@@ -294,18 +342,18 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int h = 0; h < HEADS; h++) acc[i][h] *= top[2 * HEADS + h];
-        if (c.v_type == KV_F16) {
-            for (int slot = share; slot < visible; slot += ASKED * shares) {
-                if (slot > share) ask_values(v, slot, visible);
+        if constexpr (FAST) {
+            for (int from = 0; slot_of(from, 0) < visible; from += ASKED) {
+                if (from > 0) ask_values(v, from, visible);
 #pragma unroll
                 for (int j = 0; j < ASKED; j += STEP) {
-                    if (slot + j * shares >= visible) break;
+                    if (slot_of(from, j) >= visible) break;
 #pragma unroll
                     for (int i = j; i < j + STEP; i++) {
                         // Behind the last position there is a weight of some position and 0.
-                        const float *p = ss + min(slot + i * shares, 63) * HEADS;
-                        add_scaled<HEADS>(acc[0], p, half_of(vx[i], 0));
-                        add_scaled<HEADS>(acc[1], p, half_of(vx[i], 1));
+                        const float *p = ss + min(slot_of(from, i), 63) * HEADS;
+                        add_scaled<HEADS>(acc[0], p, value(i, 0));
+                        add_scaled<HEADS>(acc[1], p, value(i, 1));
                     }
                 }
             }
@@ -351,17 +399,21 @@ __device__ __forceinline__ void attention(const Kv &c, const Where &w, const flo
         stats[((u64)t * heads + q0 + tid) * runs + run] = make_float2(top[tid], top[HEADS + tid]);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_4(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
-            Attended to, float *sums, float2 *stats) {
-    attention<4>(c, w, q, heads, scale, run_pages, runs, to, sums, stats);
-}
+#define ATTENTION(HEADS, NAME, KV)                                                                \
+    extern "C" __global__ void __launch_bounds__(128) attention_##HEADS##_##NAME(                 \
+        Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,           \
+        Attended to, float *sums, float2 *stats) {                                                \
+        attention<HEADS, KV>(c, w, q, heads, scale, run_pages, runs, to, sums, stats);            \
+    }
 
-extern "C" __global__ void __launch_bounds__(128)
-attention_8(Kv c, Where w, const float *q, int heads, float scale, int run_pages, int runs,
-            Attended to, float *sums, float2 *stats) {
-    attention<8>(c, w, q, heads, scale, run_pages, runs, to, sums, stats);
-}
+ATTENTION(4, f16, KV_F16)
+ATTENTION(4, bf16, KV_BF16)
+ATTENTION(4, q8_0, KV_Q8_0)
+ATTENTION(4, any, KV_ANY)
+ATTENTION(8, f16, KV_F16)
+ATTENTION(8, bf16, KV_BF16)
+ATTENTION(8, q8_0, KV_Q8_0)
+ATTENTION(8, any, KV_ANY)
 
 // Merges the runs of each head, RUNS at most; a block per token and head. Runs that saw nothing have
 // a sum of zero.

@@ -381,7 +381,7 @@ impl CudaDevice {
         for &unit in crate::modules::UNITS {
             let name = match unit {
                 Unit::Rows => c"rms_norm",
-                Unit::Attention => c"attention_8",
+                Unit::Attention => c"attention_8_f16",
                 Unit::Mul(_) => c"mul_mat_64",
             };
             self.modules.function(&self.pool.gpu, unit, name)?;

@@ -14,7 +14,7 @@ use tegula_kernels::{
         Buffer, Device, DeviceInfo, DeviceRouting, Ended, HeadOptions, Heads, MOST_LARGEST, Matrix,
         Network, Norm, Places, Product, RawMatrix, Recording, Result, stream::Feeder,
     },
-    kv::{KV_PAGE, KvShape},
+    kv::{KV_PAGE, KvShape, KvType},
     ops::{RopeStyle, moe::RouteOptions},
 };
 
@@ -23,6 +23,22 @@ use tegula_kernels::{
 const BUSY: usize = 264;
 /// Rows of queries that a block of [`tiles_kernel`] takes.
 const QUERY_ROWS: usize = 64;
+/// The kernel for few tokens that takes `per` query heads a block: one for the type of both caches,
+/// where a quarter of a head's dimensions is a whole number of a page's words and shares scales.
+fn attention_kernel(shape: &KvShape, per: usize) -> &'static CStr {
+    let scaled = [32, 64, 128, 256].contains(&shape.dim);
+    match (shape.k, shape.v, per) {
+        (KvType::F16, KvType::F16, 4) if shape.dim.is_multiple_of(32) => c"attention_4_f16",
+        (KvType::F16, KvType::F16, _) if shape.dim.is_multiple_of(32) => c"attention_8_f16",
+        (KvType::BF16, KvType::BF16, 4) if shape.dim.is_multiple_of(32) => c"attention_4_bf16",
+        (KvType::BF16, KvType::BF16, _) if shape.dim.is_multiple_of(32) => c"attention_8_bf16",
+        (KvType::Q8_0, KvType::Q8_0, 4) if scaled => c"attention_4_q8_0",
+        (KvType::Q8_0, KvType::Q8_0, _) if scaled => c"attention_8_q8_0",
+        (_, _, 4) => c"attention_4_any",
+        _ => c"attention_8_any",
+    }
+}
+
 /// Shared memory that a block gets unasked.
 const SHARED: usize = 48 << 10;
 
@@ -369,11 +385,8 @@ impl Device for CudaDevice {
         }
         // Query heads that share a KV head, as many as a block takes.
         let group = heads / shape.heads;
-        let (name, per) = if group <= 4 {
-            (c"attention_4", 4)
-        } else {
-            (c"attention_8", 8)
-        };
+        let per = if group <= 4 { 4 } else { 8 };
+        let name = attention_kernel(shape, per);
         let parts = group.div_ceil(per);
         let pages = places.longest.div_ceil(KV_PAGE).max(1);
         let blocks = shape.heads * parts * places.m;

@@ -601,6 +601,7 @@ fn attention(gpu: &CudaDevice, k: KvType, v: KvType) -> Result<(), Failed> {
     for (kv_heads, heads, dim) in [
         (1, 1, 32),
         (2, 8, 64),
+        (2, 8, 128),
         (2, 32, 128),
         (1, 3, 96),
         (1, 2, 256),
@@ -886,6 +887,8 @@ fn main() {
     add("recordings".to_owned(), Box::new(recordings));
     for (k, v) in [
         (KvType::F16, KvType::F16),
+        (KvType::BF16, KvType::BF16),
+        (KvType::Q8_0, KvType::Q8_0),
         (KvType::BF16, KvType::Q8_0),
         (KvType::Q8_0, KvType::BF16),
     ] {

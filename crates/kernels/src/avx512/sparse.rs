@@ -165,9 +165,9 @@ impl Codes for S4 {
 
 /// Strips that few tokens pass over in turns.
 const STREAMS: usize = 4;
-/// Bytes of a strip that are on their way: of four, 8 KiB of a first-level cache that two threads
-/// may share.
-const AHEAD: usize = 2048;
+/// Bytes of a strip that are on their way: of four, 12 KiB of a first-level cache that two threads
+/// may share. Both 2 and 4 KiB are slower (`docs/bench/2026-11-28-h100`).
+const AHEAD: usize = 3072;
 
 /// Steps of a group.
 const fn steps(ty: GgmlType) -> usize {
@@ -242,6 +242,17 @@ impl Cursor {
         }
     }
 
+    /// Behind a group whose head has so many bytes.
+    #[inline(always)]
+    fn behind(self, head_bytes: usize, values: *const u8, ask: Ask) -> Cursor {
+        Cursor {
+            head: self.head.wrapping_add(head_bytes),
+            values,
+            ask,
+            ..self
+        }
+    }
+
     /// To the first group of a super-block.
     #[inline(always)]
     fn enter(&mut self, ty: GgmlType, of: (usize, usize)) {
@@ -290,12 +301,24 @@ unsafe fn step<C: Codes, const HIGH: bool>(bits: *const u64, values: &mut *const
 
 /// What a kernel does with each group.
 trait Visit<C: Codes> {
-    /// Reads group `kb` of the row, or of the stretch, of the strip `s`, and moves the cursor's
-    /// values and requests behind it.
+    /// Reads group `kb` of the row, or of the stretch, of the strip `s`, and moves the cursor
+    /// behind it.
     ///
     /// # Safety
     /// The group is whole; inlined where the features are.
     unsafe fn group<const HIGH: bool>(&mut self, kb: usize, s: usize, at: &mut Cursor);
+
+    /// Reads group `kb` of all strips, one after the other, and moves the cursors behind it.
+    ///
+    /// # Safety
+    /// As [`Visit::group`].
+    #[inline(always)]
+    unsafe fn turn<const HIGH: bool>(&mut self, kb: usize, strips: &mut [Cursor]) {
+        for (s, at) in strips.iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.group::<HIGH>(kb, s, at) };
+        }
+    }
 }
 
 /// Visits all groups of `k` inputs, whole super-blocks but for the last, of all strips, which take
@@ -317,10 +340,7 @@ unsafe fn walk<C: Codes>(strips: &mut [Cursor], k: usize, visitor: &mut impl Vis
                 at.enter(C::TYPE, (first, groups));
             }
             for g in 0..low {
-                for (s, at) in strips.iter_mut().enumerate() {
-                    visitor.group::<false>(first + g, s, at);
-                    at.head = at.head.add(head_bytes(C::TYPE));
-                }
+                visitor.turn::<false>(first + g, strips);
             }
             for at in strips.iter_mut() {
                 let begin = at.head.wrapping_add((groups - low) * head_bytes(C::TYPE));
@@ -330,10 +350,7 @@ unsafe fn walk<C: Codes>(strips: &mut [Cursor], k: usize, visitor: &mut impl Vis
                 continue;
             }
             for g in low..groups {
-                for (s, at) in strips.iter_mut().enumerate() {
-                    visitor.group::<true>(first + g, s, at);
-                    at.head = at.head.add(head_bytes(C::TYPE));
-                }
+                visitor.turn::<true>(first + g, strips);
             }
             for at in strips.iter_mut() {
                 at.at = at.at.max(at.values);
@@ -455,11 +472,28 @@ impl<C: Codes, const S: usize, const EVERY: usize> Visit<C> for One<'_, S, EVERY
                 let q = _mm512_set1_epi32(q.add(e).read_unaligned());
                 sums[e % 2] = _mm512_dpbusd_epi32(sums[e % 2], codes, q);
             }
-            (cursor.values, cursor.ask) = (values, ask);
+            *cursor = cursor.behind(head_bytes(C::TYPE), values, ask);
             let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
             let scale = _mm512_set1_ps(*self.x.d.add(kb));
             let scale = _mm512_mul_ps(<__m512i as Lanes>::load_f16(head), scale);
             self.sums[s] = _mm512_fmadd_ps(sum, scale, self.sums[s]);
+        }
+    }
+
+    // Written out: each strip's sums have a register, which the compiler does not give them in a
+    // loop.
+    #[inline(always)]
+    unsafe fn turn<const HIGH: bool>(&mut self, kb: usize, strips: &mut [Cursor]) {
+        // SAFETY: the caller's.
+        unsafe {
+            Visit::<C>::group::<HIGH>(self, kb, 0, &mut strips[0]);
+            if S > 1 {
+                Visit::<C>::group::<HIGH>(self, kb, 1, &mut strips[1]);
+            }
+            if S > 2 {
+                Visit::<C>::group::<HIGH>(self, kb, 2, &mut strips[2]);
+                Visit::<C>::group::<HIGH>(self, kb, 3, &mut strips[3]);
+            }
         }
     }
 }
@@ -517,7 +551,7 @@ impl<C: Codes, const T: usize> Visit<C> for Sums<'_, T> {
                     *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(q));
                 }
             }
-            (cursor.values, cursor.ask) = (values, ask);
+            *cursor = cursor.behind(head_bytes(C::TYPE), values, ask);
             let scales = <__m512i as Lanes>::load_f16(head);
             let tile = x.tile.add(s * T * ROWS);
             for (t, sum) in sums.into_iter().enumerate() {
@@ -565,6 +599,7 @@ impl<C: Codes> Visit<C> for ToPanel {
             }
             let out = self.scales.add(kb * ROWS);
             _mm512_storeu_ps(out, <__m512i as Lanes>::load_f16(cursor.head));
+            cursor.head = cursor.head.add(head_bytes(C::TYPE));
         }
     }
 }
@@ -734,8 +769,7 @@ unsafe fn bf16_group<const T: usize>(
         for (t, acc) in acc.iter().enumerate() {
             _mm512_storeu_ps(tile.add(t * ROWS), *acc);
         }
-        cursor.head = head.add(head_bytes(GgmlType::S_BF16));
-        (cursor.values, cursor.ask) = (values, ask);
+        *cursor = cursor.behind(head_bytes(GgmlType::S_BF16), values, ask);
     }
 }
 
@@ -863,6 +897,7 @@ impl<C: Codes> Visit<C> for ToTiles {
                 WithBf16::bf16_pair(values[0], values[1]).store(out);
                 WithBf16::bf16_pair(values[2], values[3]).store(out.add(64));
             }
+            cursor.head = cursor.head.add(head_bytes(C::TYPE));
         }
     }
 }
