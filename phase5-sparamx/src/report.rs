@@ -186,7 +186,12 @@ Eight cores can take two to three times what their memory gives, so bytes are th
 enough lines are on their way all the time. Up to four strips take turns for that, group by group; \
 each asks for memory at an even pace, its bytes through its steps, because an `S4` super-block is \
 read unevenly: the first half of its groups has 78 % of its bytes. Experts' strips are short: at the \
-end of each the thread asks for the next one's first 4 KiB.
+end of each the thread asks for the next one's first 3 KiB.
+
+The fewer bytes a step has, the nearer its instructions come: two threads of a core take a step every \
+three nanoseconds or so. So a token's sums stay in registers, memory is asked for every other step \
+where two have no more than a line, and only 3 KiB ahead: with 4 KiB of four strips each two threads \
+push each other out of the first-level cache (`docs/bench/2026-11-28-h100`).
 
 On the way to tiles a step costs about ten cycles of ports 0 and 5 where codes are converted and \
 scaled, and the expansion's three come on top. Codes therefore become f32 by being put into the \
