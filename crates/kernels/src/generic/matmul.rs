@@ -278,6 +278,38 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     }
 }
 
+/// Adds group `g` of the strip's block `b` times one token.
+#[inline(always)]
+unsafe fn one_group<L: Lanes, F: Format>(
+    acc: &mut [L::Floats; 1],
+    block: *const u8,
+    g: usize,
+    b: usize,
+    tokens: &Tokens,
+) {
+    unsafe {
+        ask_ahead::<_MM_HINT_T0>(
+            block.wrapping_add(g * (F::BYTES / F::GROUPS)),
+            F::BYTES / F::GROUPS,
+        );
+        let codes = F::codes::<L>(block, g);
+        let scales = if F::Shape::HALVES {
+            [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
+        } else {
+            [F::scale::<L>(block, g); 2]
+        };
+        add_group::<L, F::Shape, 1>(
+            acc,
+            #[inline(always)]
+            |e| codes[e],
+            scales,
+            (F::ZERO, F::SMALL),
+            b * F::GROUPS + g,
+            tokens,
+        );
+    }
+}
+
 /// Whole strips times one token; the tiles are written, not added to.
 ///
 /// All strips at once, block by block: one of them alone keeps too few cache lines on their
@@ -294,27 +326,12 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
         for b in 0..blocks {
             for (acc, strip) in acc.iter_mut().zip(strips) {
                 let block = strip.add(b * F::BYTES);
-                for g in 0..F::GROUPS {
-                    ask_ahead::<_MM_HINT_T0>(
-                        block.wrapping_add(g * (F::BYTES / F::GROUPS)),
-                        F::BYTES / F::GROUPS,
-                    );
-                    let codes = F::codes::<L>(block, g);
-                    let scales = if F::Shape::HALVES {
-                        [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
-                    } else {
-                        [F::scale::<L>(block, g); 2]
-                    };
-                    let kb = b * F::GROUPS + g;
-                    add_group::<L, F::Shape, 1>(
-                        acc,
-                        #[inline(always)]
-                        |e| codes[e],
-                        scales,
-                        (F::ZERO, F::SMALL),
-                        kb,
-                        tokens,
-                    );
+                // Two at a time: neighbours share bytes.
+                for g in (0..F::GROUPS).step_by(2) {
+                    one_group::<L, F>(acc, block, g, b, tokens);
+                    if F::GROUPS > 1 {
+                        one_group::<L, F>(acc, block, g + 1, b, tokens);
+                    }
                 }
             }
         }
