@@ -9,7 +9,7 @@ use crate::{
     progress::{Progress, Unit},
 };
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use std::{
     ffi::{OsStr, OsString},
     fs,
@@ -131,13 +131,25 @@ pub fn embedded() -> Source {
     }
 }
 
+/// A value of `--amx`, which takes it behind an equals sign only.
+fn is_amx_mode(s: &str) -> bool {
+    s == "off" || AmxMode::from_str(s, true).is_ok()
+}
+
 /// The file that a MODEL means: itself, or what hf:… is in the cache.
 pub fn model_path(model: &Path, offline: bool) -> anyhow::Result<PathBuf> {
     let name = model
         .to_str()
         .filter(|n| Reference::strip_prefix(n).is_some());
     let Some(name) = name else {
-        return Ok(model.to_owned());
+        let mode = model.to_str().filter(|s| s.split(',').all(is_amx_mode));
+        return match mode {
+            Some(mode) if !model.exists() => {
+                let what = format!("`{mode}` is taken for a model: write --amx={mode}");
+                Err(Refusal::Usage(what).into())
+            }
+            _ => Ok(model.to_owned()),
+        };
     };
     let no = ["", "0", "false", "no", "off"];
     let set = std::env::var("HF_HUB_OFFLINE").unwrap_or_default();

@@ -33,6 +33,7 @@ use tegula_engine::{
     plan::{Placement, TileUse},
     threads::default_threads,
 };
+use tegula_gguf::Gguf;
 use tegula_kernels::{
     Amx, Numa, Tier,
     kv::{KvType, pruned::KvSparsity},
@@ -527,9 +528,15 @@ fn tests(args: &BenchArgs) -> Result<Vec<Test>, Refusal> {
     Ok(tests)
 }
 
+/// The models, each of them opened once: a last one that is not there is told of before the first is
+/// measured.
 fn sources(args: &BenchArgs) -> anyhow::Result<Vec<Source>> {
     let given = args.models.iter().chain(&args.model_flags);
-    let path = |model: &PathBuf| Ok(Source::Path(args::model_path(model, args.offline)?));
+    let path = |model: &PathBuf| {
+        let path = args::model_path(model, args.offline)?;
+        Gguf::open(&path)?;
+        Ok(Source::Path(path))
+    };
     let sources: Vec<_> = given.map(path).collect::<anyhow::Result<_>>()?;
     match sources.is_empty() {
         true => Ok(vec![args::embedded()]),
