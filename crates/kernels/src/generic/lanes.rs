@@ -40,17 +40,17 @@ pub(crate) trait Lanes: Copy {
     /// Adds to each lane the dot product of four unsigned bytes of `codes`, below 128, with
     /// the four signed bytes at `x`, which are not -128.
     unsafe fn dot(self, codes: Self, x: *const i8) -> Self;
-    /// [`Lanes::dot`] with each of four codes below 32 and the sixteen bytes at `x`.
-    #[inline(always)]
-    unsafe fn dot_small(self, codes: [Self; 4], x: *const i8) -> Self {
-        let mut sum = self;
-        for (e, code) in codes.into_iter().enumerate() {
-            sum = unsafe { sum.dot(code, x.add(4 * e)) };
-        }
-        sum
-    }
-    /// Whether [`Lanes::dot_small`] is less work than that.
+    /// Whether dot products of codes below 32 are less work when up to four of them are added by
+    /// [`Lanes::dot_small`], from zero on, and their sum by [`Lanes::add_small`].
     const SMALL: bool = false;
+    #[inline(always)]
+    unsafe fn dot_small(self, codes: Self, x: *const i8) -> Self {
+        unsafe { self.dot(codes, x) }
+    }
+    #[inline(always)]
+    unsafe fn add_small(self, sums: Self) -> Self {
+        unsafe { self.add(sums) }
+    }
     /// The same for codes up to 255, which stand for `code - 128`: the caller must have
     /// added [`Lanes::FULL_ZERO`] times the negated sum of the activations.
     unsafe fn dot_full(self, codes: Self, x: *const i8) -> Self;
@@ -526,19 +526,23 @@ impl<const VNNI: bool> Lanes for Pair<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn dot_small(self, codes: [Self; 4], x: *const i8) -> Self {
+    unsafe fn dot_small(self, codes: Self, x: *const i8) -> Self {
         unsafe {
-            let mut sums = [_mm256_setzero_si256(); 2];
-            for (e, code) in codes.into_iter().enumerate() {
-                let x = _mm256_set1_epi32(x.add(4 * e).cast::<i32>().read_unaligned());
-                // 4 · 2 · 31 · 127 < 2^15.
-                sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(code.0, x));
-                sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(code.1, x));
-            }
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            // 4 · 2 · 31 · 127 < 2^15.
+            Pair(
+                _mm256_add_epi16(self.0, _mm256_maddubs_epi16(codes.0, x)),
+                _mm256_add_epi16(self.1, _mm256_maddubs_epi16(codes.1, x)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_small(self, sums: Self) -> Self {
+        unsafe {
             let ones = _mm256_set1_epi16(1);
             Pair(
-                _mm256_add_epi32(self.0, _mm256_madd_epi16(sums[0], ones)),
-                _mm256_add_epi32(self.1, _mm256_madd_epi16(sums[1], ones)),
+                _mm256_add_epi32(self.0, _mm256_madd_epi16(sums.0, ones)),
+                _mm256_add_epi32(self.1, _mm256_madd_epi16(sums.1, ones)),
             )
         }
     }

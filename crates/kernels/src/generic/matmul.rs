@@ -249,9 +249,15 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             let mut first = h * dwords;
             while L::SMALL && small && first < (h + 1) * dwords {
-                let c = std::array::from_fn(|e| codes(first + e));
+                let mut few = [L::splat(0); T];
+                for e in first..first + 4 {
+                    let c = codes(e);
+                    for t in 0..T {
+                        few[t] = few[t].dot_small(c, q.add(t * 32 + e * 4));
+                    }
+                }
                 for t in 0..T {
-                    sums[t] = sums[t].dot_small(c, q.add(t * 32 + first * 4));
+                    sums[t] = sums[t].add_small(few[t]);
                 }
                 first += 4;
             }
