@@ -49,8 +49,10 @@ fn usage() {
     assert!(fails(2, &["bench", "-p", "4-1"]).contains("`4-1` is no number or range"));
     assert!(fails(2, &["bench", "-t", "0"]).contains("from 1 to 1024"));
     assert!(fails(2, &["bench", "--amx=emulate"]).contains("no speed worth measuring"));
-    assert!(fails(2, &["bench", "--amx", "off,on"]).contains("write --amx=off,on"));
-    assert!(fails(2, &["run", "--amx", "on", "-p", "x"]).contains("write --amx=on"));
+    // What `--amx off,on` leaves behind where there is AMX.
+    assert!(fails(2, &["inspect", "off,on"]).contains("write --amx=off,on"));
+    let bench = ["bench", "-p", "1", "-n", "0", "-t", "1", "no-model.gguf"];
+    assert!(fails(3, &bench).contains("no-model.gguf: cannot open"));
     assert!(fails(2, &["bench", "--peer", "vllm=/x"]).contains("`vllm=/x` is no peer"));
     assert!(fails(2, &["run", "-p", "x", "--packed-cache"]).contains("embedded model"));
     fails(
