@@ -188,8 +188,8 @@ each asks for memory at an even pace, its bytes through its steps, because an `S
 read unevenly: the first half of its groups has 78 % of its bytes. Experts' strips are short: at the \
 end of each the thread asks for the next one's first 3 KiB.
 
-The fewer bytes a step has, the nearer its instructions come: two threads of a core take a step every \
-three nanoseconds or so. So a token's sums stay in registers, memory is asked for every other step \
+The fewer bytes a step has, the nearer its instructions come: with all threads at work each takes a \
+step every three nanoseconds at best. So a token's sums stay in registers, memory is asked for every other step \
 where two have no more than a line, and only 3 KiB ahead: with 4 KiB of four strips each two threads \
 push each other out of the first-level cache (`docs/bench/2026-11-28-h100`).
 

@@ -23,24 +23,26 @@ use tegula_kernels::{
 const BUSY: usize = 264;
 /// Rows of queries that a block of [`tiles_kernel`] takes.
 const QUERY_ROWS: usize = 64;
-/// The kernel for few tokens that takes `per` query heads a block: one for the type of both caches,
-/// where a quarter of a head's dimensions is a whole number of a page's words and shares scales.
-fn attention_kernel(shape: &KvShape, per: usize) -> &'static CStr {
-    let scaled = [32, 64, 128, 256].contains(&shape.dim);
-    match (shape.k, shape.v, per) {
-        (KvType::F16, KvType::F16, 4) if shape.dim.is_multiple_of(32) => c"attention_4_f16",
-        (KvType::F16, KvType::F16, _) if shape.dim.is_multiple_of(32) => c"attention_8_f16",
-        (KvType::BF16, KvType::BF16, 4) if shape.dim.is_multiple_of(32) => c"attention_4_bf16",
-        (KvType::BF16, KvType::BF16, _) if shape.dim.is_multiple_of(32) => c"attention_8_bf16",
-        (KvType::Q8_0, KvType::Q8_0, 4) if scaled => c"attention_4_q8_0",
-        (KvType::Q8_0, KvType::Q8_0, _) if scaled => c"attention_8_q8_0",
-        (_, _, 4) => c"attention_4_any",
-        _ => c"attention_8_any",
-    }
-}
-
 /// Shared memory that a block gets unasked.
 const SHARED: usize = 48 << 10;
+
+/// The kernel for few tokens, for heads in groups of `group`, and how many of them a block takes.
+/// There is one for each type of both caches, which reads a warp's quarter of the dimensions in
+/// whole words and, of Q8_0, with one scale per 32 that are read together; others read any cache.
+fn attention_kernel(shape: &KvShape, group: usize) -> (&'static CStr, usize) {
+    let whole = shape.dim.is_multiple_of(32);
+    let scaled = [32, 64, 128, 256].contains(&shape.dim);
+    let [four, eight] = match (shape.k, shape.v) {
+        (KvType::F16, KvType::F16) if whole => [c"attention_4_f16", c"attention_8_f16"],
+        (KvType::BF16, KvType::BF16) if whole => [c"attention_4_bf16", c"attention_8_bf16"],
+        (KvType::Q8_0, KvType::Q8_0) if scaled => [c"attention_4_q8_0", c"attention_8_q8_0"],
+        _ => [c"attention_4_any", c"attention_8_any"],
+    };
+    match group {
+        ..=4 => (four, 4),
+        _ => (eight, 8),
+    }
+}
 
 /// Experts and used ones up to which a lane keeps its logits in registers.
 const FEW_EXPERTS: usize = 256;
@@ -383,10 +385,8 @@ impl Device for CudaDevice {
         if self.attention_by_tiles(cache, shape, places, q, heads, out)? {
             return Ok(());
         }
-        // Query heads that share a KV head, as many as a block takes.
         let group = heads / shape.heads;
-        let per = if group <= 4 { 4 } else { 8 };
-        let name = attention_kernel(shape, per);
+        let (name, per) = attention_kernel(shape, group);
         let parts = group.div_ceil(per);
         let pages = places.longest.div_ceil(KV_PAGE).max(1);
         let blocks = shape.heads * parts * places.m;

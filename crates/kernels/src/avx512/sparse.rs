@@ -166,8 +166,10 @@ impl Codes for S4 {
 /// Strips that few tokens pass over in turns.
 const STREAMS: usize = 4;
 /// Bytes of a strip that are on their way: of four, 12 KiB of a first-level cache that two threads
-/// may share. Both 2 and 4 KiB are slower (`docs/bench/2026-11-28-h100`).
+/// may share. On the whole 2 and 4 KiB are slower (`docs/bench/2026-11-28-h100`).
 const AHEAD: usize = 3072;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Steps of a group.
 const fn steps(ty: GgmlType) -> usize {
@@ -242,6 +244,13 @@ impl Cursor {
         }
     }
 
+    /// What a group is read by: its head, where its values begin, and whom to ask for memory.
+    #[inline(always)]
+    fn begin(mut self) -> (*const u8, *const u8, Ask) {
+        self.ask.turn();
+        (self.head, self.values, self.ask)
+    }
+
     /// Behind a group whose head has so many bytes.
     #[inline(always)]
     fn behind(self, head_bytes: usize, values: *const u8, ask: Ask) -> Cursor {
@@ -264,7 +273,7 @@ impl Cursor {
 /// Those of strips `first .. first + count` of a call, of which the first lines are asked for.
 fn cursors(args: &StripArgs<'_>, first: usize, count: usize) -> [Cursor; STREAMS] {
     // What requests at an even pace do not reach, all at once: nothing can begin without it.
-    for line in (0..AHEAD).step_by(64) {
+    for line in (0..AHEAD).step_by(LINE) {
         for s in (first..first + count).filter(|&s| line < args.bytes[s]) {
             // SAFETY: as in `Ask::steps`.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(args.strips[s].wrapping_add(line).cast()) };
@@ -438,9 +447,6 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
     }
 }
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// Sums of one token with `S` strips, in registers. Memory is asked for every `EVERY` steps.
 struct One<'a, const S: usize, const EVERY: usize> {
     x: &'a Tokens,
@@ -452,13 +458,7 @@ impl<C: Codes, const S: usize, const EVERY: usize> Visit<C> for One<'_, S, EVERY
     unsafe fn group<const HIGH: bool>(&mut self, kb: usize, s: usize, cursor: &mut Cursor) {
         // SAFETY: the caller's.
         unsafe {
-            let Cursor {
-                head,
-                mut values,
-                mut ask,
-                ..
-            } = *cursor;
-            ask.turn();
+            let (head, mut values, mut ask) = cursor.begin();
             // Two chains of sums, so that a group waits for half as many products in a row.
             let zero = _mm512_set1_epi32(*self.x.nsum.add(kb) << C::ZERO);
             let mut sums = [zero, _mm512_setzero_si512()];
@@ -530,13 +530,7 @@ impl<C: Codes, const T: usize> Visit<C> for Sums<'_, T> {
         // SAFETY: the caller's.
         unsafe {
             let (x, at) = (self.x, kb * self.x.stride);
-            let Cursor {
-                head,
-                mut values,
-                mut ask,
-                ..
-            } = *cursor;
-            ask.turn();
+            let (head, mut values, mut ask) = cursor.begin();
             let mut sums = [_mm512_setzero_si512(); T];
             for (t, sum) in sums.iter_mut().enumerate() {
                 *sum = _mm512_set1_epi32(*x.nsum.add(at + t) << C::ZERO);
@@ -746,13 +740,7 @@ unsafe fn bf16_group<const T: usize>(
 ) {
     // SAFETY: the caller's; both bf16 vectors are 512 plain bits.
     unsafe {
-        let Cursor {
-            head,
-            mut values,
-            mut ask,
-            ..
-        } = *cursor;
-        ask.turn();
+        let (head, mut values, mut ask) = cursor.begin();
         let mut acc = [_mm512_setzero_ps(); T];
         for (t, acc) in acc.iter_mut().enumerate() {
             *acc = _mm512_loadu_ps(tile.add(t * ROWS));

@@ -284,27 +284,26 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     }
 }
 
-/// Adds group `g` of the strip's block `b` times one token.
+/// Adds group `g` of a strip's block `b` times `T` tokens.
+///
+/// # Safety
+/// As [`Lanes`]; `block` is that block, and `tokens` are the row's.
 #[inline(always)]
-unsafe fn one_group<L: Lanes, F: Format>(
-    acc: &mut [L::Floats; 1],
+pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
+    acc: &mut [L::Floats; T],
     block: *const u8,
-    g: usize,
-    b: usize,
+    (b, g): (usize, usize),
     tokens: &Tokens,
 ) {
+    // SAFETY: the caller's.
     unsafe {
-        ask_ahead::<_MM_HINT_T0>(
-            block.wrapping_add(g * (F::BYTES / F::GROUPS)),
-            F::BYTES / F::GROUPS,
-        );
         let codes = F::codes::<L>(block, g);
         let scales = if F::Shape::HALVES {
             [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
         } else {
             [F::scale::<L>(block, g); 2]
         };
-        add_group::<L, F::Shape, 1>(
+        add_group::<L, F::Shape, T>(
             acc,
             #[inline(always)]
             |e| codes[e],
@@ -314,6 +313,20 @@ unsafe fn one_group<L: Lanes, F: Format>(
             tokens,
         );
     }
+}
+
+/// The same times one token, asking for what comes later.
+#[inline(always)]
+unsafe fn one_group<L: Lanes, F: Format>(
+    acc: &mut [L::Floats; 1],
+    block: *const u8,
+    (b, g): (usize, usize),
+    tokens: &Tokens,
+) {
+    let bytes = F::BYTES / F::GROUPS;
+    ask_ahead::<_MM_HINT_T0>(block.wrapping_add(g * bytes), bytes);
+    // SAFETY: the caller's.
+    unsafe { add_strip_group::<L, F, 1>(acc, block, (b, g), tokens) };
 }
 
 /// Whole strips times one token; the tiles are written, not added to.
@@ -334,9 +347,9 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
                 let block = strip.add(b * F::BYTES);
                 // Two at a time: neighbours share bytes.
                 for g in (0..F::GROUPS).step_by(2) {
-                    one_group::<L, F>(acc, block, g, b, tokens);
+                    one_group::<L, F>(acc, block, (b, g), tokens);
                     if F::GROUPS > 1 {
-                        one_group::<L, F>(acc, block, g + 1, b, tokens);
+                        one_group::<L, F>(acc, block, (b, g + 1), tokens);
                     }
                 }
             }

@@ -5,7 +5,7 @@ use crate::{
     generic::{
         format::{self, Format, Shape},
         lanes::{Lanes, Pair},
-        matmul::{Tokens, add_group, token_runs, tokens_at},
+        matmul::{Tokens, add_strip_group, token_runs, tokens_at},
     },
     lab::Kernel,
     strip::ROWS,
@@ -30,21 +30,7 @@ unsafe fn strip<L: Lanes, F: Format, const T: usize>(
         for b in 0..blocks {
             let block = strip.add(b * F::BYTES);
             for g in 0..F::GROUPS {
-                let codes = F::codes::<L>(block, g);
-                let scales = if F::Shape::HALVES {
-                    [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
-                } else {
-                    [F::scale::<L>(block, g); 2]
-                };
-                add_group::<L, F::Shape, T>(
-                    &mut acc,
-                    #[inline(always)]
-                    |e| codes[e],
-                    scales,
-                    (F::ZERO, F::SMALL),
-                    b * F::GROUPS + g,
-                    tokens,
-                );
+                add_strip_group::<L, F, T>(&mut acc, block, (b, g), tokens);
             }
         }
         for (t, acc) in acc.into_iter().enumerate() {
