@@ -228,7 +228,8 @@ unsafe fn rows<K: Bits, V: Bits, const R: usize>(
         let computed = reach.next_multiple_of(KV_PAGE);
         for r in 0..R {
             let scores = std::slice::from_raw_parts_mut(scores_at[r], CHUNK);
-            let (max, sum) = softmax_part::<__m512>(&mut scores[..computed], visible[r]);
+            let (max, sum) =
+                softmax_part::<__m512>(&mut scores[..computed], visible[r], &mut Ahead::nothing());
             args.max[row + r] = max;
             args.sum[row + r] = sum;
         }

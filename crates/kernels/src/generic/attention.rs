@@ -9,8 +9,8 @@
 //! Every row's arithmetic is the same however many rows stand beside it.
 //!
 //! The cache is read once, from memory where contexts are long. Its pages lie anywhere, and the
-//! processor's own prefetching ends with each 4 KiB; so while one half of a page is read, what is
-//! read after it is asked for at the same pace.
+//! processor's own prefetching ends with each 4 KiB; so during all steps, softmax too, what is read
+//! a page later is asked for.
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
@@ -112,30 +112,55 @@ impl Format for Q8 {
 
 /// Memory that is asked for a few lines a step, for the second-level cache: what is read and what
 /// is read next would fill the first one, which two threads may share.
-pub(crate) struct Ahead {
+pub(crate) struct Ahead<'a> {
     at: *const u8,
+    end: *const u8,
+    /// What follows.
+    pages: [&'a [u8]; 2 * PAGES],
+    following: usize,
     lines: usize,
 }
 
-impl Ahead {
-    pub(crate) fn nothing() -> Ahead {
+/// Pages of a chunk.
+const PAGES: usize = CHUNK / KV_PAGE;
+
+impl<'a> Ahead<'a> {
+    pub(crate) fn nothing() -> Ahead<'a> {
         Ahead {
             at: std::ptr::null(),
+            end: std::ptr::null(),
+            pages: [&[]; 2 * PAGES],
+            following: 2 * PAGES,
             lines: 0,
         }
     }
 
-    /// All of `next` in so many steps.
-    fn of(next: Option<&[u8]>, steps: usize) -> Ahead {
-        next.map_or_else(Ahead::nothing, |next| Ahead {
-            at: next.as_ptr(),
-            lines: next.len().div_ceil(64).div_ceil(steps),
-        })
+    /// All that is read behind the first page's keys, and `next`, in so many steps.
+    fn of(pages: &[(&'a [u8], &'a [u8])], next: Option<&'a [u8]>, steps: usize) -> Ahead<'a> {
+        let mut ahead = Ahead::nothing();
+        let keys = pages.iter().skip(1).map(|p| p.0);
+        let all = keys.chain(pages.iter().map(|p| p.1)).chain(next);
+        let mut lines = 0;
+        ahead.following -= all.clone().count();
+        for (to, page) in ahead.pages[ahead.following..].iter_mut().zip(all) {
+            *to = page;
+            lines += page.len().div_ceil(64);
+        }
+        ahead.lines = lines.div_ceil(steps.max(1));
+        ahead
     }
 
     #[inline(always)]
-    fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         for _ in 0..self.lines {
+            if self.at >= self.end {
+                let Some(page) = self.pages.get(self.following) else {
+                    return;
+                };
+                self.following += 1;
+                self.at = page.as_ptr();
+                self.end = self.at.wrapping_add(page.len());
+            }
             // SAFETY: prefetching reads nothing that the program could see, and never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.cast()) };
             self.at = self.at.wrapping_add(64);
@@ -155,7 +180,7 @@ pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     slot: usize,
     q: [*const f32; R],
     out: [*mut f32; R],
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     unsafe {
         let zero = V::splat(0.0);
@@ -192,39 +217,82 @@ pub(crate) unsafe fn score_block<V: Vector, F: Format, const R: usize>(
     }
 }
 
-/// `acc[r][d..] = Σ_t p[r][t] · v[t][d..]` for `R` rows and `W` vectors of dimensions. `after` says
-/// what is read after which page.
+/// Weighted values at `W` vectors of dimensions from `d`.
 #[inline(always)]
-unsafe fn value_block<'a, V: Vector, F: Format, const R: usize, const W: usize>(
-    pages: &[(&[u8], &[u8])],
-    dim: usize,
-    reach: usize,
+unsafe fn value_block<V: Vector, F: Format, const R: usize, const W: usize>(
+    pass: &Pass<'_, R>,
     d: usize,
-    p: [*const f32; R],
-    out: [*mut f32; R],
-    after: impl Fn(usize) -> Option<&'a [u8]>,
+    ahead: &mut Ahead<'_>,
 ) {
     unsafe {
         let mut acc = [[V::splat(0.0); W]; R];
-        let mut ahead = Ahead::nothing();
-        for t in (0..reach).step_by(2) {
-            if t % KV_PAGE == 0 {
-                ahead = Ahead::of(after(t / KV_PAGE), KV_PAGE / 2);
-            }
+        for t in (0..pass.reach).step_by(2) {
             ahead.step();
-            let page = pages[t / KV_PAGE].1.as_ptr();
+            let page = pass.pages[t / KV_PAGE].1.as_ptr();
             for w in 0..W {
-                let (a, b) = F::v2::<V>(page, dim, t % KV_PAGE, d + w * V::LANES);
+                let (a, b) = F::v2::<V>(page, pass.dim, t % KV_PAGE, d + w * V::LANES);
                 for r in 0..R {
-                    acc[r][w] = a.fma(V::splat(*p[r].add(t)), acc[r][w]);
-                    acc[r][w] = b.fma(V::splat(*p[r].add(t + 1)), acc[r][w]);
+                    acc[r][w] = a.fma(V::splat(*pass.scores[r].add(t)), acc[r][w]);
+                    acc[r][w] = b.fma(V::splat(*pass.scores[r].add(t + 1)), acc[r][w]);
                 }
             }
         }
         for r in 0..R {
             for w in 0..W {
-                acc[r][w].store(out[r].add(w * V::LANES));
+                acc[r][w].store(pass.acc[r].add(d + w * V::LANES));
             }
+        }
+    }
+}
+
+/// What the steps of `R` rows read and write.
+struct Pass<'a, const R: usize> {
+    /// K and V of the pages that some row sees.
+    pages: &'a [(&'a [u8], &'a [u8])],
+    dim: usize,
+    /// Positions that some row sees.
+    reach: usize,
+    /// Queries, `[dim]` each.
+    q: [*const f32; R],
+    /// Scores, which softmax turns into weights, [`CHUNK`] each.
+    scores: [*mut f32; R],
+    /// Weighted values, `[dim]` each.
+    acc: [*mut f32; R],
+}
+
+/// Steps of [`Ahead`] that `R` rows take for a page: as long as two dimensions of its keys or two
+/// positions of a vector's values take, or the softmax of a vector.
+fn steps<V: Vector, const R: usize>(dim: usize) -> usize {
+    let keys = KV_PAGE / (WIDTH * V::LANES) * dim / 2;
+    let values = KV_PAGE / 2 * dim.div_ceil(WIDTH * V::LANES);
+    keys + R * KV_PAGE / V::LANES + values
+}
+
+/// Scores of all positions of the pages, some behind `reach`, too.
+#[inline(always)]
+unsafe fn scores<V: Vector, F: Format, const R: usize>(pass: &Pass<'_, R>, ahead: &mut Ahead<'_>) {
+    unsafe {
+        let (dim, step) = (pass.dim, WIDTH * V::LANES);
+        for start in (0..pass.reach).step_by(step) {
+            let page = pass.pages[start / KV_PAGE].0.as_ptr();
+            let out = pass.scores.map(|s| s.add(start));
+            score_block::<V, F, R>(page, dim, start % KV_PAGE, pass.q, out, ahead);
+        }
+    }
+}
+
+/// Weighted values; weights behind what a row sees are zero.
+#[inline(always)]
+unsafe fn values<V: Vector, F: Format, const R: usize>(pass: &Pass<'_, R>, ahead: &mut Ahead<'_>) {
+    unsafe {
+        let mut d = 0;
+        while d + WIDTH * V::LANES <= pass.dim {
+            value_block::<V, F, R, WIDTH>(pass, d, ahead);
+            d += WIDTH * V::LANES;
+        }
+        while d < pass.dim {
+            value_block::<V, F, R, 1>(pass, d, ahead);
+            d += V::LANES;
         }
     }
 }
@@ -239,56 +307,39 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
     let visible = &args.visible[row..row + R];
     let reach = visible.iter().copied().max().unwrap_or(0);
     unsafe {
-        let q: [_; R] = std::array::from_fn(|r| args.q.as_ptr().add((row + r) * dim));
-        let scores: [_; R] =
-            std::array::from_fn(|r| args.scores.as_mut_ptr().add((row + r) * CHUNK));
-        let step = WIDTH * V::LANES;
+        let pass = Pass::<R> {
+            pages: &args.pages[..reach.div_ceil(KV_PAGE)],
+            dim,
+            reach,
+            q: std::array::from_fn(|r| args.q.as_ptr().add((row + r) * dim)),
+            scores: std::array::from_fn(|r| args.scores.as_mut_ptr().add((row + r) * CHUNK)),
+            acc: std::array::from_fn(|r| args.acc.as_mut_ptr().add((row + r) * dim)),
+        };
         // Other rows find in a cache what the first ones have read.
-        let first = row == 0;
-        let pages = args.pages;
-        let seen = &pages[..reach.div_ceil(KV_PAGE)];
-        let mut ahead = Ahead::nothing();
-        for start in (0..reach).step_by(step) {
-            let at = start / KV_PAGE;
-            if first && start % KV_PAGE == 0 {
-                let next = seen.get(at + 1).map_or(seen[0].1, |page| page.0);
-                ahead = Ahead::of(Some(next), KV_PAGE / step * dim / 2);
-            }
-            let (page, out) = (seen[at].0.as_ptr(), scores.map(|s| s.add(start)));
-            score_block::<V, K, R>(page, dim, start % KV_PAGE, q, out, &mut ahead);
-        }
-        let computed = reach.next_multiple_of(step);
+        let mut ahead = match row == 0 && !pass.pages.is_empty() {
+            true => Ahead::of(pass.pages, args.next, pass.pages.len() * steps::<V, R>(dim)),
+            false => Ahead::nothing(),
+        };
+        scores::<V, K, R>(&pass, &mut ahead);
+        let computed = pass.pages.len() * KV_PAGE;
         for r in 0..R {
-            let scores = std::slice::from_raw_parts_mut(scores[r], CHUNK);
-            let (max, sum) = softmax_part::<V>(&mut scores[..computed], visible[r]);
+            let scores = std::slice::from_raw_parts_mut(pass.scores[r], CHUNK);
+            let (max, sum) = softmax_part::<V>(&mut scores[..computed], visible[r], &mut ahead);
             args.max[row + r] = max;
             args.sum[row + r] = sum;
         }
-        let p = scores.map(|s| s.cast_const());
-        let acc: [_; R] = std::array::from_fn(|r| args.acc.as_mut_ptr().add((row + r) * dim));
-        let mut d = 0;
-        while d + WIDTH * V::LANES <= dim {
-            // The first pass brings the others' lines, too.
-            let after = |at: usize| match (first && d == 0, seen.get(at + 1)) {
-                (true, Some(page)) => Some(page.1),
-                (true, None) => args.next,
-                (false, _) => None,
-            };
-            let out = acc.map(|a| a.add(d));
-            value_block::<V, W, R, WIDTH>(pages, dim, reach, d, p, out, after);
-            d += WIDTH * V::LANES;
-        }
-        while d < dim {
-            value_block::<V, W, R, 1>(pages, dim, reach, d, p, acc.map(|a| a.add(d)), |_| None);
-            d += V::LANES;
-        }
+        values::<V, W, R>(&pass, &mut ahead);
     }
 }
 
 /// Turns the first `visible` scores into `e^(s - max)` and zeroes the others; returns the
 /// maximum and the sum.
 #[inline(always)]
-pub(crate) unsafe fn softmax_part<V: Vector>(scores: &mut [f32], visible: usize) -> (f32, f32) {
+pub(crate) unsafe fn softmax_part<V: Vector>(
+    scores: &mut [f32],
+    visible: usize,
+    ahead: &mut Ahead<'_>,
+) -> (f32, f32) {
     unsafe {
         scores[visible..].fill(f32::NEG_INFINITY);
         let mut max = V::splat(f32::NEG_INFINITY);
@@ -297,6 +348,7 @@ pub(crate) unsafe fn softmax_part<V: Vector>(scores: &mut [f32], visible: usize)
         }
         let max = max.hmax();
         for i in (0..scores.len()).step_by(V::LANES) {
+            ahead.step();
             let p = scores.as_mut_ptr().add(i);
             exp(V::load(p).sub(V::splat(max))).store(p);
         }

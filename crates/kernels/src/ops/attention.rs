@@ -59,20 +59,58 @@ struct Block {
     reach: usize,
 }
 
+/// Weighted values of some positions, rows of `[dim]`, and the rows' maxima and then their sums.
+#[derive(Default)]
+struct Part {
+    acc: Vec<f32>,
+    stats: Vec<f32>,
+}
+
+impl Part {
+    /// Nothing yet, of so many rows.
+    fn clear(&mut self, rows: usize, dim: usize) {
+        self.acc.clear();
+        self.acc.resize(rows * dim, 0.0);
+        self.stats.clear();
+        self.stats.resize(rows, f32::NEG_INFINITY);
+        self.stats.resize(2 * rows, 0.0);
+    }
+
+    /// Adds another part, of `acc` and `stats`: both are rescaled to the larger maximum.
+    fn add(&mut self, acc: &[f32], stats: &[f32], dim: usize) {
+        let rows = stats.len() / 2;
+        let (max, sum) = stats.split_at(rows);
+        let (own_max, own_sum) = self.stats.split_at_mut(rows);
+        for row in 0..rows {
+            if sum[row] == 0.0 {
+                continue;
+            }
+            let new = own_max[row].max(max[row]);
+            let (old, add) = ((own_max[row] - new).exp(), (max[row] - new).exp());
+            own_max[row] = new;
+            own_sum[row] = own_sum[row] * old + sum[row] * add;
+            let own = &mut self.acc[row * dim..(row + 1) * dim];
+            for (own, acc) in own.iter_mut().zip(&acc[row * dim..]) {
+                *own = *own * old + acc * add;
+            }
+        }
+    }
+}
+
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
     visible: Vec<usize>,
     scores: Vec<f32>,
-    acc: Vec<f32>,
-    stats: Vec<f32>,
-    /// Merged so far: rows of `[dim]`, and their maxima and sums.
-    total: Vec<f32>,
-    total_stats: Vec<f32>,
+    /// What a chunk left, what its span has so far, and what all spans have.
+    chunk: Part,
+    span: Part,
+    total: Part,
     /// Queries as tiles.
     q_tiles: AlignedVec<u16>,
-    /// Weighted values on tiles, rows of `[dim]`.
+    /// Weighted values on tiles, rows of `[dim]`, and the rows' maxima and then their sums.
     sums: AlignedVec<f32>,
+    stats: Vec<f32>,
     tiles: TileScratch,
     /// Pruned pages made dense, for tiles, and memory for packing some.
     unpacked: [Vec<u8>; 2 * TILE_PAGES],
@@ -81,12 +119,32 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    /// What the chunks of a call leave: of each the weighted values, maxima and sums of all rows.
+    /// What the spans of a call leave: of each the weighted values, maxima and sums of all rows.
     static PARTIAL: RefCell<AlignedVec<f32>> = RefCell::default();
 }
 
-/// Chunks that a task of few queries takes one after another, at most.
-const RUN: usize = 4;
+/// Chunks are merged in spans and spans in order, wherever they were computed, so that tasks may be
+/// cut at any span. The first chunks are spans of their own: short contexts have few.
+const SINGLE: usize = 8;
+
+/// Chunks of each span behind those: what is left to merge is one part for all of them.
+const SPAN: usize = 4;
+
+/// The span of a chunk.
+fn span_of(chunk: usize) -> usize {
+    match chunk.checked_sub(SINGLE) {
+        None => chunk,
+        Some(behind) => SINGLE + behind / SPAN,
+    }
+}
+
+/// The chunks of a span.
+fn chunks_of(span: usize) -> Range<usize> {
+    match span.checked_sub(SINGLE) {
+        None => span..span + 1,
+        Some(behind) => SINGLE + behind * SPAN..SINGLE + (behind + 1) * SPAN,
+    }
+}
 
 /// Pages of a chunk at most.
 const TILE_PAGES: usize = TILE_CHUNK / KV_PAGE;
@@ -98,9 +156,24 @@ type Pages<'a> = [(&'a [u8], &'a [u8]); TILE_PAGES];
 const PACK_COST: usize = 16;
 
 impl Block {
+    fn tokens(&self) -> Range<usize> {
+        self.first..self.first + self.count
+    }
+
     /// Chunks that its last token sees.
     fn chunks(&self) -> usize {
         self.reach.div_ceil(CHUNK)
+    }
+
+    /// Spans that its last token sees.
+    fn spans(&self) -> usize {
+        span_of(self.chunks() - 1) + 1
+    }
+
+    /// Its chunks in a span.
+    fn chunks_of(&self, span: usize) -> Range<usize> {
+        let chunks = chunks_of(span);
+        chunks.start..chunks.end.min(self.chunks())
     }
 }
 
@@ -273,23 +346,25 @@ impl Compute {
         }
         let blocks = call.blocks((TASK_ROWS / group).max(1));
         let units = blocks.len() * kv_heads;
-        let longest = blocks.iter().map(Block::chunks).max().unwrap_or(0);
+        let longest = blocks.iter().map(Block::spans).max().unwrap_or(0);
         if longest == 1 || units >= 2 * self.pool.threads() {
             self.pool.run(units, &|unit| {
                 let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
                 SCRATCH.with_borrow_mut(|scratch| {
                     call.begin(scratch, block, head);
-                    for chunk in 0..block.chunks() {
-                        call.chunk(scratch, block, head, chunk, chunk + 1 < block.chunks());
-                        scratch.merge(dim);
+                    for span in 0..block.spans() {
+                        call.span(scratch, block, head, span, span + 1 < block.spans());
+                        let Scratch { span, total, .. } = scratch;
+                        total.add(&span.acc, &span.stats, dim);
                     }
+                    let Part { acc, stats } = &scratch.total;
                     // SAFETY: a block and a head belong to one task.
-                    unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, &out) };
+                    unsafe { call.finish(acc, stats, block.tokens(), call.heads_of(head), &out) };
                 });
             });
             return;
         }
-        self.split_chunks(&call, &blocks, longest, &out);
+        self.split_spans(&call, &blocks, longest, &out);
     }
 
     /// Many queries: all chunks of a block and head in one task, on tiles.
@@ -314,61 +389,70 @@ impl Compute {
                 }
                 let Scratch { sums, stats, .. } = scratch;
                 // SAFETY: a block and a head belong to one task.
-                unsafe { call.finish(sums, stats, block, head, out) };
+                unsafe { call.finish(sums, stats, block.tokens(), call.heads_of(head), out) };
             });
         });
     }
 
-    /// Few queries, long context: chunks are spread over the threads, and what they leave is
+    /// Few queries, long context: spans are spread over the threads, and what they leave is
     /// merged afterwards in the same order and with the same arithmetic as above.
-    fn split_chunks(&self, call: &Call<'_>, blocks: &[Block], longest: usize, out: &Out<'_>) {
+    fn split_spans(&self, call: &Call<'_>, blocks: &[Block], longest: usize, out: &Out<'_>) {
         let (dim, kv_heads) = (call.cache.shape().dim, call.cache.shape().heads);
-        let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * (call.heads / kv_heads);
+        let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * call.group();
         let part = rows * (dim + 2);
         let units = blocks.len() * kv_heads;
-        // A task knows what it reads next, so some chunks that follow each other make one; but
-        // every thread should find several tasks.
-        let run = (units * longest / (4 * self.pool.threads())).clamp(1, RUN);
-        let runs = longest.div_ceil(run);
+        let of = |unit: usize| (blocks[unit / kv_heads], unit % kv_heads);
+        // The short ones last, so that all threads end together.
+        let mut spans = Vec::with_capacity(units * longest);
+        for some in [SINGLE..longest, 0..longest.min(SINGLE)] {
+            for unit in 0..units {
+                let own = of(unit).0.spans();
+                spans.extend(some.clone().filter(|&s| s < own).map(|s| (unit, s)));
+            }
+        }
         PARTIAL.with_borrow_mut(|partial| {
             partial.fit(units * longest * part);
             {
                 let partial = DisjointMut::new(&mut partial[..units * longest * part]);
-                self.pool.run(units * runs, &|task| {
-                    let (unit, first) = (task / runs, task % runs * run);
-                    let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
-                    let chunks = first..block.chunks().min(first + run);
-                    if chunks.is_empty() {
-                        return;
-                    }
+                self.pool.run(spans.len(), &|task| {
+                    let (unit, span) = spans[task];
+                    let (block, head) = of(unit);
                     SCRATCH.with_borrow_mut(|scratch| {
                         call.begin(scratch, block, head);
-                        for chunk in chunks.clone() {
-                            call.chunk(scratch, block, head, chunk, chunk + 1 < chunks.end);
-                            let at = (unit * longest + chunk) * part;
-                            // SAFETY: each chunk has a part of its own.
-                            let to = unsafe { partial.slice(at..at + part) };
-                            let (acc, stats) = to.split_at_mut(rows * dim);
-                            acc[..scratch.acc.len()].copy_from_slice(&scratch.acc);
-                            stats[..scratch.stats.len()].copy_from_slice(&scratch.stats);
-                        }
+                        call.span(scratch, block, head, span, false);
+                        let at = (unit * longest + span) * part;
+                        // SAFETY: each span has a part of its own.
+                        let to = unsafe { partial.slice(at..at + part) };
+                        let (acc, stats) = to.split_at_mut(rows * dim);
+                        let Part {
+                            acc: own,
+                            stats: own_stats,
+                        } = &scratch.span;
+                        acc[..own.len()].copy_from_slice(own);
+                        stats[..own_stats.len()].copy_from_slice(own_stats);
                     });
                 });
             }
-            self.pool.run(units, &|unit| {
-                let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
-                SCRATCH.with_borrow_mut(|scratch| {
-                    call.begin(scratch, block, head);
-                    for chunk in 0..block.chunks() {
-                        let at = (unit * longest + chunk) * part;
-                        let (acc, stats) = partial[at..at + part].split_at(rows * dim);
-                        let (acc_len, stats_len) = (scratch.acc.len(), scratch.stats.len());
-                        scratch.acc.copy_from_slice(&acc[..acc_len]);
-                        scratch.stats.copy_from_slice(&stats[..stats_len]);
-                        scratch.merge(dim);
+            // A query head is a task: what others have left takes long to come.
+            let group = call.group();
+            self.pool.run(units * group, &|task| {
+                let (unit, i) = (task / group, task % group);
+                let (block, head) = of(unit);
+                let own = block.count * group;
+                SCRATCH.with_borrow_mut(|Scratch { total, .. }| {
+                    for t in 0..block.count {
+                        let row = t * group + i;
+                        total.clear(1, dim);
+                        for span in 0..block.spans() {
+                            let at = (unit * longest + span) * part;
+                            let (acc, stats) = partial[at..at + part].split_at(rows * dim);
+                            let stats = [stats[row], stats[own + row]];
+                            total.add(&acc[row * dim..(row + 1) * dim], &stats, dim);
+                        }
+                        let (t, h) = (block.first + t, head * group + i);
+                        // SAFETY: a token and a query head belong to one task.
+                        unsafe { call.finish(&total.acc, &total.stats, t..t + 1, h..h + 1, out) };
                     }
-                    // SAFETY: a block and a head belong to one task.
-                    unsafe { call.finish(&scratch.total, &scratch.total_stats, block, head, out) };
                 });
             });
         });
@@ -400,28 +484,6 @@ fn blocks(tokens: &[Token], limit: usize, together: impl Fn(&Token, &Token) -> b
     blocks
 }
 
-impl Scratch {
-    /// Adds the chunk's result to the total: both are rescaled to the larger maximum.
-    fn merge(&mut self, dim: usize) {
-        let rows = self.visible.len();
-        let (max, sum) = self.stats.split_at(rows);
-        let (total_max, total_sum) = self.total_stats.split_at_mut(rows);
-        for row in 0..rows {
-            if sum[row] == 0.0 {
-                continue;
-            }
-            let new = total_max[row].max(max[row]);
-            let (old, add) = ((total_max[row] - new).exp(), (max[row] - new).exp());
-            total_max[row] = new;
-            total_sum[row] = total_sum[row] * old + sum[row] * add;
-            let total = &mut self.total[row * dim..(row + 1) * dim];
-            for (total, acc) in total.iter_mut().zip(&self.acc[row * dim..]) {
-                *total = *total * old + acc * add;
-            }
-        }
-    }
-}
-
 impl Call<'_> {
     /// Cuts the batch into blocks of at most `limit` tokens. In a cache that prunes, these see
     /// the same page as it is, and so the same pages packed.
@@ -433,6 +495,11 @@ impl Call<'_> {
 
     fn group(&self) -> usize {
         self.heads / self.cache.shape().heads
+    }
+
+    /// Query heads of a KV head.
+    fn heads_of(&self, head: usize) -> Range<usize> {
+        head * self.group()..(head + 1) * self.group()
     }
 
     /// Gathers the query rows of a block, `[token][query head of the group][dim]`, scaled.
@@ -447,13 +514,8 @@ impl Call<'_> {
         }
         scratch.scores.resize(rows * CHUNK, 0.0);
         scratch.visible.resize(rows, 0);
-        scratch.acc.resize(rows * dim, 0.0);
-        scratch.stats.resize(2 * rows, 0.0);
-        scratch.total.clear();
-        scratch.total.resize(rows * dim, 0.0);
-        scratch.total_stats.clear();
-        scratch.total_stats.resize(rows, f32::NEG_INFINITY);
-        scratch.total_stats.resize(2 * rows, 0.0);
+        scratch.chunk.clear(rows, dim);
+        scratch.total.clear(rows, dim);
     }
 
     /// The same as tiles: per 16 rows `[dim / 32][16][32]` bf16.
@@ -574,8 +636,21 @@ impl Call<'_> {
         (pages, last - first, packed)
     }
 
-    /// One chunk for all rows of the block; leaves `acc` and `stats`. The caller says whether the
-    /// next chunk comes after it.
+    /// One span for all rows of the block; leaves `scratch.span`. The caller says whether the next one
+    /// comes after it.
+    fn span(&self, scratch: &mut Scratch, block: Block, head: usize, span: usize, more: bool) {
+        let dim = self.cache.shape().dim;
+        scratch.span.clear(block.count * self.group(), dim);
+        let chunks = block.chunks_of(span);
+        for chunk in chunks.clone() {
+            self.chunk(scratch, block, head, chunk, more || chunk + 1 < chunks.end);
+            let Scratch { chunk, span, .. } = &mut *scratch;
+            span.add(&chunk.acc, &chunk.stats, dim);
+        }
+    }
+
+    /// One chunk for all rows of the block; leaves `scratch.chunk`. The caller says whether the next
+    /// chunk comes after it.
     fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize, more: bool) {
         let next = more.then(|| self.pages(block, head, (chunk + 1, CHUNK)).0[0].0);
         let chunk = (chunk, CHUNK);
@@ -583,7 +658,7 @@ impl Call<'_> {
         let (pages, count, packed) = self.pages(block, head, chunk);
         let halves = self.cache.halves().filter(|_| packed > 0);
         let rows = scratch.visible.len();
-        let (max, sum) = scratch.stats.split_at_mut(rows);
+        let (max, sum) = scratch.chunk.stats.split_at_mut(rows);
         let mut args = ChunkArgs {
             k_type: self.cache.shape().k,
             v_type: self.cache.shape().v,
@@ -594,7 +669,7 @@ impl Call<'_> {
             next,
             pruned: halves.map(|halves| (*halves, packed)),
             scores: &mut scratch.scores,
-            acc: &mut scratch.acc,
+            acc: &mut scratch.chunk.acc,
             max,
             sum,
         };
@@ -602,33 +677,34 @@ impl Call<'_> {
         unsafe { (self.compute.table.attn.chunk)(&mut args) };
     }
 
-    /// Divides by the sums and writes the rows where they belong.
+    /// Divides rows of tokens and query heads, `[tokens][heads][dim]`, by their sums and writes them
+    /// where they belong.
     ///
     /// # Safety
-    /// No other task writes this block's rows of this head.
+    /// No other task writes these.
     unsafe fn finish(
         &self,
         total: &[f32],
         stats: &[f32],
-        block: Block,
-        head: usize,
+        tokens: Range<usize>,
+        heads: Range<usize>,
         out: &Out<'_>,
     ) {
-        let (dim, group) = (self.cache.shape().dim, self.group());
-        let (sums, width) = (&stats[block.count * group..], group * dim);
+        let dim = self.cache.shape().dim;
+        let (sums, width) = (&stats[stats.len() / 2..], heads.len() * dim);
         let divide = |i: usize, to: &mut [f32]| {
             let rows = total[i * width..(i + 1) * width].chunks_exact(dim);
-            let rows = rows.zip(&sums[i * group..]);
+            let rows = rows.zip(&sums[i * heads.len()..]);
             for (to, (row, sum)) in to.chunks_exact_mut(dim).zip(rows) {
                 let inverse = 1.0 / sum;
                 to.iter_mut().zip(row).for_each(|(to, x)| *to = x * inverse);
             }
         };
-        let (m, column) = (self.tokens.len(), head * width);
+        let (m, column) = (self.tokens.len(), heads.start * dim);
         let mut row = Vec::new();
-        for i in 0..block.count {
-            let (t, later) = (block.first + i, block.first + i + WRITE_AHEAD);
-            let ahead = i + WRITE_AHEAD < block.count;
+        for (i, t) in tokens.clone().enumerate() {
+            let later = t + WRITE_AHEAD;
+            let ahead = later < tokens.end;
             match out {
                 Out::Rows(rows) => {
                     let at = |t| t * self.heads * dim + column;
@@ -656,7 +732,18 @@ impl Call<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::page_runs;
+    use super::{SINGLE, chunks_of, page_runs, span_of};
+
+    #[test]
+    fn spans_follow_each_other_and_hold_the_chunks_that_say_so() {
+        let mut chunk = 0;
+        for span in 0..SINGLE + 20 {
+            let chunks = chunks_of(span);
+            assert_eq!(chunks.start, chunk);
+            assert!(chunks.clone().all(|c| span_of(c) == span) && !chunks.is_empty());
+            chunk = chunks.end;
+        }
+    }
 
     #[test]
     fn no_two_runs_share_a_page() {

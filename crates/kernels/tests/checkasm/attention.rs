@@ -364,7 +364,7 @@ pub fn on_tiles(make: impl Fn(usize) -> Compute) -> Result<(), Failed> {
 fn independent(tier: Tier) -> Result<(), Failed> {
     let one = Compute::new(tier, PoolConfig::new(1));
     for k in TYPES {
-        let case = case(&one, (k, KvType::F16), &[700, 3, 260], 9);
+        let case = case(&one, (k, KvType::F16), &[2000, 3, 260], 9);
         let together = attend(&one, &case, &case.tokens, &case.q);
         for threads in [2, 3, 8] {
             let compute = Compute::new(tier, PoolConfig::new(threads));
