@@ -20,8 +20,8 @@ pub(crate) const LINE: usize = 64;
 /// Asks for `x`, to read it soon: what another core has written comes from its caches, and the
 /// processor's own prefetching ends with each 4 KiB.
 #[inline]
-pub(crate) fn prefetch(x: &[f32]) {
-    for line in x.chunks(LINE / size_of::<f32>()) {
+pub(crate) fn prefetch<T>(x: &[T]) {
+    for line in x.chunks(LINE / size_of::<T>()) {
         // SAFETY: a hint, of memory that is there.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }

@@ -417,6 +417,8 @@ impl Compute {
                 self.pool.run(spans.len(), &|task| {
                     let (unit, span) = spans[task];
                     let (block, head) = of(unit);
+                    // Nobody has asked for what comes first.
+                    mem::prefetch(call.first_keys(block, head, chunks_of(span).start));
                     SCRATCH.with_borrow_mut(|scratch| {
                         call.begin(scratch, block, head);
                         call.span(scratch, block, head, span, false);
@@ -515,6 +517,7 @@ impl Call<'_> {
         scratch.scores.resize(rows * CHUNK, 0.0);
         scratch.visible.resize(rows, 0);
         scratch.chunk.clear(rows, dim);
+        scratch.span.clear(rows, dim);
         scratch.total.clear(rows, dim);
     }
 
@@ -640,19 +643,28 @@ impl Call<'_> {
     /// comes after it.
     fn span(&self, scratch: &mut Scratch, block: Block, head: usize, span: usize, more: bool) {
         let dim = self.cache.shape().dim;
-        scratch.span.clear(block.count * self.group(), dim);
         let chunks = block.chunks_of(span);
         for chunk in chunks.clone() {
             self.chunk(scratch, block, head, chunk, more || chunk + 1 < chunks.end);
-            let Scratch { chunk, span, .. } = &mut *scratch;
-            span.add(&chunk.acc, &chunk.stats, dim);
+            let Scratch {
+                chunk: part, span, ..
+            } = &mut *scratch;
+            match chunk == chunks.start {
+                true => std::mem::swap(part, span),
+                false => span.add(&part.acc, &part.stats, dim),
+            }
         }
+    }
+
+    /// Keys of the first page of a chunk.
+    fn first_keys(&self, block: Block, head: usize, chunk: usize) -> &[u8] {
+        self.pages(block, head, (chunk, CHUNK)).0[0].0
     }
 
     /// One chunk for all rows of the block; leaves `scratch.chunk`. The caller says whether the next
     /// chunk comes after it.
     fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize, more: bool) {
-        let next = more.then(|| self.pages(block, head, (chunk + 1, CHUNK)).0[0].0);
+        let next = more.then(|| self.first_keys(block, head, chunk + 1));
         let chunk = (chunk, CHUNK);
         self.see(&mut scratch.visible, block, chunk);
         let (pages, count, packed) = self.pages(block, head, chunk);
