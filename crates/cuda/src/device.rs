@@ -342,7 +342,7 @@ impl CudaDevice {
     /// cuBLAS, if it is installed and not switched off by `TEGULA_CUDA_BLAS=off`.
     pub(crate) fn blas(&self) -> Option<MutexGuard<'_, Blas>> {
         let open = || {
-            if std::env::var_os("TEGULA_CUDA_BLAS").is_some_and(|v| v == "off") {
+            if crate::switched_off("TEGULA_CUDA_BLAS") {
                 return Err("switched off".to_owned());
             }
             let workspace = self

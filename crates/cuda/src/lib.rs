@@ -40,6 +40,11 @@ pub fn detect(split: usize) -> Result<Vec<Arc<CudaDevice>>> {
     Ok(devices)
 }
 
+/// Whether the environment says `NAME=off`.
+fn switched_off(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|v| v == "off")
+}
+
 /// What `TEGULA_CUDA_SPLIT` asks for: 1 where it is not set.
 ///
 /// # Errors

@@ -161,7 +161,7 @@ impl Modules {
 /// Loads the PTX made ahead unless `TEGULA_CUDA_PTX=off`, or else compiles it here.
 fn load(gpu: &Gpu, unit: Unit) -> Result<sys::CUmodule> {
     let terminated = |text: &str| CString::new(text).unwrap_or_default().into_bytes_with_nul();
-    let shipped = match std::env::var_os("TEGULA_CUDA_PTX").is_some_and(|v| v == "off") {
+    let shipped = match crate::switched_off("TEGULA_CUDA_PTX") {
         true => Err("switched off by TEGULA_CUDA_PTX=off"),
         false => unit.shipped(),
     };

@@ -215,21 +215,20 @@ unsafe fn rows<K: Bits, V: Bits, const R: usize>(
         let q: [_; R] = std::array::from_fn(|r| args.q.as_ptr().add((row + r) * dim));
         let scores_at: [_; R] =
             std::array::from_fn(|r| args.scores.as_mut_ptr().add((row + r) * CHUNK));
+        let mut ahead = Ahead::nothing();
         for start in (0..reach).step_by(KV_PAGE) {
             let page = args.pages[start / KV_PAGE].0.as_ptr();
             let to = scores_at.map(|s| s.add(start));
             match start / KV_PAGE < pruned {
                 true => scores::<K, R>(page, dim, q, to),
-                false => {
-                    score_block::<__m512, K::Dense, R>(page, dim, 0, q, to, &mut Ahead::nothing());
-                }
+                false => score_block::<__m512, K::Dense, R>(page, dim, 0, q, to, &mut ahead),
             }
         }
         let computed = reach.next_multiple_of(KV_PAGE);
         for r in 0..R {
             let scores = std::slice::from_raw_parts_mut(scores_at[r], CHUNK);
             let (max, sum) =
-                softmax_part::<__m512>(&mut scores[..computed], visible[r], &mut Ahead::nothing());
+                softmax_part::<__m512>(&mut scores[..computed], visible[r], &mut ahead);
             args.max[row + r] = max;
             args.sum[row + r] = sum;
         }

@@ -47,6 +47,7 @@ use crate::{
         lanes::Lanes,
         matmul::{Tokens, panel_at, panel_products, streams, token_runs, tokens_at},
     },
+    mem::LINE,
     sparse::Super,
     strip::{
         ROWS,
@@ -168,8 +169,6 @@ const STREAMS: usize = 4;
 /// Bytes of a strip that are on their way: of four, 12 KiB of a first-level cache that two threads
 /// may share. On the whole 2 and 4 KiB are slower (`docs/bench/2026-11-28-h100`).
 const AHEAD: usize = 3072;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Steps of a group.
 const fn steps(ty: GgmlType) -> usize {

@@ -18,6 +18,7 @@ use super::vector::{Vector, exp};
 use crate::{
     attn::{CHUNK, ChunkArgs},
     kv::KV_PAGE,
+    mem::LINE,
 };
 
 /// How a cache type is read. Two neighbours at a time, because bf16 is stored in pairs.
@@ -144,7 +145,7 @@ impl<'a> Ahead<'a> {
         ahead.following -= all.clone().count();
         for (to, page) in ahead.pages[ahead.following..].iter_mut().zip(all) {
             *to = page;
-            lines += page.len().div_ceil(64);
+            lines += page.len().div_ceil(LINE);
         }
         ahead.lines = lines.div_ceil(steps.max(1));
         ahead
@@ -163,7 +164,7 @@ impl<'a> Ahead<'a> {
             }
             // SAFETY: prefetching reads nothing that the program could see, and never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.cast()) };
-            self.at = self.at.wrapping_add(64);
+            self.at = self.at.wrapping_add(LINE);
         }
     }
 }
@@ -316,7 +317,7 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
             acc: std::array::from_fn(|r| args.acc.as_mut_ptr().add((row + r) * dim)),
         };
         // Other rows find in a cache what the first ones have read.
-        let mut ahead = match row == 0 && !pass.pages.is_empty() {
+        let mut ahead = match row == 0 {
             true => Ahead::of(pass.pages, args.next, pass.pages.len() * steps::<V, R>(dim)),
             false => Ahead::nothing(),
         };

@@ -349,9 +349,10 @@ impl Compute {
         let longest = blocks.iter().map(Block::spans).max().unwrap_or(0);
         if longest == 1 || units >= 2 * self.pool.threads() {
             self.pool.run(units, &|unit| {
-                let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+                let (block, head) = call.unit(&blocks, unit);
                 SCRATCH.with_borrow_mut(|scratch| {
                     call.begin(scratch, block, head);
+                    scratch.total.clear(block.count * group, dim);
                     for span in 0..block.spans() {
                         call.span(scratch, block, head, span, span + 1 < block.spans());
                         let Scratch { span, total, .. } = scratch;
@@ -381,7 +382,7 @@ impl Compute {
         // The longest first, so that no thread is left alone with one.
         blocks.sort_by_key(|b| std::cmp::Reverse(b.reach));
         self.pool.run(blocks.len() * kv_heads, &|unit| {
-            let (block, head) = (blocks[unit / kv_heads], unit % kv_heads);
+            let (block, head) = call.unit(&blocks, unit);
             SCRATCH.with_borrow_mut(|scratch| {
                 call.begin_tiles(scratch, block, head);
                 for chunk in 0..block.reach.div_ceil(TILE_CHUNK) {
@@ -401,12 +402,11 @@ impl Compute {
         let rows = blocks.iter().map(|b| b.count).max().unwrap_or(0) * call.group();
         let part = rows * (dim + 2);
         let units = blocks.len() * kv_heads;
-        let of = |unit: usize| (blocks[unit / kv_heads], unit % kv_heads);
         // The short ones last, so that all threads end together.
         let mut spans = Vec::with_capacity(units * longest);
         for some in [SINGLE..longest, 0..longest.min(SINGLE)] {
             for unit in 0..units {
-                let own = of(unit).0.spans();
+                let own = call.unit(blocks, unit).0.spans();
                 spans.extend(some.clone().filter(|&s| s < own).map(|s| (unit, s)));
             }
         }
@@ -416,7 +416,7 @@ impl Compute {
                 let partial = DisjointMut::new(&mut partial[..units * longest * part]);
                 self.pool.run(spans.len(), &|task| {
                     let (unit, span) = spans[task];
-                    let (block, head) = of(unit);
+                    let (block, head) = call.unit(blocks, unit);
                     // Nobody has asked for what comes first.
                     mem::prefetch(call.first_keys(block, head, chunks_of(span).start));
                     SCRATCH.with_borrow_mut(|scratch| {
@@ -439,7 +439,7 @@ impl Compute {
             let group = call.group();
             self.pool.run(units * group, &|task| {
                 let (unit, i) = (task / group, task % group);
-                let (block, head) = of(unit);
+                let (block, head) = call.unit(blocks, unit);
                 let own = block.count * group;
                 SCRATCH.with_borrow_mut(|Scratch { total, .. }| {
                     for t in 0..block.count {
@@ -499,6 +499,12 @@ impl Call<'_> {
         self.heads / self.cache.shape().heads
     }
 
+    /// A unit of the work: every block meets every KV head.
+    fn unit(&self, blocks: &[Block], unit: usize) -> (Block, usize) {
+        let kv_heads = self.cache.shape().heads;
+        (blocks[unit / kv_heads], unit % kv_heads)
+    }
+
     /// Query heads of a KV head.
     fn heads_of(&self, head: usize) -> Range<usize> {
         head * self.group()..(head + 1) * self.group()
@@ -509,7 +515,7 @@ impl Call<'_> {
         let (dim, group) = (self.cache.shape().dim, self.group());
         let rows = block.count * group;
         scratch.q.clear();
-        for t in block.first..block.first + block.count {
+        for t in block.tokens() {
             let at = (t * self.heads + head * group) * dim;
             let scaled = self.q[at..at + group * dim].iter().map(|x| x * self.scale);
             scratch.q.extend(scaled);
@@ -518,7 +524,6 @@ impl Call<'_> {
         scratch.visible.resize(rows, 0);
         scratch.chunk.clear(rows, dim);
         scratch.span.clear(rows, dim);
-        scratch.total.clear(rows, dim);
     }
 
     /// The same as tiles: per 16 rows `[dim / 32][16][32]` bf16.
