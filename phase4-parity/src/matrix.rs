@@ -53,7 +53,8 @@ pub const ROWS: [Row; 22] = [
         number: 1,
         capability: "the 7 types Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K IQ4_XS",
         upstream: "int8 tiles, activations of 8 bits",
-        tegula: "bf16 tiles, weights decoded once per batch, activations bf16",
+        tegula: "up to 16 tokens int8 tiles and the activations of vectors, beyond bf16 tiles, \
+                 weights decoded once per batch",
         evidence: &[Here("tiles::upstreams_types", tiles::upstreams_types)],
     },
     Row {
@@ -123,8 +124,8 @@ pub const ROWS: [Row; 22] = [
         number: 9,
         capability: "full tiles",
         upstream: "half full (32 of 64 bytes), a quarter for Q6_K",
-        tegula: "full bf16 tiles for every type: 1.2 to 2 times as fast at 512 tokens as int8 tiles with \
-                 GGUF's scales per block",
+        tegula: "full bf16 tiles for every type beyond 16 tokens: 1.2 to 2 times as fast at 512 as \
+                 int8 tiles with GGUF's scales per block",
         evidence: &[
             Record(LOADS, "14.25 TFLOP/s"),
             Record(WAYS, "product|Q4_0|llama-3-8b gate|512|8-bit tiles|amx"),

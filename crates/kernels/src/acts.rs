@@ -10,15 +10,17 @@
 //!
 //! # Order in memory
 //!
-//! Tokens stand in groups of [`GROUP`]; the last group is as small as it must be. Inside a
-//! group the tokens are interleaved along k: first the 32 codes of each token, then the next
-//! 32 of each, and so on, and the same for scales and sums. One pointer then serves all
+//! Tokens stand in groups, of [`Q8_GROUP`] in the q8 form, so that a group's 32 inputs are the rows
+//! of a tile, too; the last group is as small as it must be. Inside a group the tokens are
+//! interleaved along k: first the 32 codes of each token, then the next 32 of each, and so on, and
+//! the same for scales and sums. One pointer then serves all
 //! tokens of a group, and a single token is simply contiguous. All arrays are linear in the
 //! number of tokens, so that a run of whole groups, or several independent segments (the
 //! tokens of each expert), are slices.
 //!
-//! The tile form is the same with groups of [`TILE_GROUP`] tokens: 32 bf16 of each token,
-//! then the next 32 of each, so that a group's 32 inputs are the rows of one tile.
+//! The f32 form and that of bf16 pairs have groups of [`GROUP`], and input by input, or pair by pair,
+//! one value of each token. The tile form has groups of [`TILE_GROUP`], 32 bf16 of each token, then
+//! the next 32 of each: the rows of a tile.
 
 use std::{marker::PhantomData, ops::Range};
 
@@ -29,8 +31,15 @@ use crate::{
     strip::kernels::MatmulKernels,
 };
 
-/// Tokens that are interleaved.
+/// Tokens that are interleaved in forms of floats.
 pub const GROUP: usize = 8;
+
+/// Tokens that are interleaved in the q8 form.
+pub const Q8_GROUP: usize = TILE_GROUP;
+
+/// Scales and scaled sums that may be read behind those of the last token: kernels take a group as
+/// whole and throw away what its missing tokens give.
+pub const SLACK: usize = Q8_GROUP - 1;
 
 /// Tokens that are interleaved in the tile form: the rows of a tile.
 pub const TILE_GROUP: usize = 16;
@@ -132,11 +141,11 @@ impl Acts {
         self.k = k;
         self.forms = forms;
         fit(&mut self.q, q8, len);
-        fit(&mut self.d, q8, len / 32);
+        fit(&mut self.d, q8, len / 32 + SLACK);
         fit(&mut self.nsum32, q8, len / 32);
         fit(&mut self.nsum16, q8, len / 16);
-        fit(&mut self.fsum32, q8, len / 32);
-        fit(&mut self.fsum16, q8, len / 16);
+        fit(&mut self.fsum32, q8, len / 32 + SLACK);
+        fit(&mut self.fsum16, q8, len / 16 + SLACK);
         fit(&mut self.floats, forms.has(Forms::F32), len);
         fit(&mut self.pairs, forms.has(Forms::BF16), m * k.div_ceil(2));
         fit(&mut self.tiles, tiles, len);
@@ -196,7 +205,7 @@ pub struct ActsView<'a> {
     pub forms: Forms,
     /// Codes: per group `[k / 32][tokens][32]`.
     pub q: *const i8,
-    /// Scales: per group `[k / 32][tokens]`.
+    /// Scales: per group `[k / 32][tokens]`. Like the scaled sums, with [`SLACK`] more behind them.
     pub d: *const f32,
     /// Minus the sums of 32 codes: per group `[k / 32][tokens]`.
     pub nsum32: *const i32,
@@ -265,9 +274,8 @@ impl<'a> ActsView<'a> {
                 }
             }
         };
-        let vectors = self.forms.has(Forms::F32) || self.forms.has(Forms::BF16);
-        let tiles = self.forms.has(Forms::TILES) && !vectors;
-        self.by_groups(if tiles { TILE_GROUP } else { GROUP }, value)
+        let floats = self.forms.has(Forms::F32) || self.forms.has(Forms::BF16);
+        self.by_groups(if floats { GROUP } else { TILE_GROUP }, value)
     }
 
     /// `[m][k]` values, `value(group's first token, tokens in it, token in it, column)` each.
@@ -283,6 +291,15 @@ impl<'a> ActsView<'a> {
             out.extend((0..self.k).map(|col| value(base, tokens, t - base, col)));
         }
         out
+    }
+
+    /// The view with one of its forms alone.
+    pub(crate) fn only(self, form: Forms) -> ActsView<'a> {
+        assert!(self.forms.has(form), "activations lack {form:?}");
+        ActsView {
+            forms: form,
+            ..self
+        }
     }
 
     /// Tokens `start .. start + m` of the segment; `start` must be a multiple of
@@ -428,9 +445,9 @@ impl ActsWriter<'_> {
                 (tiles.pack)(x, self.tiles.add(at), tokens * 32);
             }
         }
-        let (start, tokens, t) = place(GROUP, seg_m, t);
-        let start = seg + start;
         if forms.has(Forms::Q8) {
+            let (start, tokens, t) = place(Q8_GROUP, seg_m, t);
+            let start = seg + start;
             assert!(col.is_multiple_of(32) && x.len().is_multiple_of(32));
             let kb = col / 32;
             // SAFETY: `start + tokens <= m` and the columns are inside, so every offset is
@@ -450,6 +467,8 @@ impl ActsWriter<'_> {
                 (kernels.quantize_q8)(x, &dest);
             }
         }
+        let (start, tokens, t) = place(GROUP, seg_m, t);
+        let start = seg + start;
         if forms.has(Forms::F32) {
             for (i, &v) in x.iter().enumerate() {
                 // SAFETY: as above.

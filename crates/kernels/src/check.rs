@@ -10,7 +10,7 @@
 use half::bf16;
 
 use crate::{
-    acts::Q8Dest,
+    acts::{Forms, Q8Dest},
     attn::{CHUNK, ChunkArgs},
     float::FloatOps,
     kv::pruned::Half,
@@ -121,8 +121,8 @@ pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     }
 }
 
-/// Checks the tile that a tile kernel's `mul_strips` has written: the products of weights
-/// and activations that are rounded to bf16 once.
+/// Checks the tile that a tile kernel's `mul_strips` has written: on bf16 tiles the products of
+/// weights and activations that are rounded to bf16 once, on 8-bit ones those of vectors.
 ///
 /// # Errors
 /// The first product that is another.
@@ -132,6 +132,9 @@ pub unsafe fn mul_strips(args: &StripArgs<'_>) -> Result<(), Mismatch> {
 pub unsafe fn tile_products(args: &StripArgs<'_>) -> Result<(), Mismatch> {
     // SAFETY: the caller's.
     unsafe {
+        if !args.acts.forms.has(Forms::TILES) {
+            return mul_strips(args);
+        }
         if args.ty.is_sparse() {
             return with_dense(args, |args| tile_products(args));
         }

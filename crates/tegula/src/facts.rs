@@ -41,7 +41,7 @@ pub fn amx(model: &Model) -> Option<String> {
     };
     let threads = compute.pool.threads();
     let mut line =
-        format!("{mode} (bf16 tiles), {threads} threads, {on_tiles}/{matrices} matrices");
+        format!("{mode} (int8 and bf16 tiles), {threads} threads, {on_tiles}/{matrices} matrices");
     let mut others = BTreeMap::new();
     for p in &model.plan().placements {
         if let Some(TileUse::Never(why)) = p.tiles {

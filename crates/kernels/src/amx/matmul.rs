@@ -10,17 +10,20 @@
 //! the weight tiles (512 KiB) and the sums are then in the second-level cache, from which the
 //! micro-kernel prefetches ahead of its loads.
 
+use std::marker::PhantomData;
+
 use tegula_gguf::GgmlType;
 
 use super::{
-    Amx, fewest_tokens,
+    Amx, bytes, fewest_tokens, most_byte_tokens,
     panel::{self, Choice, Decoders},
     tile::{self, MOST_TOKENS, TILE_BYTES, TILE_K, TILE_ROWS},
 };
 use crate::{
+    acts::Forms,
     avx512::sparse,
     generic::{
-        format::{self, Format, Shape},
+        format::{self, Format, Shape, Visitor},
         matmul::{self as generic, BF16, F16, FloatWeights},
     },
     strip::{
@@ -37,8 +40,11 @@ const PANEL_K: usize = 2048;
 /// Bytes of all strips' tiles.
 const TILES: usize = MAX_STRIPS * PANEL_K / TILE_K * TILE_BYTES;
 
-/// Where the tiles begin in the scratch, behind codes on their way to tiles.
-const CODES: usize = PANEL_BYTES.next_multiple_of(64);
+/// Where sums of 8-bit tiles are in the scratch, behind a panel of codes.
+pub(super) const SUMS_AT: usize = PANEL_BYTES.next_multiple_of(64);
+
+/// Where bf16 tiles begin in the scratch, behind codes on their way to tiles.
+const CODES: usize = SUMS_AT + size_of::<bytes::Sums>();
 
 type Pack = unsafe fn(&[f32], *mut u16, usize);
 type Swiglu = unsafe fn(*const f32, *const f32, usize, usize, *mut u16);
@@ -75,6 +81,7 @@ pub(crate) fn tiles(amx: Amx, tier: Tier) -> Option<Tiles> {
         swiglu,
         scratch: CODES + TILES,
         fewest_tokens,
+        most_byte_tokens,
         sparse,
     })
 }
@@ -86,35 +93,32 @@ unsafe fn mul_strips<D: Decoders>(args: &StripArgs<'_>) {
     use GgmlType as T;
     // SAFETY: the caller's.
     unsafe {
+        if !args.acts.forms.has(Forms::TILES) {
+            return bytes::mul_strips::<D>(args);
+        }
         match args.ty {
             T::BF16 => in_place(args),
             T::F16 => through(args, PANEL_K, |s, k, len, out, _| {
                 let w = args.strips[s].add(k / 2 * F16::PAIR_BYTES);
                 D::floats::<F16>(w, len, out);
             }),
-            T::Q4_0 => quantized::<D, format::Q4_0>(args),
-            T::Q4_1 => quantized::<D, format::Q4_1>(args),
-            T::Q5_0 => quantized::<D, format::Q5_0>(args),
-            T::Q5_1 => quantized::<D, format::Q5_1>(args),
-            T::Q8_0 => quantized::<D, format::Q8_0>(args),
-            T::IQ4_NL => quantized::<D, format::IQ4_NL>(args),
-            T::MXFP4 => quantized::<D, format::MXFP4>(args),
-            T::Q2_K => quantized::<D, format::Q2_K>(args),
-            T::Q3_K => quantized::<D, format::Q3_K>(args),
-            T::Q4_K => quantized::<D, format::Q4_K>(args),
-            T::Q5_K => quantized::<D, format::Q5_K>(args),
-            T::Q6_K => quantized::<D, format::Q6_K>(args),
-            T::IQ4_XS => quantized::<D, format::IQ4_XS>(args),
-            T::IQ2_XXS | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => {
-                from_grids::<D, format::Plain>(args);
-            }
-            T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<D, format::PlainHalves>(args),
             T::S_BF16 | T::S8 | T::S4 => sparse(args),
-            T::F32 | T::I8 | T::I16 | T::I32 | T::I64 | T::F64 => {
-                unreachable!("no tile product takes {}", args.ty)
-            }
+            ty => format::visit(ty, OnTiles::<D>(args, PhantomData)),
         }
         tile::release();
+    }
+}
+
+struct OnTiles<'a, D>(&'a StripArgs<'a>, PhantomData<D>);
+
+impl<D: Decoders> Visitor for OnTiles<'_, D> {
+    unsafe fn blocks<F: Format>(self) {
+        // SAFETY: the caller's.
+        unsafe { quantized::<D, F>(self.0) }
+    }
+    unsafe fn grids<S: Shape>(self) {
+        // SAFETY: the caller's.
+        unsafe { from_grids::<D, S>(self.0) }
     }
 }
 
@@ -139,7 +143,7 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     unsafe {
         through(args, kernels::PANEL_K, |s, k, len, out, _| {
             let strip = args.strips[s];
-            let panel = generic::decode_grids::<S>(args.ty, strip, k, len, args.panel);
+            let panel = generic::decode_grids::<S, false>(args.ty, strip, k, len, args.panel);
             D::codes::<S>(&panel, out);
         });
     }

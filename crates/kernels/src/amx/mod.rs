@@ -10,6 +10,8 @@ mod abort;
 #[cfg(feature = "amx")]
 mod attention;
 #[cfg(feature = "amx")]
+mod bytes;
+#[cfg(feature = "amx")]
 mod matmul;
 #[cfg(feature = "amx")]
 pub(crate) mod panel;
@@ -34,6 +36,18 @@ pub fn fewest_tokens(ty: GgmlType) -> Option<usize> {
         T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => None,
         T::BF16 | T::S_BF16 => Some(4),
         _ => Some(12),
+    }
+}
+
+/// Up to how many tokens tiles are 8-bit ones, which are faster there than bf16 ones; 0 for types
+/// that these don't take. Measured likewise.
+pub fn most_byte_tokens(ty: GgmlType) -> usize {
+    use GgmlType as T;
+    match ty {
+        T::F32 | T::F64 | T::I8 | T::I16 | T::I32 | T::I64 => 0,
+        T::F16 | T::BF16 | T::S_BF16 => 0,
+        // One tile of tokens: a second one costs as much again, where bf16 has decoded already.
+        _ => 16,
     }
 }
 

@@ -5,13 +5,13 @@
 
 use std::arch::x86_64::{__m256, __m512, __m512i, _MM_HINT_T1, _mm_prefetch};
 
-use super::tile::TILE_K;
+use super::{bytes::Sums, tile::TILE_K};
 use crate::{
     generic::{
         float::gated,
         format::{Format, Shape},
         lanes::{Lanes, Pair, WithBf16},
-        matmul::{FloatWeights, Panel},
+        matmul::{self as generic, FloatWeights, Panel, Tokens},
         vector::Vector,
     },
     strip::ROWS,
@@ -28,6 +28,10 @@ pub(crate) trait Decoders {
     /// need not be valid memory.
     unsafe fn quantized<F: Format>(block: *const u8, blocks: usize, out: *mut u8, next: *const u8);
     unsafe fn codes<S: Shape>(panel: &Panel, out: *mut u8);
+    /// See [`super::bytes`]: to a panel of signed codes.
+    unsafe fn signed<F: Format>(block: *const u8, blocks: usize, panel: &Panel);
+    /// See [`super::bytes`].
+    unsafe fn byte_products<S: Shape>(panel: &Panel, x: &Tokens, sums: *mut Sums);
     unsafe fn floats<W: FloatWeights>(w: *const u8, k: usize, out: *mut u8);
     /// 32 values at a time, `step` elements apart in `out`.
     unsafe fn pack(x: &[f32], out: *mut u16, step: usize);
@@ -39,7 +43,7 @@ macro_rules! decoders {
     ($name:ident, $lanes:ty, $vector:ty, $features:literal) => {
         pub(super) struct $name;
 
-        // SAFETY (all five): the features are the function's own; the rest is the caller's.
+        // SAFETY (all seven): the features are the function's own; the rest is the caller's.
         impl Decoders for $name {
             #[inline]
             #[target_feature(enable = $features)]
@@ -58,6 +62,20 @@ macro_rules! decoders {
             unsafe fn codes<S: Shape>(panel: &Panel, out: *mut u8) {
                 // SAFETY: see above.
                 unsafe { codes::<$lanes, S>(panel, out) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn signed<F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
+                // SAFETY: see above.
+                unsafe { generic::decode::<$lanes, F, true>(block, blocks, panel) }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn byte_products<S: Shape>(panel: &Panel, x: &Tokens, sums: *mut Sums) {
+                // SAFETY: see above.
+                unsafe { super::bytes::products::<$lanes, S>(panel, x, sums) }
             }
 
             #[inline]

@@ -19,6 +19,26 @@ pub(crate) struct TileConfig {
     rows: [u8; 16],
 }
 
+impl TileConfig {
+    /// Rows and bytes of a row of each tile.
+    pub(crate) const fn new(shapes: [(u8, u16); 8]) -> TileConfig {
+        let (mut column_bytes, mut rows) = ([0; 16], [0; 16]);
+        let mut i = 0;
+        while i < 8 {
+            rows[i] = shapes[i].0;
+            column_bytes[i] = if shapes[i].0 == 0 { 0 } else { shapes[i].1 };
+            i += 1;
+        }
+        TileConfig {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            column_bytes,
+            rows,
+        }
+    }
+}
+
 const fn config(tokens: usize) -> TileConfig {
     let first = if tokens < TILE_ROWS {
         tokens
@@ -26,23 +46,17 @@ const fn config(tokens: usize) -> TileConfig {
         TILE_ROWS
     } as u8;
     let second = tokens as u8 - first;
-    let mut column_bytes = [0; 16];
-    let mut rows = [0; 16];
     // Sums of the first and the second 16 tokens, their activations, two weight tiles.
-    let shapes = [first, first, second, second, first, second, 16, 16];
-    let mut i = 0;
-    while i < 8 {
-        rows[i] = shapes[i];
-        column_bytes[i] = if shapes[i] == 0 { 0 } else { 64 };
-        i += 1;
-    }
-    TileConfig {
-        palette: 1,
-        start_row: 0,
-        reserved: [0; 14],
-        column_bytes,
-        rows,
-    }
+    TileConfig::new([
+        (first, 64),
+        (first, 64),
+        (second, 64),
+        (second, 64),
+        (first, 64),
+        (second, 64),
+        (16, 64),
+        (16, 64),
+    ])
 }
 
 /// Most tokens that a micro-kernel takes.
@@ -64,7 +78,15 @@ static CONFIGS: [TileConfig; MOST_TOKENS] = {
 /// # Safety
 /// AMX may be executed.
 pub(crate) unsafe fn configure(tokens: usize) {
-    let config = &CONFIGS[tokens - 1];
+    // SAFETY: the caller's.
+    unsafe { load_config(&CONFIGS[tokens - 1]) };
+}
+
+/// Configures this thread's tiles.
+///
+/// # Safety
+/// AMX may be executed.
+pub(super) unsafe fn load_config(config: &TileConfig) {
     // SAFETY: reads the 64 bytes of a configuration; no code outside this module uses tiles.
     unsafe {
         std::arch::asm!(

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use tegula_gguf::GgmlType;
 
 use crate::{
-    acts::{Forms, Q8Dest},
+    acts::{Forms, GROUP, Q8Dest},
     generic::matmul as generic,
     scalar::matmul::q8_scale,
     strip::{
@@ -74,7 +74,7 @@ unsafe fn bf16(args: &StripArgs<'_>) {
             for i in (0..pairs).step_by(panel) {
                 let len = panel.min(pairs - i);
                 let w: [_; 4] = std::array::from_fn(|s| args.strips[at(s)].add(i * 64));
-                generic::token_runs(acts.m, 8, |base, stride, at, run| {
+                generic::token_runs(acts.m, (GROUP, 8), |base, stride, at, run| {
                     let x = acts.pairs.add(base * pairs + i * stride + at);
                     let to = tiles.map(|tile| tile.add((base + at) * ROWS));
                     let (w2, to2) = ([w[0], w[1]], [to[0], to[1]]);

@@ -45,7 +45,7 @@ use crate::{
     generic::{
         format::{self, Shape},
         lanes::Lanes,
-        matmul::{Tokens, panel_at, panel_products, streams, token_runs, tokens_at},
+        matmul::{Panels, Tokens, Vectors, panel_at, streams, token_runs, tokens_at},
     },
     mem::LINE,
     sparse::Super,
@@ -426,12 +426,33 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
         }
         return;
     }
+    // SAFETY: the caller's.
+    unsafe { panels::<C, Vectors<Avx512>>(args) };
+}
+
+/// Strips of codes times several tokens, by panels.
+///
+/// # Safety
+/// As [`mul_strips`], with strips of `S8` or `S4`.
+#[cfg(feature = "amx")]
+pub(crate) unsafe fn by_panels<P: Panels>(args: &StripArgs<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match args.ty {
+            GgmlType::S8 => panels::<S8, P>(args),
+            _ => panels::<S4, P>(args),
+        }
+    }
+}
+
+/// # Safety
+/// As [`mul_strips`].
+unsafe fn panels<C: Codes, P: Panels>(args: &StripArgs<'_>) {
     for (s, &strip) in args.strips.iter().enumerate() {
-        let tile = args.tile_of(s);
         let step = bytes_per_step(args.ty, args.k, args.bytes[s]);
-        // SAFETY: the caller's; groups and tokens are inside the strip and the view.
+        // SAFETY: the caller's; groups are inside the strip.
         unsafe {
-            tile.write_bytes(0, acts.m * ROWS);
+            args.tile_of(s).write_bytes(0, args.acts.m * ROWS);
             let mut at = strip;
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
@@ -439,8 +460,11 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
                 // What follows comes while this panel is multiplied.
                 let next = at.wrapping_add(len / GROUP * steps(C::TYPE) * step);
                 let from = Cursor::new(at, Ask::from(next, step));
-                at = decode::<C>(from, len, panel.codes, panel.scales);
-                panel_products::<Avx512, C::Shape>(&panel, acts, tile);
+                at = match P::SIGNED {
+                    true => decode::<C, true>(from, len, panel.codes, panel.scales),
+                    false => decode::<C, false>(from, len, panel.codes, panel.scales),
+                };
+                P::products::<C::Shape>(&panel, args, s);
             }
         }
     }
@@ -473,9 +497,9 @@ impl<C: Codes, const S: usize, const EVERY: usize> Visit<C> for One<'_, S, EVERY
             }
             *cursor = cursor.behind(head_bytes(C::TYPE), values, ask);
             let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
-            let scale = _mm512_set1_ps(*self.x.d.add(kb));
-            let scale = _mm512_mul_ps(<__m512i as Lanes>::load_f16(head), scale);
-            self.sums[s] = _mm512_fmadd_ps(sum, scale, self.sums[s]);
+            let scaled = _mm512_mul_ps(sum, <__m512i as Lanes>::load_f16(head));
+            let d = _mm512_set1_ps(*self.x.d.add(kb));
+            self.sums[s] = _mm512_fmadd_ps(scaled, d, self.sums[s]);
         }
     }
 
@@ -548,11 +572,11 @@ impl<C: Codes, const T: usize> Visit<C> for Sums<'_, T> {
             let scales = <__m512i as Lanes>::load_f16(head);
             let tile = x.tile.add(s * T * ROWS);
             for (t, sum) in sums.into_iter().enumerate() {
-                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*x.d.add(at + t)));
+                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
                 let tile = tile.add(t * ROWS);
+                let d = _mm512_set1_ps(*x.d.add(at + t));
                 let acc = _mm512_loadu_ps(tile);
-                let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
-                _mm512_storeu_ps(tile, acc);
+                _mm512_storeu_ps(tile, _mm512_fmadd_ps(scaled, d, acc));
             }
         }
     }
@@ -572,13 +596,13 @@ unsafe fn tokens<C: Codes, const T: usize>(strips: &mut [Cursor], k: usize, x: &
     }
 }
 
-/// Codes and scales on their way to a panel.
-struct ToPanel {
+/// Codes, signed if they are to be, and scales on their way to a panel.
+struct ToPanel<const SIGNED: bool> {
     codes: *mut u8,
     scales: *mut f32,
 }
 
-impl<C: Codes> Visit<C> for ToPanel {
+impl<C: Codes, const SIGNED: bool> Visit<C> for ToPanel<SIGNED> {
     #[inline(always)]
     unsafe fn group<const HIGH: bool>(&mut self, kb: usize, _: usize, cursor: &mut Cursor) {
         // SAFETY: the caller's, and the panel has room.
@@ -587,7 +611,10 @@ impl<C: Codes> Visit<C> for ToPanel {
             let out = self.codes.add(kb * GROUP * ROWS);
             for e in 0..8 {
                 cursor.ask.steps::<_MM_HINT_T1>(1);
-                let codes = step::<C, HIGH>(bits.add(e), &mut cursor.values);
+                let mut codes = step::<C, HIGH>(bits.add(e), &mut cursor.values);
+                if SIGNED {
+                    codes = codes.sub_bytes(1 << C::ZERO);
+                }
                 _mm512_storeu_si512(out.add(64 * e).cast(), codes);
             }
             let out = self.scales.add(kb * ROWS);
@@ -603,7 +630,7 @@ impl<C: Codes> Visit<C> for ToPanel {
 /// # Safety
 /// The cursor is where a super-block begins; the arrays have room.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,f16c")]
-unsafe fn decode<C: Codes>(
+unsafe fn decode<C: Codes, const SIGNED: bool>(
     from: Cursor,
     len: usize,
     codes: *mut u8,
@@ -611,7 +638,7 @@ unsafe fn decode<C: Codes>(
 ) -> *const u8 {
     let mut strip = [from];
     // SAFETY: the caller's.
-    unsafe { walk::<C>(&mut strip, len, &mut ToPanel { codes, scales }) };
+    unsafe { walk::<C>(&mut strip, len, &mut ToPanel::<SIGNED> { codes, scales }) };
     strip[0].at
 }
 
@@ -656,7 +683,7 @@ unsafe fn bf16(args: &StripArgs<'_>) {
                 let len = BF16_K.min(args.k - k);
                 let next = at.wrapping_add(len.div_ceil(GROUP) * steps(args.ty) * step);
                 at = bf16_expand(Cursor::new(at, Ask::from(next, step)), len, args.panel);
-                token_runs(acts.m, 8, |base, stride, t, run| {
+                token_runs(acts.m, (TOKENS, 8), |base, stride, t, run| {
                     let x = acts.pairs.add(base * pairs + k / 2 * stride + t);
                     let tile = tile.add((base + t) * ROWS);
                     let (w, len) = (args.panel.cast_const(), len.div_ceil(2));

@@ -9,7 +9,7 @@
 #![allow(non_camel_case_types)]
 
 use super::lanes::Lanes;
-use tegula_gguf::blocks::grids;
+use tegula_gguf::{GgmlType, blocks::grids};
 
 /// What a format's products look like once its weights are codes and scales.
 pub(crate) trait Shape {
@@ -73,6 +73,62 @@ pub(crate) trait Format {
     unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8];
     /// Scale `g` of the block, and minus the minimum as it is added, if the format has one.
     unsafe fn scale<L: Lanes>(block: *const u8, g: usize) -> (L::Floats, L::Floats);
+}
+
+/// Something to do with quantised weights of one type.
+pub(crate) trait Visitor {
+    /// A type of blocks.
+    ///
+    /// # Safety
+    /// The visitor's.
+    unsafe fn blocks<F: Format>(self);
+    /// A type of codebook indices.
+    ///
+    /// # Safety
+    /// The visitor's.
+    unsafe fn grids<S: Shape>(self);
+}
+
+/// Shows the visitor the format of `ty`.
+///
+/// # Safety
+/// The visitor's.
+///
+/// # Panics
+/// When `ty` is not quantised, or sparse.
+pub(crate) unsafe fn visit(ty: GgmlType, visitor: impl Visitor) {
+    use GgmlType as T;
+    // SAFETY: the caller's.
+    unsafe {
+        match ty {
+            T::Q4_0 => visitor.blocks::<Q4_0>(),
+            T::Q4_1 => visitor.blocks::<Q4_1>(),
+            T::Q5_0 => visitor.blocks::<Q5_0>(),
+            T::Q5_1 => visitor.blocks::<Q5_1>(),
+            T::Q8_0 => visitor.blocks::<Q8_0>(),
+            T::IQ4_NL => visitor.blocks::<IQ4_NL>(),
+            T::MXFP4 => visitor.blocks::<MXFP4>(),
+            T::Q2_K => visitor.blocks::<Q2_K>(),
+            T::Q3_K => visitor.blocks::<Q3_K>(),
+            T::Q4_K => visitor.blocks::<Q4_K>(),
+            T::Q5_K => visitor.blocks::<Q5_K>(),
+            T::Q6_K => visitor.blocks::<Q6_K>(),
+            T::IQ4_XS => visitor.blocks::<IQ4_XS>(),
+            T::IQ2_XXS | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => visitor.grids::<Plain>(),
+            T::IQ2_XS | T::IQ2_S | T::IQ1_M => visitor.grids::<PlainHalves>(),
+            T::F32
+            | T::F16
+            | T::BF16
+            | T::I8
+            | T::I16
+            | T::I32
+            | T::I64
+            | T::F64
+            | T::S_BF16
+            | T::S8
+            | T::S4 => unreachable!("no quantised product takes {ty}"),
+        }
+    }
 }
 
 /// Dword `i` of a field.

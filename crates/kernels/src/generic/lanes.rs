@@ -28,6 +28,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn and(self, o: Self) -> Self;
     unsafe fn or(self, o: Self) -> Self;
     unsafe fn add(self, o: Self) -> Self;
+    /// Takes `x` off every byte, modulo 256.
+    unsafe fn sub_bytes(self, x: u8) -> Self;
     unsafe fn min(self, o: Self) -> Self;
     unsafe fn max(self, o: Self) -> Self;
     /// Logical shift of every dword, `n` < 32.
@@ -128,6 +130,10 @@ impl Lanes for __m512i {
     #[inline(always)]
     unsafe fn add(self, o: Self) -> Self {
         unsafe { _mm512_add_epi32(self, o) }
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(self, x: u8) -> Self {
+        unsafe { _mm512_sub_epi8(self, _mm512_set1_epi8(x as i8)) }
     }
     #[inline(always)]
     unsafe fn min(self, o: Self) -> Self {
@@ -289,6 +295,10 @@ impl Lanes for WithBf16 {
     #[inline(always)]
     unsafe fn add(self, o: Self) -> Self {
         unsafe { WithBf16(<__m512i as Lanes>::add(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(self, x: u8) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::sub_bytes(self.0, x)) }
     }
     #[inline(always)]
     unsafe fn min(self, o: Self) -> Self {
@@ -465,6 +475,16 @@ impl<const VNNI: bool> Lanes for Pair<VNNI> {
     #[inline(always)]
     unsafe fn add(self, o: Self) -> Self {
         unsafe { both!(self, o, _mm256_add_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(self, x: u8) -> Self {
+        unsafe {
+            both!(
+                self,
+                Self::splat(i32::from_ne_bytes([x; 4])),
+                _mm256_sub_epi8
+            )
+        }
     }
     #[inline(always)]
     unsafe fn min(self, o: Self) -> Self {

@@ -7,17 +7,20 @@
 //! sub-blocks up in the same order, so results do not depend on the batch.
 
 use super::{
-    format::{self, Format, Shape},
+    format::{self, Format, Shape, Visitor},
     lanes::Lanes,
 };
 use crate::{
-    acts::{ActsView, GROUP},
+    acts::{ActsView, GROUP, Q8_GROUP},
     strip::{
         ROWS,
         kernels::{PANEL_K, StripArgs},
     },
 };
-use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+use std::{
+    arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch},
+    marker::PhantomData,
+};
 use tegula_gguf::{GgmlType, blocks};
 
 /// How far ahead of a token's reading memory is asked for, in bytes. Instructions in flight
@@ -158,6 +161,35 @@ pub(crate) trait Machine {
     unsafe fn floats<W: FloatWeights, const T: usize>(w: *const u8, k: usize, x: &Floats);
 }
 
+/// How strips become panels, and panels meet several tokens.
+///
+/// # Safety
+/// As [`Machine`].
+pub(crate) trait Panels {
+    /// Codes have their zero point taken off: they are signed bytes.
+    const SIGNED: bool;
+    unsafe fn decode<F: Format>(block: *const u8, blocks: usize, panel: &Panel);
+    /// Adds the products of all tokens with a panel of strip `s` to its tile.
+    unsafe fn products<S: Shape>(panel: &Panel, args: &StripArgs<'_>, s: usize);
+}
+
+/// Panels of a [`Machine`].
+pub(crate) struct Vectors<M>(PhantomData<M>);
+
+impl<M: Machine> Panels for Vectors<M> {
+    const SIGNED: bool = false;
+
+    #[inline(always)]
+    unsafe fn decode<F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
+        // SAFETY: the caller's.
+        unsafe { M::decode::<F>(block, blocks, panel) }
+    }
+    unsafe fn products<S: Shape>(panel: &Panel, args: &StripArgs<'_>, s: usize) {
+        // SAFETY: the caller's.
+        unsafe { panel_products::<M, S>(panel, &args.acts, args.tile_of(s)) }
+    }
+}
+
 /// Writes `$name`, a [`Machine`] whose functions are compiled with `$features`, and its
 /// `mul_strips`.
 macro_rules! tier_kernels {
@@ -192,7 +224,7 @@ macro_rules! tier_kernels {
                 panel: &$crate::generic::matmul::Panel,
             ) {
                 // SAFETY: see above.
-                unsafe { $crate::generic::matmul::decode::<$lanes, F>(block, blocks, panel) }
+                unsafe { $crate::generic::matmul::decode::<$lanes, F, false>(block, blocks, panel) }
             }
 
             #[inline]
@@ -274,8 +306,8 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             let (scale, min) = scales[h];
             for t in 0..T {
-                let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
-                acc[t] = L::fma(sums[t].to_floats(), scale, acc[t]);
+                let scaled = L::fmul(sums[t].to_floats(), scale);
+                acc[t] = L::fma(scaled, L::fbroadcast(d.add(t)), acc[t]);
                 if S::MIN {
                     acc[t] = L::fma(min, L::fbroadcast(x.fsum.add(at + t)), acc[t]);
                 }
@@ -360,9 +392,13 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     }
 }
 
-/// Decodes blocks to a panel.
+/// Decodes blocks to a panel, to signed codes if it is to be.
 #[inline(always)]
-pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize, panel: &Panel) {
+pub(crate) unsafe fn decode<L: Lanes, F: Format, const SIGNED: bool>(
+    block: *const u8,
+    blocks: usize,
+    panel: &Panel,
+) {
     let parts = if F::Shape::HALVES { 2 } else { 1 };
     unsafe {
         for b in 0..blocks {
@@ -371,7 +407,11 @@ pub(crate) unsafe fn decode<L: Lanes, F: Format>(block: *const u8, blocks: usize
                 let out = panel.codes.add((b * F::GROUPS + g) * CODES);
                 let codes = F::codes::<L>(block, g);
                 for e in 0..8 {
-                    codes[e].store(out.add(64 * e));
+                    let codes = match SIGNED && !F::Shape::MIN {
+                        true => codes[e].sub_bytes(1 << F::ZERO),
+                        false => codes[e],
+                    };
+                    codes.store(out.add(64 * e));
                 }
             }
             for g in 0..F::GROUPS * parts {
@@ -490,9 +530,13 @@ pub(crate) unsafe fn floats<L: Lanes, W: FloatWeights, const T: usize>(
 /// Cuts the tokens of a segment into runs that stay inside a group and have a length that
 /// kernels are compiled for: `f(first token of the group, tokens in it, offset, run)`.
 #[inline(always)]
-pub(crate) fn token_runs(m: usize, most: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
-    for base in (0..m).step_by(GROUP) {
-        let stride = GROUP.min(m - base);
+pub(crate) fn token_runs(
+    m: usize,
+    (group, most): (usize, usize),
+    mut f: impl FnMut(usize, usize, usize, usize),
+) {
+    for base in (0..m).step_by(group) {
+        let stride = group.min(m - base);
         let (mut at, mut run) = (0, most);
         while at < stride {
             while run > stride - at {
@@ -516,27 +560,27 @@ pub(crate) unsafe fn mul_strips<M: Machine>(args: &StripArgs<'_>) {
             T::F32 => all_floats::<M, F32>(args),
             T::F16 => all_floats::<M, F16>(args),
             T::BF16 => all_floats::<M, BF16>(args),
-            T::Q4_0 => quantized::<M, format::Q4_0>(args),
-            T::Q4_1 => quantized::<M, format::Q4_1>(args),
-            T::Q5_0 => quantized::<M, format::Q5_0>(args),
-            T::Q5_1 => quantized::<M, format::Q5_1>(args),
-            T::Q8_0 => quantized::<M, format::Q8_0>(args),
-            T::IQ4_NL => quantized::<M, format::IQ4_NL>(args),
-            T::MXFP4 => quantized::<M, format::MXFP4>(args),
-            T::Q2_K => quantized::<M, format::Q2_K>(args),
-            T::Q3_K => quantized::<M, format::Q3_K>(args),
-            T::Q4_K => quantized::<M, format::Q4_K>(args),
-            T::Q5_K => quantized::<M, format::Q5_K>(args),
-            T::Q6_K => quantized::<M, format::Q6_K>(args),
-            T::IQ4_XS => quantized::<M, format::IQ4_XS>(args),
-            T::IQ2_XXS | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => {
-                from_grids::<M, format::Plain>(args);
-            }
-            T::IQ2_XS | T::IQ2_S | T::IQ1_M => from_grids::<M, format::PlainHalves>(args),
-            T::I8 | T::I16 | T::I32 | T::I64 | T::F64 | T::S_BF16 | T::S8 | T::S4 => {
-                unreachable!("no product takes {}", args.ty)
+            ty => format::visit(ty, OnVectors::<M>(args, PhantomData)),
+        }
+    }
+}
+
+/// The products of [`mul_strips`] with quantised weights.
+struct OnVectors<'a, M>(&'a StripArgs<'a>, PhantomData<M>);
+
+impl<M: Machine> Visitor for OnVectors<'_, M> {
+    unsafe fn blocks<F: Format>(self) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.0.acts.m {
+                1 => one_at_a_time::<M, F>(self.0),
+                _ => by_panels::<Vectors<M>, F>(self.0),
             }
         }
+    }
+    unsafe fn grids<S: Shape>(self) {
+        // SAFETY: the caller's.
+        unsafe { from_grids::<Vectors<M>, S>(self.0) }
     }
 }
 
@@ -596,28 +640,33 @@ unsafe fn one_run<M: Machine, F: Format, const S: usize>(
     unsafe { M::one_token::<F, S>(strips, blocks, tokens, tiles) };
 }
 
+/// All strips times the one token.
+///
 /// # Safety
 /// As `MatmulKernels::mul_strips`.
-unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
-    let per_block = F::GROUPS * 32;
-    if args.acts.m == 1 {
-        // SAFETY: the caller's.
-        unsafe {
-            let tokens = tokens_at::<F::Shape>(&args.acts, 0, 1);
-            let blocks = args.k / per_block;
-            streams(args.strips.len(), 4, |first, count| match count {
-                4 => one_run::<M, F, 4>(args, first, blocks, &tokens),
-                2 => one_run::<M, F, 2>(args, first, blocks, &tokens),
-                _ => one_run::<M, F, 1>(args, first, blocks, &tokens),
-            });
-        }
-        return;
+unsafe fn one_at_a_time<M: Machine, F: Format>(args: &StripArgs<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        let tokens = tokens_at::<F::Shape>(&args.acts, 0, 1);
+        let blocks = args.k / (F::GROUPS * 32);
+        streams(args.strips.len(), 4, |first, count| match count {
+            4 => one_run::<M, F, 4>(args, first, blocks, &tokens),
+            2 => one_run::<M, F, 2>(args, first, blocks, &tokens),
+            _ => one_run::<M, F, 1>(args, first, blocks, &tokens),
+        });
     }
+}
+
+/// All strips times several tokens, strip by strip and panel by panel.
+///
+/// # Safety
+/// As `MatmulKernels::mul_strips`, with q8 activations.
+pub(crate) unsafe fn by_panels<P: Panels, F: Format>(args: &StripArgs<'_>) {
+    let per_block = F::GROUPS * 32;
     for (s, &strip) in args.strips.iter().enumerate() {
-        let tile = args.tile_of(s);
         // SAFETY: the caller's; blocks and groups are inside the strip.
         unsafe {
-            tile.write_bytes(0, args.acts.m * ROWS);
+            args.tile_of(s).write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
                 let blocks = strip.add(k / per_block * F::BYTES);
@@ -629,8 +678,8 @@ unsafe fn quantized<M: Machine, F: Format>(args: &StripArgs<'_>) {
                     small: F::SMALL,
                     ..panel_at(args.panel, k / 32, len / 32, F::ZERO)
                 };
-                M::decode::<F>(blocks, len / per_block, &panel);
-                panel_products::<M, F::Shape>(&panel, &args.acts, tile);
+                P::decode::<F>(blocks, len / per_block, &panel);
+                P::products::<F::Shape>(&panel, args, s);
             }
         }
     }
@@ -664,37 +713,42 @@ pub(crate) unsafe fn panel_products<M: Machine, S: Shape>(
     tile: *mut f32,
 ) {
     let mut panel = *panel;
-    token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
-        // SAFETY: tokens `base + at ..` of the view.
-        unsafe {
-            let x = tokens_at::<S>(acts, base, stride);
-            let x = Tokens {
-                q: x.q.add(at * 32),
-                d: x.d.add(at),
-                nsum: x.nsum.add(at),
-                fsum: x.fsum.add(at),
-                tile: tile.add((base + at) * ROWS),
-                ..x
-            };
-            match run {
-                8 => M::product::<S, 8>(&panel, &x),
-                4 => M::product::<S, 4>(&panel, &x),
-                2 => M::product::<S, 2>(&panel, &x),
-                _ => M::product::<S, 1>(&panel, &x),
+    token_runs(
+        acts.m,
+        (Q8_GROUP, M::Lanes::TOKENS),
+        |base, stride, at, run| {
+            // SAFETY: tokens `base + at ..` of the view.
+            unsafe {
+                let x = tokens_at::<S>(acts, base, stride);
+                let x = Tokens {
+                    q: x.q.add(at * 32),
+                    d: x.d.add(at),
+                    nsum: x.nsum.add(at),
+                    fsum: x.fsum.add(at),
+                    tile: tile.add((base + at) * ROWS),
+                    ..x
+                };
+                match run {
+                    8 => M::product::<S, 8>(&panel, &x),
+                    4 => M::product::<S, 4>(&panel, &x),
+                    2 => M::product::<S, 2>(&panel, &x),
+                    _ => M::product::<S, 1>(&panel, &x),
+                }
+                panel.next_bytes = 0;
             }
-            panel.next_bytes = 0;
-        }
-    });
+        },
+    );
 }
 
 /// Zero point of grid codes, which are within ±62: log2 of 64.
 const GRID_ZERO: u32 = 6;
 
-/// Decodes inputs `k .. k + len` of a strip of codebook indices, row by row.
+/// Decodes inputs `k .. k + len` of a strip of codebook indices, row by row, to signed codes if
+/// they are to be.
 ///
 /// # Safety
 /// `strip` is a strip of `ty`, `scratch` is `PANEL_BYTES`.
-pub(crate) unsafe fn decode_grids<S: Shape>(
+pub(crate) unsafe fn decode_grids<S: Shape, const SIGNED: bool>(
     ty: GgmlType,
     strip: *const u8,
     k: usize,
@@ -704,6 +758,7 @@ pub(crate) unsafe fn decode_grids<S: Shape>(
     const LEN: usize = 256;
     let scales_per_block = if S::HALVES { 16 } else { 8 };
     let bytes = ty.block_bytes();
+    let zero = if SIGNED { 0 } else { 1 << GRID_ZERO };
     let mut codes = [0i8; LEN];
     let mut scales = [0f32; 16];
     let scales = &mut scales[..scales_per_block];
@@ -718,7 +773,7 @@ pub(crate) unsafe fn decode_grids<S: Shape>(
                     .expect("one block of a quantised type");
                 let out = panel.codes.add(b * LEN * ROWS).cast::<[i8; 4]>();
                 for (e, &four) in codes.as_chunks::<4>().0.iter().enumerate() {
-                    *out.add(e * ROWS + row) = four.map(|c| c + (1 << GRID_ZERO));
+                    *out.add(e * ROWS + row) = four.map(|c| c + zero);
                 }
                 let out = panel.scales.add(b * scales_per_block * ROWS);
                 for (g, &scale) in scales.iter().enumerate() {
@@ -730,18 +785,22 @@ pub(crate) unsafe fn decode_grids<S: Shape>(
     }
 }
 
+/// [`by_panels`] of codebook indices.
+///
 /// # Safety
-/// As `MatmulKernels::mul_strips`.
-unsafe fn from_grids<M: Machine, S: Shape>(args: &StripArgs<'_>) {
+/// As that.
+pub(crate) unsafe fn from_grids<P: Panels, S: Shape>(args: &StripArgs<'_>) {
     for (s, &strip) in args.strips.iter().enumerate() {
-        let tile = args.tile_of(s);
         // SAFETY: the caller's.
         unsafe {
-            tile.write_bytes(0, args.acts.m * ROWS);
+            args.tile_of(s).write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
-                let panel = decode_grids::<S>(args.ty, strip, k, len, args.panel);
-                panel_products::<M, S>(&panel, &args.acts, tile);
+                let panel = match P::SIGNED {
+                    true => decode_grids::<S, true>(args.ty, strip, k, len, args.panel),
+                    false => decode_grids::<S, false>(args.ty, strip, k, len, args.panel),
+                };
+                P::products::<S>(&panel, args, s);
             }
         }
     }
@@ -759,19 +818,23 @@ unsafe fn all_floats<M: Machine, W: FloatWeights>(args: &StripArgs<'_>) {
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
                 let w = strip.add(k / 2 * W::PAIR_BYTES);
-                token_runs(acts.m, M::Lanes::TOKENS, |base, stride, at, run| {
-                    let x = Floats {
-                        stride,
-                        x: acts.floats.add(base * acts.k + k * stride + at),
-                        tile: tile.add((base + at) * ROWS),
-                    };
-                    match run {
-                        8 => M::floats::<W, 8>(w, len, &x),
-                        4 => M::floats::<W, 4>(w, len, &x),
-                        2 => M::floats::<W, 2>(w, len, &x),
-                        _ => M::floats::<W, 1>(w, len, &x),
-                    }
-                });
+                token_runs(
+                    acts.m,
+                    (GROUP, M::Lanes::TOKENS),
+                    |base, stride, at, run| {
+                        let x = Floats {
+                            stride,
+                            x: acts.floats.add(base * acts.k + k * stride + at),
+                            tile: tile.add((base + at) * ROWS),
+                        };
+                        match run {
+                            8 => M::floats::<W, 8>(w, len, &x),
+                            4 => M::floats::<W, 4>(w, len, &x),
+                            2 => M::floats::<W, 2>(w, len, &x),
+                            _ => M::floats::<W, 1>(w, len, &x),
+                        }
+                    },
+                );
             }
         }
     }
@@ -783,12 +846,12 @@ mod tests {
 
     #[test]
     fn runs_cover_every_token_once_inside_its_group() {
-        for most in [4, 8] {
+        for (group, most) in [(8, 4), (8, 8), (16, 4), (16, 8)] {
             for m in 0..40 {
                 let mut next = 0;
-                token_runs(m, most, |base, stride, at, run| {
+                token_runs(m, (group, most), |base, stride, at, run| {
                     assert_eq!(base + at, next);
-                    assert_eq!((base % GROUP, stride), (0, GROUP.min(m - base)));
+                    assert_eq!((base % group, stride), (0, group.min(m - base)));
                     assert!(run <= most && run.is_power_of_two() && at + run <= stride);
                     next += run;
                 });

@@ -1,7 +1,7 @@
 //! Interleaved rows: decoded to registers, then multiplied with up to eight tokens.
 
 use crate::{
-    acts::ActsView,
+    acts::{ActsView, GROUP, Q8_GROUP},
     generic::{
         format::{self, Format, Shape},
         lanes::{Lanes, Pair},
@@ -148,7 +148,7 @@ unsafe fn all<M: Machine, F: Format, const MOST: usize>(
     tile: *mut f32,
 ) {
     let blocks = k / (F::GROUPS * 32);
-    token_runs(acts.m, MOST, |base, stride, at, run| {
+    token_runs(acts.m, (Q8_GROUP, MOST), |base, stride, at, run| {
         // SAFETY: tokens `base + at ..` of the view; the rest is the caller's.
         unsafe {
             let x = tokens_at::<F::Shape>(acts, base, stride);
@@ -179,7 +179,7 @@ unsafe fn all_floats<M: Machine, F: Format>(
     tile: *mut f32,
 ) {
     let blocks = k / (F::GROUPS * 32);
-    token_runs(acts.m, 8, |base, stride, at, run| {
+    token_runs(acts.m, (GROUP, 8), |base, stride, at, run| {
         // SAFETY: as above.
         unsafe {
             let x = Values {

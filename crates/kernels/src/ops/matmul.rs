@@ -76,7 +76,7 @@ impl Scratch {
             first,
             count,
         } = part;
-        assert!(acts.k == w.k() && acts.forms.has(kernels.form(w, total)));
+        assert_eq!(acts.k, w.k());
         assert!(count <= MAX_STRIPS);
         let len = count * acts.m * ROWS;
         let tiles = kernels.tiles_for(w, total);
@@ -117,7 +117,7 @@ impl Scratch {
             strips: &strips[..count],
             bytes: &bytes[..count],
             next: &after[..next.map_or(0, |n| n.count)],
-            acts,
+            acts: acts.only(kernels.form(w, total)),
             tile: self.tile[at..at + len].as_mut_ptr(),
             panel: self.panel.as_mut_ptr(),
         };
@@ -154,7 +154,7 @@ pub(crate) struct Item {
 }
 
 impl Item {
-    /// A whole product: with tiles strips are multiplied in pairs and gain from company, so that
+    /// A whole product: with bf16 tiles strips are multiplied in pairs and gain from company, so that
     /// the last runs are not the shortest possible.
     fn product(w: &Weights, tiles: bool) -> Item {
         let (most, least) = if tiles { (MAX_STRIPS, 4) } else { (4, 1) };
@@ -325,7 +325,7 @@ impl Compute {
             self.observed(w, 0, &x.view());
             items.push(Item {
                 strips: n.div_ceil(ROWS),
-                ..Item::product(w, kernels.tiles_for(w, m).is_some())
+                ..Item::product(w, kernels.form(w, m).has(Forms::TILES))
             });
             outputs.push((*w, n, DisjointMut::new(y)));
         }

@@ -4,7 +4,7 @@ use half::f16;
 use tegula_gguf::{GgmlType, blocks};
 
 use crate::{
-    acts::{ActsView, Forms, GROUP, Q8Dest},
+    acts::{ActsView, Forms, GROUP, Q8_GROUP, Q8Dest},
     strip::{
         self, ROWS,
         kernels::{MatmulKernels, StripArgs},
@@ -64,10 +64,10 @@ pub(crate) fn q8_scale(largest: f32) -> (f32, f32) {
 }
 
 /// Calls `f(token, tokens in its group, base of its group)` for every token.
-fn for_tokens(m: usize, mut f: impl FnMut(usize, usize, usize)) {
+fn for_tokens(m: usize, group: usize, mut f: impl FnMut(usize, usize, usize)) {
     for t in 0..m {
-        let base = t / GROUP * GROUP;
-        f(t, GROUP.min(m - base), base);
+        let base = t / group * group;
+        f(t, group.min(m - base), base);
     }
 }
 
@@ -116,7 +116,7 @@ unsafe fn quantized(ty: GgmlType, strip: &[u8], acts: &ActsView<'_>, tile: &mut 
             strip::unpack_block_row(layout, block, row, &mut raw);
             blocks::decode_codes(ty, &raw, &mut codes, &mut scales, &mut mins)
                 .expect("one block of a quantised type");
-            for_tokens(acts.m, |t, tokens, base| {
+            for_tokens(acts.m, Q8_GROUP, |t, tokens, base| {
                 let acc = &mut tile[t * ROWS + row];
                 let t = t - base;
                 for g in 0..groups {
@@ -135,7 +135,7 @@ unsafe fn quantized(ty: GgmlType, strip: &[u8], acts: &ActsView<'_>, tile: &mut 
                         };
                         (sum, d, fsum)
                     };
-                    *acc = (sum as f32).mul_add(scales[g] * d, *acc);
+                    *acc = (sum as f32 * scales[g]).mul_add(d, *acc);
                     if has_min {
                         *acc = mins[g].mul_add(fsum, *acc);
                     }
@@ -164,7 +164,7 @@ unsafe fn floats(ty: GgmlType, k: usize, strip: &[u8], acts: &ActsView<'_>, tile
                 }
             };
         }
-        for_tokens(acts.m, |t, tokens, base| {
+        for_tokens(acts.m, GROUP, |t, tokens, base| {
             // SAFETY: the offset of a token and column inside the view.
             let x = unsafe { *acts.floats.add(base * k + i * tokens + t - base) };
             for (acc, &w) in tile[t * ROWS..][..ROWS].iter_mut().zip(&w) {

@@ -37,7 +37,7 @@ pub struct StripArgs<'a> {
     /// As many strips that this thread multiplies after these, if it knows: their first bytes
     /// may be asked for.
     pub next: &'a [*const u8],
-    /// Activations with the form [`MatmulKernels::form`]`(ty)`.
+    /// Activations with the form [`MatmulKernels::form`]`(ty)` and, for tiles, no other.
     pub acts: ActsView<'a>,
     /// Receives `[strips][tokens][16]` products.
     pub tile: *mut f32,
@@ -81,7 +81,8 @@ pub struct MatmulKernels {
 pub struct Tiles {
     /// As reports name it.
     pub name: &'static str,
-    /// Multiplies strips with all tokens of a segment, which has [`Forms::TILES`].
+    /// Multiplies strips with all tokens of a segment, which has the [form](Tiles::form) and no
+    /// other.
     ///
     /// # Safety
     /// As [`MatmulKernels::mul_strips`], with `panel` of `scratch` bytes.
@@ -103,9 +104,21 @@ pub struct Tiles {
     /// From how many tokens on tiles are faster than vectors, or `None` for types that they
     /// don't take. Measured, see `docs/bench`.
     pub fewest_tokens: fn(ty: GgmlType) -> Option<usize>,
+    /// Up to how many tokens 8-bit tiles are faster than bf16 ones. Measured likewise.
+    pub most_byte_tokens: fn(ty: GgmlType) -> usize,
     /// Whether `mul_strips` takes sparse strips of the type; otherwise they are made dense
     /// first.
     pub sparse: fn(ty: GgmlType) -> bool,
+}
+
+impl Tiles {
+    /// The form of activations that a product of weights of a type with `m` tokens takes.
+    pub fn form(&self, ty: GgmlType, m: usize) -> Forms {
+        match m <= (self.most_byte_tokens)(ty) {
+            true => Forms::Q8,
+            false => Forms::TILES,
+        }
+    }
 }
 
 impl MatmulKernels {
@@ -134,8 +147,10 @@ impl MatmulKernels {
 
     /// The form of activations that a product of `weights` with `m` tokens takes.
     pub fn form(&self, weights: &Weights, m: usize) -> Forms {
+        if let Some(tiles) = self.tiles_for(weights, m) {
+            return tiles.form(weights.ty(), m);
+        }
         match weights.ty().dense() {
-            _ if self.tiles_for(weights, m).is_some() => Forms::TILES,
             GgmlType::BF16 => self.bf16_form,
             ty => vector_form(ty),
         }

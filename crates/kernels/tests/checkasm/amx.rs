@@ -126,13 +126,14 @@ fn swiglu(tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The kernel in guarded memory, against bf16 products in f64.
+/// The kernels in guarded memory: on bf16 tiles against products of bf16 in f64, on 8-bit ones
+/// against those of vectors, which they equal.
 fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
     let c = with_amx(tier, 1);
     let mut random = Random::new(u64::from(ty.id()) + 2000);
-    let call = |k: usize, bytes: &[u8], x: &[f32], end| {
+    let call = |k: usize, bytes: &[u8], x: &[f32], form, end| {
         let mut acts = Acts::new();
-        c.prepare(&mut acts, x, x.len() / k, k, Forms::TILES);
+        c.prepare(&mut acts, x, x.len() / k, k, form);
         with_guards(
             (ty, k),
             bytes,
@@ -159,21 +160,34 @@ fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
         let count = 1 + i % 3;
         let bytes = weight_bytes(ty, count * ROWS, k, Codes::Usual, &mut random);
         let x = random.normals(33 * k);
-        for (j, m) in [1, 15, 16, 17, 32, 33]
+        // Groups of eight tokens and of sixteen, whole and not.
+        let tokens = [1, 15, 16, 17, 32, 33];
+        for (j, m) in tokens.into_iter().enumerate().skip(i % 2).step_by(2) {
+            call(k, &bytes, &x[..m * k], Forms::TILES, (i + j / 2) % 2 == 0)?;
+        }
+        let tokens = [1, 4, 7, 8, 9, 16, 30];
+        let by_bytes = tokens
             .into_iter()
             .enumerate()
-            .skip(i % 2)
-            .step_by(2)
-        {
-            call(k, &bytes, &x[..m * k], (i + j / 2) % 2 == 0)?;
+            .filter(|_| takes_bytes(&c, ty));
+        for (j, m) in by_bytes.skip(i % 2).step_by(2) {
+            call(k, &bytes, &x[..m * k], Forms::Q8, (i + j / 2) % 2 == 0)?;
         }
     }
     let k = widths[0];
     for codes in [Codes::Usual, Codes::Clear, Codes::Set] {
         let bytes = weight_bytes(ty, ROWS, k, codes, &mut random);
-        call(k, &bytes, &hostile_rows(k, &mut random).concat(), true)?;
+        let x = hostile_rows(k, &mut random).concat();
+        call(k, &bytes, &x, Forms::TILES, true)?;
+        if takes_bytes(&c, ty) {
+            call(k, &bytes, &x, Forms::Q8, true)?;
+        }
     }
     Ok(())
+}
+
+fn takes_bytes(c: &Compute, ty: GgmlType) -> bool {
+    (tiles(c).most_byte_tokens)(ty) > 0
 }
 
 /// Within what rounding both factors to bf16, to 2^-9 of themselves each, can do.
@@ -191,28 +205,44 @@ fn near(what: &str, y: &[f32], w: &[f32], x: &[f32], n: usize, k: usize) -> Resu
     Ok(())
 }
 
-/// The operation, against the dequantised weights; the same for every batch that tiles take,
-/// encoding and number of threads.
+/// The operation. On bf16 tiles against the dequantised weights, and the same for every batch that
+/// they take, encoding and number of threads; on 8-bit ones that of vectors, bit for bit.
 fn matmul(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
     let mut random = Random::new(u64::from(ty.id()) + 3000);
-    let (one, two) = (with_amx(tier, 1), with_amx(tier, 2));
-    for (n, k, m) in [(1, 256, 50), (47, 512, 17), (80, 1280, 12)] {
+    let (one, two, vectors) = (with_amx(tier, 1), with_amx(tier, 2), compute(tier, 2));
+    let fewest = (tiles(&one).fewest_tokens)(ty).expect("a type that tiles take");
+    let most = (tiles(&one).most_byte_tokens)(ty);
+    for (n, k, m) in [
+        (1, 256, most + 50),
+        (47, 512, most + 17),
+        (80, 1280, most + 12),
+    ] {
         let bytes = weight_bytes(ty, n, k, Codes::Usual, &mut random);
         let mut plain = vec![0.0; n * k];
         blocks::dequantize(ty, &bytes, &mut plain)?;
         let raw = raw(ty, n, k, 1, &bytes);
         let packed = raw.pack(&one.pool);
         let x = random.normals(m * k);
-        if one.forms(m, [&packed]) != Forms::TILES {
-            return Err(format!("{m} tokens take no tiles").into());
-        }
         let what = format!("{ty} {n}x{k}");
         let all = product(&one, &packed, &x, m);
         near(&what, &all, &plain, &x, n, k)?;
-        for (few, w) in [(12, &raw), (15, &packed), (33, &packed), (m, &raw)] {
+        for (few, w) in [(0, &raw), (15, &packed), (33, &packed), (50, &raw)] {
+            let few = (most + few).max(fewest.max(most + 1));
             if few <= m && product(&two, w, &x[..few * k], few) != all[..few * n] {
                 let encoding = w.encoding();
                 return Err(format!("{what}: {few} tokens, {encoding:?}: another result").into());
+            }
+        }
+        if one.forms(m, [&packed]) != Forms::TILES {
+            return Err(format!("{what}: {m} tokens take no tiles").into());
+        }
+        for (few, w) in [(fewest, &raw), (17, &packed), (most, &packed)] {
+            if few > most {
+                continue;
+            }
+            let x = &x[..few * k];
+            if product(&two, w, x, few) != product(&vectors, w, x, few) {
+                return Err(format!("{what}: {few} tokens: not as on vectors").into());
             }
         }
     }
@@ -230,7 +260,7 @@ fn large_batches(tier: Tier) -> Result<(), Failed> {
     let x = random.normals(m * k);
     let all = product(&c, &w, &x, m);
     near("1025 tokens", &all, &plain, &x, n, k)?;
-    for few in [64, 65, 511, 512, 513] {
+    for few in [65, 511, 512, 513] {
         if product(&c, &w, &x[..few * k], few) != all[..few * n] {
             return Err(format!("{few} tokens: not as in a batch of {m}").into());
         }
@@ -248,7 +278,7 @@ fn few_tokens(tier: Tier) -> Result<(), Failed> {
     let got = [
         forms(1, GgmlType::Q4_0, 64),
         forms(64, GgmlType::F32, 64),
-        forms(64, GgmlType::Q4_0, 64),
+        forms(512, GgmlType::Q4_0, 64),
     ];
     if got != [Forms::Q8, Forms::F32, Forms::TILES] {
         return Err(format!("one token, F32 weights, a batch: {got:?}").into());
@@ -259,10 +289,11 @@ fn few_tokens(tier: Tier) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Experts with many tokens on tiles, with few on vectors, in one batch.
+/// Experts with many tokens on bf16 tiles, with fewer on 8-bit ones, with few on vectors, in one
+/// batch.
 fn experts(tier: Tier) -> Result<(), Failed> {
     let mut random = Random::new(55);
-    let (experts, used, k, ff, n, m) = (5, 2, 256, 96, 40, 60);
+    let (experts, used, k, ff, n, m) = (5, 2, 256, 96, 40, 160);
     let ty = GgmlType::Q4_0;
     let mut stack = |n, k| {
         let bytes = weight_bytes(ty, experts * n, k, Codes::Usual, &mut random);

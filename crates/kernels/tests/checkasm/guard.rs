@@ -8,7 +8,7 @@ use std::{
 use tegula_gguf::GgmlType;
 use tegula_kernels::{
     Forms,
-    acts::ActsView,
+    acts::{ActsView, SLACK},
     check::Mismatch,
     strip::{self, ROWS, kernels::StripArgs},
 };
@@ -121,11 +121,11 @@ impl GuardedActs {
         let pairs = view.m * view.k.div_ceil(2);
         GuardedActs {
             q: copy(q8, view.q, len, end),
-            d: copy(q8, view.d, len / 32, end),
+            d: copy(q8, view.d, len / 32 + SLACK, end),
             nsum32: copy(q8, view.nsum32, len / 32, end),
             nsum16: copy(q8, view.nsum16, len / 16, end),
-            fsum32: copy(q8, view.fsum32, len / 32, end),
-            fsum16: copy(q8, view.fsum16, len / 16, end),
+            fsum32: copy(q8, view.fsum32, len / 32 + SLACK, end),
+            fsum16: copy(q8, view.fsum16, len / 16 + SLACK, end),
             floats: copy(view.forms.has(Forms::F32), view.floats, len, end),
             pairs: copy(view.forms.has(Forms::BF16), view.pairs, pairs, end),
             tiles: copy(view.forms.has(Forms::TILES), view.tiles, len, end),

@@ -81,7 +81,7 @@ fn text(report: &Report<'_>, plan: &Plan) -> String {
         out += &format!("{place:12} {:>11}\n", output::bytes(*bytes));
     }
     if let Some((on_tiles, matrices)) = plan.on_tiles() {
-        out += &format!("amx          {on_tiles} of {matrices} matrices on bf16 tiles\n");
+        out += &format!("amx          {on_tiles} of {matrices} matrices on tiles\n");
     }
     for d in &plan.devices {
         out += &format!(
