@@ -210,7 +210,7 @@ pub fn crossover() -> Result<String, String> {
         };
         let bytes = vec![0; 16 * 256 / ty.block_len() * ty.block_bytes()];
         let w = weights(ty, (16, 256), 1, &bytes)?;
-        let tiles_take = |m| c.forms(m, [&w]) == Forms::TILES;
+        let tiles_take = |m| c.table.matmul.tiles_for(&w, m).is_some();
         if fewest < 2 || tiles_take(fewest - 1) || !tiles_take(fewest) {
             return Err(format!("{ty}: {fewest} tokens are not the fewest"));
         }

@@ -333,8 +333,8 @@ impl<L: Lanes, S: Shape> Walk<'_, L, S> {
             let fsum = self.fsum.add(i * self.tokens);
             for t in FIRST..FIRST + 4 {
                 let sum = L::load(self.sums(i).add(t * ROWS).cast()).to_floats();
-                let scaled = L::fmul(sum, scale);
-                self.acc[t] = L::fma(scaled, L::fbroadcast(d.add(t)), self.acc[t]);
+                let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
+                self.acc[t] = L::fma(sum, scale, self.acc[t]);
                 if S::MIN {
                     self.acc[t] = L::fma(min, L::fbroadcast(fsum.add(t)), self.acc[t]);
                 }

@@ -497,9 +497,9 @@ impl<C: Codes, const S: usize, const EVERY: usize> Visit<C> for One<'_, S, EVERY
             }
             *cursor = cursor.behind(head_bytes(C::TYPE), values, ask);
             let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
-            let scaled = _mm512_mul_ps(sum, <__m512i as Lanes>::load_f16(head));
-            let d = _mm512_set1_ps(*self.x.d.add(kb));
-            self.sums[s] = _mm512_fmadd_ps(scaled, d, self.sums[s]);
+            let scale = _mm512_set1_ps(*self.x.d.add(kb));
+            let scale = _mm512_mul_ps(<__m512i as Lanes>::load_f16(head), scale);
+            self.sums[s] = _mm512_fmadd_ps(sum, scale, self.sums[s]);
         }
     }
 
@@ -572,11 +572,11 @@ impl<C: Codes, const T: usize> Visit<C> for Sums<'_, T> {
             let scales = <__m512i as Lanes>::load_f16(head);
             let tile = x.tile.add(s * T * ROWS);
             for (t, sum) in sums.into_iter().enumerate() {
-                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*x.d.add(at + t)));
                 let tile = tile.add(t * ROWS);
-                let d = _mm512_set1_ps(*x.d.add(at + t));
                 let acc = _mm512_loadu_ps(tile);
-                _mm512_storeu_ps(tile, _mm512_fmadd_ps(scaled, d, acc));
+                let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
+                _mm512_storeu_ps(tile, acc);
             }
         }
     }

@@ -306,8 +306,8 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             let (scale, min) = scales[h];
             for t in 0..T {
-                let scaled = L::fmul(sums[t].to_floats(), scale);
-                acc[t] = L::fma(scaled, L::fbroadcast(d.add(t)), acc[t]);
+                let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
+                acc[t] = L::fma(sums[t].to_floats(), scale, acc[t]);
                 if S::MIN {
                     acc[t] = L::fma(min, L::fbroadcast(x.fsum.add(at + t)), acc[t]);
                 }

@@ -135,7 +135,7 @@ unsafe fn quantized(ty: GgmlType, strip: &[u8], acts: &ActsView<'_>, tile: &mut 
                         };
                         (sum, d, fsum)
                     };
-                    *acc = (sum as f32 * scales[g]).mul_add(d, *acc);
+                    *acc = (sum as f32).mul_add(scales[g] * d, *acc);
                     if has_min {
                         *acc = mins[g].mul_add(fsum, *acc);
                     }
