@@ -20,7 +20,8 @@ const COLUMNS: &str = "
   multiplied as integers. *f32*: as they are; for BF16 weights as pairs of bf16 where the CPU has
   `avx512_bf16`.
 - **AMX**: with `--amx`, from how many tokens in a batch on tiles are used; fewer are faster on
-  vectors. Tiles want rows of a multiple of 32 weights, and take activations as bf16.
+  vectors. Tiles want rows of a multiple of 32 weights. Up to 16 tokens with quantised weights their
+  products are those of vectors, bit for bit; beyond, and with others, activations become bf16.
 - **GPU**: whether a GPU (compute capability 8.0 or later) takes it.
 ";
 
