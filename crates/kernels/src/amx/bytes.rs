@@ -9,7 +9,7 @@
 //! each 64; that pays with many tokens. Here they cost two or three, and each token's sums of a scale
 //! a load, a conversion and two multiplications. Near tile instructions these have one port of the
 //! core and not two (`docs/bench/2026-11-28-xeon-2c`), and storing a tile takes 16 cycles
-//! of the other: so a product of 16 tokens, which the tile unit makes in 16 cycles, costs 50 to 80.
+//! of the other: so a product of 16 tokens, which the tile unit makes in 16 cycles, costs 60 to 100.
 
 use std::marker::PhantomData;
 

@@ -143,7 +143,7 @@ unsafe fn from_grids<D: Decoders, S: Shape>(args: &StripArgs<'_>) {
     unsafe {
         through(args, kernels::PANEL_K, |s, k, len, out, _| {
             let strip = args.strips[s];
-            let panel = generic::decode_grids::<S, false>(args.ty, strip, k, len, args.panel);
+            let panel = generic::decode_grids::<S>((args.ty, false), strip, k, len, args.panel);
             D::codes::<S>(&panel, out);
         });
     }

@@ -41,7 +41,7 @@ use super::matmul::{Avx512, bf16_pairs};
 #[cfg(feature = "amx")]
 use crate::generic::lanes::WithBf16;
 use crate::{
-    acts::GROUP as TOKENS,
+    acts::GROUP as TOKEN_GROUP,
     generic::{
         format::{self, Shape},
         lanes::Lanes,
@@ -164,6 +164,8 @@ impl Codes for S4 {
     }
 }
 
+/// Tokens whose sums share registers.
+const FEW_TOKENS: usize = 8;
 /// Strips that few tokens pass over in turns.
 const STREAMS: usize = 4;
 /// Bytes of a strip that are on their way: of four, 12 KiB of a first-level cache that two threads
@@ -403,7 +405,7 @@ unsafe fn quantized<C: Codes>(args: &StripArgs<'_>) {
         });
         return;
     }
-    if acts.m <= TOKENS {
+    if acts.m <= FEW_TOKENS {
         for first in (0..args.strips.len()).step_by(STREAMS) {
             let count = STREAMS.min(args.strips.len() - first);
             let strips = &mut cursors(args, first, count)[..count];
@@ -596,7 +598,7 @@ unsafe fn tokens<C: Codes, const T: usize>(strips: &mut [Cursor], k: usize, x: &
     }
 }
 
-/// Codes, signed if they are to be, and scales on their way to a panel.
+/// Codes, signed or not, and scales on their way to a panel.
 struct ToPanel<const SIGNED: bool> {
     codes: *mut u8,
     scales: *mut f32,
@@ -651,7 +653,7 @@ const BF16_K: usize = 512;
 unsafe fn bf16(args: &StripArgs<'_>) {
     let acts = &args.acts;
     let pairs = args.k.div_ceil(2);
-    if acts.m <= 8 {
+    if acts.m <= FEW_TOKENS {
         for first in (0..args.strips.len()).step_by(STREAMS) {
             let count = STREAMS.min(args.strips.len() - first);
             let strips = &mut cursors(args, first, count)[..count];
@@ -683,7 +685,7 @@ unsafe fn bf16(args: &StripArgs<'_>) {
                 let len = BF16_K.min(args.k - k);
                 let next = at.wrapping_add(len.div_ceil(GROUP) * steps(args.ty) * step);
                 at = bf16_expand(Cursor::new(at, Ask::from(next, step)), len, args.panel);
-                token_runs(acts.m, (TOKENS, 8), |base, stride, t, run| {
+                token_runs(acts.m, (TOKEN_GROUP, 8), |base, stride, t, run| {
                     let x = acts.pairs.add(base * pairs + k / 2 * stride + t);
                     let tile = tile.add((base + t) * ROWS);
                     let (w, len) = (args.panel.cast_const(), len.div_ceil(2));

@@ -185,8 +185,19 @@ impl<M: Machine> Panels for Vectors<M> {
         unsafe { M::decode::<F>(block, blocks, panel) }
     }
     unsafe fn products<S: Shape>(panel: &Panel, args: &StripArgs<'_>, s: usize) {
+        let mut panel = *panel;
         // SAFETY: the caller's.
-        unsafe { panel_products::<M, S>(panel, &args.acts, args.tile_of(s)) }
+        unsafe {
+            q8_runs::<S>(&args.acts, M::Lanes::TOKENS, args.tile_of(s), |run, x| {
+                match run {
+                    8 => M::product::<S, 8>(&panel, x),
+                    4 => M::product::<S, 4>(&panel, x),
+                    2 => M::product::<S, 2>(&panel, x),
+                    _ => M::product::<S, 1>(&panel, x),
+                }
+                panel.next_bytes = 0;
+            });
+        }
     }
 }
 
@@ -392,7 +403,7 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     }
 }
 
-/// Decodes blocks to a panel, to signed codes if it is to be.
+/// Decodes blocks to a panel, to signed codes or not.
 #[inline(always)]
 pub(crate) unsafe fn decode<L: Lanes, F: Format, const SIGNED: bool>(
     block: *const u8,
@@ -611,6 +622,35 @@ pub(crate) unsafe fn tokens_at<S: Shape>(
     }
 }
 
+/// [`token_runs`] of the q8 form, of at most `most`: `f(run, its tokens)`, whose sums are in `tile`,
+/// `[m][16]`.
+///
+/// # Safety
+/// The view holds the q8 form, the tile is as long.
+#[inline(always)]
+pub(crate) unsafe fn q8_runs<S: Shape>(
+    acts: &ActsView<'_>,
+    most: usize,
+    tile: *mut f32,
+    mut f: impl FnMut(usize, &Tokens),
+) {
+    token_runs(acts.m, (Q8_GROUP, most), |base, stride, at, run| {
+        // SAFETY: tokens `base + at ..` of the view.
+        let x = unsafe {
+            let x = tokens_at::<S>(acts, base, stride);
+            Tokens {
+                q: x.q.add(at * 32),
+                d: x.d.add(at),
+                nsum: x.nsum.add(at),
+                fsum: x.fsum.add(at),
+                tile: tile.add((base + at) * ROWS),
+                ..x
+            }
+        };
+        f(run, &x);
+    });
+}
+
 /// Cuts strips into runs of at most `most` that are read at once: `f(first, count)`, with counts
 /// that kernels are compiled for.
 #[inline(always)]
@@ -705,51 +745,16 @@ pub(crate) unsafe fn panel_at(scratch: *mut u8, first: usize, groups: usize, zer
     }
 }
 
-/// # Safety
-/// The panel is decoded, the view holds the q8 form, the tile is `[m][16]`.
-pub(crate) unsafe fn panel_products<M: Machine, S: Shape>(
-    panel: &Panel,
-    acts: &ActsView<'_>,
-    tile: *mut f32,
-) {
-    let mut panel = *panel;
-    token_runs(
-        acts.m,
-        (Q8_GROUP, M::Lanes::TOKENS),
-        |base, stride, at, run| {
-            // SAFETY: tokens `base + at ..` of the view.
-            unsafe {
-                let x = tokens_at::<S>(acts, base, stride);
-                let x = Tokens {
-                    q: x.q.add(at * 32),
-                    d: x.d.add(at),
-                    nsum: x.nsum.add(at),
-                    fsum: x.fsum.add(at),
-                    tile: tile.add((base + at) * ROWS),
-                    ..x
-                };
-                match run {
-                    8 => M::product::<S, 8>(&panel, &x),
-                    4 => M::product::<S, 4>(&panel, &x),
-                    2 => M::product::<S, 2>(&panel, &x),
-                    _ => M::product::<S, 1>(&panel, &x),
-                }
-                panel.next_bytes = 0;
-            }
-        },
-    );
-}
-
 /// Zero point of grid codes, which are within ±62: log2 of 64.
 const GRID_ZERO: u32 = 6;
 
-/// Decodes inputs `k .. k + len` of a strip of codebook indices, row by row, to signed codes if
-/// they are to be.
+/// Decodes inputs `k .. k + len` of a strip of codebook indices, row by row, to signed codes or
+/// not.
 ///
 /// # Safety
 /// `strip` is a strip of `ty`, `scratch` is `PANEL_BYTES`.
-pub(crate) unsafe fn decode_grids<S: Shape, const SIGNED: bool>(
-    ty: GgmlType,
+pub(crate) unsafe fn decode_grids<S: Shape>(
+    (ty, signed): (GgmlType, bool),
     strip: *const u8,
     k: usize,
     len: usize,
@@ -758,7 +763,7 @@ pub(crate) unsafe fn decode_grids<S: Shape, const SIGNED: bool>(
     const LEN: usize = 256;
     let scales_per_block = if S::HALVES { 16 } else { 8 };
     let bytes = ty.block_bytes();
-    let zero = if SIGNED { 0 } else { 1 << GRID_ZERO };
+    let zero = if signed { 0 } else { 1 << GRID_ZERO };
     let mut codes = [0i8; LEN];
     let mut scales = [0f32; 16];
     let scales = &mut scales[..scales_per_block];
@@ -796,10 +801,8 @@ pub(crate) unsafe fn from_grids<P: Panels, S: Shape>(args: &StripArgs<'_>) {
             args.tile_of(s).write_bytes(0, args.acts.m * ROWS);
             for k in (0..args.k).step_by(PANEL_K) {
                 let len = PANEL_K.min(args.k - k);
-                let panel = match P::SIGNED {
-                    true => decode_grids::<S, true>(args.ty, strip, k, len, args.panel),
-                    false => decode_grids::<S, false>(args.ty, strip, k, len, args.panel),
-                };
+                let ty = (args.ty, P::SIGNED);
+                let panel = decode_grids::<S>(ty, strip, k, len, args.panel);
                 P::products::<S>(&panel, args, s);
             }
         }

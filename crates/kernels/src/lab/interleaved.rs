@@ -1,11 +1,11 @@
 //! Interleaved rows: decoded to registers, then multiplied with up to eight tokens.
 
 use crate::{
-    acts::{ActsView, GROUP, Q8_GROUP},
+    acts::{ActsView, GROUP},
     generic::{
         format::{self, Format, Shape},
         lanes::{Lanes, Pair},
-        matmul::{Tokens, add_strip_group, token_runs, tokens_at},
+        matmul::{Tokens, add_strip_group, q8_runs, token_runs},
     },
     lab::Kernel,
     strip::ROWS,
@@ -148,26 +148,15 @@ unsafe fn all<M: Machine, F: Format, const MOST: usize>(
     tile: *mut f32,
 ) {
     let blocks = k / (F::GROUPS * 32);
-    token_runs(acts.m, (Q8_GROUP, MOST), |base, stride, at, run| {
-        // SAFETY: tokens `base + at ..` of the view; the rest is the caller's.
-        unsafe {
-            let x = tokens_at::<F::Shape>(acts, base, stride);
-            let x = Tokens {
-                q: x.q.add(at * 32),
-                d: x.d.add(at),
-                nsum: x.nsum.add(at),
-                fsum: x.fsum.add(at),
-                tile: tile.add((base + at) * ROWS),
-                ..x
-            };
-            match run {
-                8 => M::strip::<F, 8>(rows, blocks, &x),
-                4 => M::strip::<F, 4>(rows, blocks, &x),
-                2 => M::strip::<F, 2>(rows, blocks, &x),
-                _ => M::strip::<F, 1>(rows, blocks, &x),
-            }
-        }
-    });
+    // SAFETY: the caller's.
+    unsafe {
+        q8_runs::<F::Shape>(acts, MOST, tile, |run, x| match run {
+            8 => M::strip::<F, 8>(rows, blocks, x),
+            4 => M::strip::<F, 4>(rows, blocks, x),
+            2 => M::strip::<F, 2>(rows, blocks, x),
+            _ => M::strip::<F, 1>(rows, blocks, x),
+        });
+    }
 }
 
 /// # Safety

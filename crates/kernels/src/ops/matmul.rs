@@ -204,7 +204,7 @@ impl Compute {
             return;
         }
         let kernels = &self.table.matmul;
-        // Tokens of a group share cache lines: one task writes them all.
+        // Tokens that share cache lines are one task's, but for the scales of q8 and their sums.
         let part = k.min(1024);
         let parts = k.div_ceil(part);
         self.for_each(m.div_ceil(GROUP) * parts, m.min(GROUP) * part, &|task| {

@@ -149,6 +149,7 @@ fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
             },
         )
     };
+    let forms = || forms(tiles(&c), ty);
     // Both sides of the panel's 1024 inputs; one strip or a pair, and pairs with one left
     // over; one tile of tokens or two, whole and not.
     let of_floats = [32, 64, 992, 1024, 1056];
@@ -160,34 +161,28 @@ fn strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
         let count = 1 + i % 3;
         let bytes = weight_bytes(ty, count * ROWS, k, Codes::Usual, &mut random);
         let x = random.normals(33 * k);
-        // Groups of eight tokens and of sixteen, whole and not.
         let tokens = [1, 15, 16, 17, 32, 33];
         for (j, m) in tokens.into_iter().enumerate().skip(i % 2).step_by(2) {
-            call(k, &bytes, &x[..m * k], Forms::TILES, (i + j / 2) % 2 == 0)?;
-        }
-        let tokens = [1, 4, 7, 8, 9, 16, 30];
-        let by_bytes = tokens
-            .into_iter()
-            .enumerate()
-            .filter(|_| takes_bytes(&c, ty));
-        for (j, m) in by_bytes.skip(i % 2).step_by(2) {
-            call(k, &bytes, &x[..m * k], Forms::Q8, (i + j / 2) % 2 == 0)?;
+            for form in forms() {
+                call(k, &bytes, &x[..m * k], form, (i + j / 2) % 2 == 0)?;
+            }
         }
     }
     let k = widths[0];
     for codes in [Codes::Usual, Codes::Clear, Codes::Set] {
         let bytes = weight_bytes(ty, ROWS, k, codes, &mut random);
         let x = hostile_rows(k, &mut random).concat();
-        call(k, &bytes, &x, Forms::TILES, true)?;
-        if takes_bytes(&c, ty) {
-            call(k, &bytes, &x, Forms::Q8, true)?;
+        for form in forms() {
+            call(k, &bytes, &x, form, true)?;
         }
     }
     Ok(())
 }
 
-fn takes_bytes(c: &Compute, ty: GgmlType) -> bool {
-    (tiles(c).most_byte_tokens)(ty) > 0
+/// The forms that products of a type on tiles take.
+pub fn forms(tiles: &Tiles, ty: GgmlType) -> impl Iterator<Item = Forms> {
+    let bytes = (tiles.most_byte_tokens)(ty) > 0;
+    [Forms::TILES].into_iter().chain(bytes.then_some(Forms::Q8))
 }
 
 /// Within what rounding both factors to bf16, to 2^-9 of themselves each, can do.
@@ -236,7 +231,7 @@ fn matmul(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
         if one.forms(m, [&packed]) != Forms::TILES {
             return Err(format!("{what}: {m} tokens take no tiles").into());
         }
-        for (few, w) in [(fewest, &raw), (17, &packed), (most, &packed)] {
+        for (few, w) in [(fewest, &raw), (fewest + 1, &packed), (most, &packed)] {
             if few > most {
                 continue;
             }
@@ -260,7 +255,7 @@ fn large_batches(tier: Tier) -> Result<(), Failed> {
     let x = random.normals(m * k);
     let all = product(&c, &w, &x, m);
     near("1025 tokens", &all, &plain, &x, n, k)?;
-    for few in [65, 511, 512, 513] {
+    for few in [64, 65, 511, 512, 513] {
         if product(&c, &w, &x[..few * k], few) != all[..few * n] {
             return Err(format!("{few} tokens: not as in a batch of {m}").into());
         }
@@ -278,7 +273,7 @@ fn few_tokens(tier: Tier) -> Result<(), Failed> {
     let got = [
         forms(1, GgmlType::Q4_0, 64),
         forms(64, GgmlType::F32, 64),
-        forms(512, GgmlType::Q4_0, 64),
+        forms(64, GgmlType::Q4_0, 64),
     ];
     if got != [Forms::Q8, Forms::F32, Forms::TILES] {
         return Err(format!("one token, F32 weights, a batch: {got:?}").into());
@@ -301,9 +296,12 @@ fn experts(tier: Tier) -> Result<(), Failed> {
     };
     let (gate, up, down) = (stack(ff, k), stack(ff, k), stack(n, ff));
     let x = random.normals(m * k);
-    // Expert 0 gets nearly every token, expert 1 a few, expert 4 none.
+    // Expert 0 gets every token, expert 1 sixteen, expert 2 four, expert 4 none.
     let logits: Vec<f32> = (0..m)
-        .flat_map(|t| [4.0, if t % 10 == 0 { 3.0 } else { -3.0 }, 1.0, 1.5, -9.0])
+        .flat_map(|t| {
+            let [some, few] = [t % 10 == 0, t % 40 == 5].map(|x| if x { 3.0 } else { -3.0 });
+            [4.0, some, few, 1.5, -9.0]
+        })
         .collect();
     let options = RouteOptions {
         used,

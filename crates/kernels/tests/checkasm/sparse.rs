@@ -200,10 +200,7 @@ fn tile_strips(ty: GgmlType, tier: Tier) -> Result<(), Failed> {
                 _ => [1, 17, 33][(i + j) % 3],
             };
             let x = random.normals(m * k);
-            for form in [Forms::TILES, Forms::Q8] {
-                if form == Forms::Q8 && (tiles.most_byte_tokens)(ty) == 0 {
-                    continue;
-                }
+            for form in crate::amx::forms(tiles, ty) {
                 let mut acts = Acts::new();
                 c.prepare(&mut acts, &x, m, k, form);
                 let call = |args: &StripArgs<'_>| {
