@@ -45,6 +45,7 @@ const ENGINE: &str = "tegula-engine";
 const PEERS: &str = "docs/bench/2026-11-24-emerald-rapids/peers.jsonl";
 const OURS: &str = "docs/bench/2026-11-24-emerald-rapids/tegula.jsonl";
 const LOADS: &str = "docs/bench/2026-11-24-emerald-rapids/tile-loads.txt";
+const HYBRID: &str = "docs/bench/2026-11-28-h100-b/bench-20261128T031740Z.json";
 const WAYS: &str = "docs/bench/intel-xeon-16c-1gpu/phase-3.json";
 
 /// All rows.
@@ -179,15 +180,35 @@ pub const ROWS: [Row; 22] = [
         number: 15,
         capability: "beside GPUs",
         upstream: "with --no-host, without pinned memory",
-        tegula: "no GPUs yet",
-        evidence: &[Not("GPUs in the engine")],
+        tegula: "`--amx` packs what stays on the CPU and changes nothing on devices; \
+                 memory for copies is pinned all the same",
+        evidence: &[
+            Test(
+                ENGINE,
+                "devices",
+                "amx_changes_nothing_on_devices_and_nothing_of_it_is_left_by_full_offload",
+            ),
+            Record(HYBRID, "--cpu-moe"),
+        ],
     },
     Row {
         number: 16,
         capability: "GPUs multiplying packed weights of the CPU",
         upstream: "impossible",
-        tegula: "no GPUs yet; strips unpack to the file's bytes",
-        evidence: &[Not("GPUs in the engine")],
+        tegula: "batches of many tokens take them to the GPU where that is faster; `explain` says \
+                 from how many on",
+        evidence: &[
+            Test(
+                ENGINE,
+                "devices",
+                "weights_that_stream_give_the_logits_of_the_cpu",
+            ),
+            Test(
+                ENGINE,
+                "devices",
+                "the_plan_says_what_streams_and_from_when",
+            ),
+        ],
     },
     Row {
         number: 17,
