@@ -34,9 +34,15 @@ pub(crate) const AHEAD: usize = 4096;
 /// second-level cache than to the first; several with `_MM_HINT_T0`.
 #[inline(always)]
 pub(crate) fn ask_ahead<const HINT: i32>(p: *const u8, bytes: usize) {
+    ask::<HINT>(p.wrapping_add(AHEAD), bytes);
+}
+
+/// Asks for `bytes` bytes at `p`, which need not be valid memory.
+#[inline(always)]
+fn ask<const HINT: i32>(p: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(64) {
         // SAFETY: prefetching reads nothing that the program could see, and never faults.
-        unsafe { _mm_prefetch::<HINT>(p.wrapping_add(AHEAD + line).cast()) };
+        unsafe { _mm_prefetch::<HINT>(p.wrapping_add(line).cast()) };
     }
 }
 
@@ -152,6 +158,7 @@ pub(crate) trait Machine {
     type Lanes: Lanes;
     unsafe fn one_token<F: Format, const S: usize>(
         strips: [*const u8; S],
+        next: [*const u8; S],
         blocks: usize,
         tokens: &Tokens,
         tiles: [*mut f32; S],
@@ -215,6 +222,7 @@ macro_rules! tier_kernels {
             #[target_feature(enable = $features)]
             unsafe fn one_token<F: $crate::generic::format::Format, const S: usize>(
                 strips: [*const u8; S],
+                next: [*const u8; S],
                 blocks: usize,
                 tokens: &$crate::generic::matmul::Tokens,
                 tiles: [*mut f32; S],
@@ -222,7 +230,7 @@ macro_rules! tier_kernels {
                 // SAFETY: see above.
                 unsafe {
                     $crate::generic::matmul::one_token::<$lanes, F, S>(
-                        strips, blocks, tokens, tiles,
+                        strips, next, blocks, tokens, tiles,
                     );
                 }
             }
@@ -358,16 +366,17 @@ pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
     }
 }
 
-/// The same times one token, asking for what comes later.
+/// The same times one token, asking for what comes later: this group's share of the block at
+/// `later`.
 #[inline(always)]
 unsafe fn one_group<L: Lanes, F: Format>(
     acc: &mut [L::Floats; 1],
-    block: *const u8,
+    (block, later): (*const u8, *const u8),
     (b, g): (usize, usize),
     tokens: &Tokens,
 ) {
     let bytes = F::BYTES / F::GROUPS;
-    ask_ahead::<_MM_HINT_T0>(block.wrapping_add(g * bytes), bytes);
+    ask::<_MM_HINT_T0>(later.wrapping_add(g * bytes), bytes);
     // SAFETY: the caller's.
     unsafe { add_strip_group::<L, F, 1>(acc, block, (b, g), tokens) };
 }
@@ -375,24 +384,38 @@ unsafe fn one_group<L: Lanes, F: Format>(
 /// Whole strips times one token; the tiles are written, not added to.
 ///
 /// All strips at once, block by block: one of them alone keeps too few cache lines on their
-/// way from memory (`docs/bench`).
+/// way from memory (`docs/bench`). Towards their ends what is at `next` is asked for instead, which
+/// need not be valid memory.
 #[inline(always)]
 pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     strips: [*const u8; S],
+    next: [*const u8; S],
     blocks: usize,
     tokens: &Tokens,
     tiles: [*mut f32; S],
 ) {
+    let bytes = blocks * F::BYTES;
     unsafe {
+        // What requests at an even pace do not reach, unless it was somebody's `next`.
+        for line in (0..AHEAD.min(bytes)).step_by(64) {
+            for strip in strips {
+                ask::<_MM_HINT_T0>(strip.wrapping_add(line), 64);
+            }
+        }
         let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
-            for (acc, strip) in acc.iter_mut().zip(strips) {
-                let block = strip.add(b * F::BYTES);
+            let at = b * F::BYTES;
+            for ((acc, strip), next) in acc.iter_mut().zip(strips).zip(next) {
+                let block = strip.add(at);
+                let later = match (at + AHEAD).checked_sub(bytes) {
+                    None => block.wrapping_add(AHEAD),
+                    Some(beyond) => next.wrapping_add(beyond),
+                };
                 // Two at a time: neighbours share bytes.
                 for g in (0..F::GROUPS).step_by(2) {
-                    one_group::<L, F>(acc, block, (b, g), tokens);
+                    one_group::<L, F>(acc, (block, later), (b, g), tokens);
                     if F::GROUPS > 1 {
-                        one_group::<L, F>(acc, block, (b, g + 1), tokens);
+                        one_group::<L, F>(acc, (block, later), (b, g + 1), tokens);
                     }
                 }
             }
@@ -674,10 +697,15 @@ unsafe fn one_run<M: Machine, F: Format, const S: usize>(
     blocks: usize,
     tokens: &Tokens,
 ) {
-    let strips = std::array::from_fn(|s| args.strips[first + s]);
+    let strips: [_; S] = std::array::from_fn(|s| args.strips[first + s]);
+    let next = std::array::from_fn(|s| {
+        let later = args.strips.get(first + S + s).or(args.next.get(s));
+        // If it is not known, what is there already.
+        later.copied().unwrap_or(strips[s])
+    });
     let tiles = std::array::from_fn(|s| args.tile_of(first + s));
     // SAFETY: the caller's.
-    unsafe { M::one_token::<F, S>(strips, blocks, tokens, tiles) };
+    unsafe { M::one_token::<F, S>(strips, next, blocks, tokens, tiles) };
 }
 
 /// All strips times the one token.
