@@ -30,8 +30,8 @@ pub(crate) const AHEAD: usize = 4096;
 
 /// Asks for what lies [`AHEAD`] of `bytes` bytes at `p`, which need not be valid memory.
 ///
-/// A single stream does best with `_MM_HINT_T1`, since more lines can be on their way to the
-/// second-level cache than to the first; several with `_MM_HINT_T0`.
+/// Mostly `_MM_HINT_T1` is best, since more lines can be on their way to the second-level cache
+/// than to the first.
 #[inline(always)]
 pub(crate) fn ask_ahead<const HINT: i32>(p: *const u8, bytes: usize) {
     ask::<HINT>(p.wrapping_add(AHEAD), bytes);
@@ -376,7 +376,7 @@ unsafe fn one_group<L: Lanes, F: Format>(
     tokens: &Tokens,
 ) {
     let bytes = F::BYTES / F::GROUPS;
-    ask::<_MM_HINT_T0>(later.wrapping_add(g * bytes), bytes);
+    ask::<_MM_HINT_T1>(later.wrapping_add(g * bytes), bytes);
     // SAFETY: the caller's.
     unsafe { add_strip_group::<L, F, 1>(acc, block, (b, g), tokens) };
 }
