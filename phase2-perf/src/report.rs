@@ -5,7 +5,11 @@ use crate::{
     record::{BenchRecord, Row, State, ratios},
     stats::{NOISE, Summary, median},
 };
-use std::{collections::BTreeMap, fmt::Write as _, path::Path};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fmt::Write as _,
+    path::Path,
+};
 
 /// Where records lie, from the workspace's root.
 pub const RECORDS: &str = "docs/bench";
@@ -241,14 +245,15 @@ fn placement(record: &BenchRecord, row: &Row) -> String {
 }
 
 /// Our best beside the best of the others, for the README: of each machine, model, placement and
-/// test the newest run in which engines took turns.
+/// test the newest run in which engines took turns, of those from which something is claimed if
+/// there are any.
 ///
 /// # Errors
 /// Names a record that can't be read.
 pub fn summary(root: &Path) -> Result<String, String> {
     let records = BenchRecord::read_all(&root.join(RECORDS)).map_err(|e| e.to_string())?;
     let complete = records.iter().filter(|(_, r)| r.state == State::Complete);
-    let mut machines: BTreeMap<String, BTreeMap<_, String>> = BTreeMap::new();
+    let mut machines: BTreeMap<String, BTreeMap<_, (bool, String)>> = BTreeMap::new();
     for (path, record) in complete {
         let host = &record.record.host;
         let machine = format!("{}, {} logical CPUs", host.cpu, host.cores);
@@ -276,7 +281,11 @@ pub fn summary(root: &Path) -> Result<String, String> {
             // The same weights may have been called otherwise.
             let ours = best.ours;
             let weights = (ours.arch.clone(), ours.params, ours.file_type.clone());
-            lines.insert((placement, weights, ours.test.clone()), line);
+            let claimed = best.no_claim().is_none();
+            match lines.entry((placement, weights, ours.test.clone())) {
+                Entry::Occupied(older) if older.get().0 && !claimed => {}
+                entry => _ = entry.insert_entry((claimed, line)),
+            }
         }
     }
     if machines.is_empty() {
@@ -288,7 +297,10 @@ pub fn summary(root: &Path) -> Result<String, String> {
             out,
             "\n{machine}:\n\n| model | where | test | Tegula | best of the others | ratio | record |\n\
              |---|---|---|---:|---|---:|---|\n{}",
-            lines.into_values().collect::<String>()
+            lines
+                .into_values()
+                .map(|(_, line)| line)
+                .collect::<String>()
         );
     }
     Ok(out)
@@ -437,5 +449,12 @@ mod tests {
                 && !short.contains("30.5"),
             "{short}"
         );
+        // A noisy run does not take the place of a claim.
+        newer.rows[1].samples_ts = vec![20.0, 50.0, 90.0];
+        newer.rows[1].summary = Summary::of(&[20.0, 50.0, 90.0]);
+        newer
+            .write(&dir.path().join(RECORDS).join("2026-11-28-host"))
+            .unwrap();
+        assert_eq!(summary(dir.path()).unwrap(), short);
     }
 }
