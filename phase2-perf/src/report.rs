@@ -260,7 +260,8 @@ pub fn summary(root: &Path) -> Result<String, String> {
         let file = path.strip_prefix(root).unwrap_or(path).display();
         let date = record.record.date.get(..10).unwrap_or(&record.record.date);
         for best in best_pairs(record) {
-            let claim = match best.no_claim() {
+            let no_claim = best.no_claim();
+            let claim = match no_claim {
                 Some(why) => {
                     let s = Summary::of(&best.ratios);
                     format!("{why}: {:.2} to {:.2}", s.p10_ts, s.p90_ts)
@@ -281,7 +282,7 @@ pub fn summary(root: &Path) -> Result<String, String> {
             // The same weights may have been called otherwise.
             let ours = best.ours;
             let weights = (ours.arch.clone(), ours.params, ours.file_type.clone());
-            let claimed = best.no_claim().is_none();
+            let claimed = no_claim.is_none();
             match lines.entry((placement, weights, ours.test.clone())) {
                 Entry::Occupied(older) if older.get().0 && !claimed => {}
                 entry => _ = entry.insert_entry((claimed, line)),

@@ -45,7 +45,9 @@ use crate::{
     generic::{
         format::{self, Shape},
         lanes::Lanes,
-        matmul::{Panels, Tokens, Vectors, panel_at, streams, token_runs, tokens_at},
+        matmul::{
+            Panels, Tokens, Vectors, ask_beginnings, panel_at, streams, token_runs, tokens_at,
+        },
     },
     mem::LINE,
     sparse::Super,
@@ -273,13 +275,8 @@ impl Cursor {
 
 /// Those of strips `first .. first + count` of a call, of which the first lines are asked for.
 fn cursors(args: &StripArgs<'_>, first: usize, count: usize) -> [Cursor; STREAMS] {
-    // What requests at an even pace do not reach, all at once: nothing can begin without it.
-    for line in (0..AHEAD).step_by(LINE) {
-        for s in (first..first + count).filter(|&s| line < args.bytes[s]) {
-            // SAFETY: as in `Ask::steps`.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(args.strips[s].wrapping_add(line).cast()) };
-        }
-    }
+    let strips = args.strips.iter().zip(args.bytes).skip(first).take(count);
+    ask_beginnings(strips.map(|(&strip, &bytes)| (strip, bytes)), AHEAD);
     std::array::from_fn(|s| {
         let s = first + s.min(count - 1);
         let (at, bytes) = (args.strips[s], args.bytes[s]);

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     acts::{ActsView, GROUP, Q8_GROUP},
+    mem::LINE,
     strip::{
         ROWS,
         kernels::{PANEL_K, StripArgs},
@@ -40,9 +41,23 @@ pub(crate) fn ask_ahead<const HINT: i32>(p: *const u8, bytes: usize) {
 /// Asks for `bytes` bytes at `p`, which need not be valid memory.
 #[inline(always)]
 fn ask<const HINT: i32>(p: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
+    for line in (0..bytes).step_by(LINE) {
         // SAFETY: prefetching reads nothing that the program could see, and never faults.
         unsafe { _mm_prefetch::<HINT>(p.wrapping_add(line).cast()) };
+    }
+}
+
+/// Asks at once for the first `ahead` bytes of strips, each with its bytes: what requests at an even
+/// pace do not reach, and nothing can begin without.
+#[inline(always)]
+pub(crate) fn ask_beginnings(
+    strips: impl Iterator<Item = (*const u8, usize)> + Clone,
+    ahead: usize,
+) {
+    for line in (0..ahead).step_by(LINE) {
+        for (strip, _) in strips.clone().filter(|&(_, bytes)| line < bytes) {
+            ask::<_MM_HINT_T0>(strip.wrapping_add(line), LINE);
+        }
     }
 }
 
@@ -395,13 +410,8 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     tiles: [*mut f32; S],
 ) {
     let bytes = blocks * F::BYTES;
+    ask_beginnings(strips.into_iter().map(|strip| (strip, bytes)), AHEAD);
     unsafe {
-        // What requests at an even pace do not reach, unless it was somebody's `next`.
-        for line in (0..AHEAD.min(bytes)).step_by(64) {
-            for strip in strips {
-                ask::<_MM_HINT_T0>(strip.wrapping_add(line), 64);
-            }
-        }
         let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
             let at = b * F::BYTES;

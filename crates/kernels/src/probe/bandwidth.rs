@@ -92,9 +92,6 @@ impl Caches {
 /// to show what memory gives.
 const STREAMS: usize = 4;
 
-/// Parts of more bytes are asked for ahead.
-const ASKED_FROM: usize = 4 << 20;
-
 /// What a reader takes at once: a whole number of its steps.
 const STEP: usize = 512 * STREAMS;
 
@@ -119,14 +116,11 @@ pub fn read_bandwidth(
     });
     let sink = AtomicU64::new(0);
     // As kernels do, and in no cache of a core's own, where asking would only take time.
-    let ask = part > ASKED_FROM;
-    let read: unsafe fn(&[u8]) -> u64 = match (tier.min(Tier::detect_max()), ask) {
-        (Tier::Scalar, false) => read_sse2::<false>,
-        (Tier::Scalar, true) => read_sse2::<true>,
-        (Tier::Avx2, false) => read_avx2::<false>,
-        (Tier::Avx2, true) => read_avx2::<true>,
-        (Tier::Avx512, false) => read_avx512::<false>,
-        (Tier::Avx512, true) => read_avx512::<true>,
+    let asks = part as u64 > Caches::detect().l2;
+    let read: unsafe fn(&[u8], bool) -> u64 = match tier.min(Tier::detect_max()) {
+        Tier::Scalar => read_sse2,
+        Tier::Avx2 => read_avx2,
+        Tier::Avx512 => read_avx512,
     };
     let buf = &buf;
     measure(pool, repetitions, time, part as f64, &|thread, units| {
@@ -134,7 +128,7 @@ pub fn read_bandwidth(
         let mut sum = 0u64;
         for _ in 0..units {
             // SAFETY: the CPU has the tier; the part is a whole number of steps.
-            sum = sum.wrapping_add(unsafe { read(std::hint::black_box(part)) });
+            sum = sum.wrapping_add(unsafe { read(std::hint::black_box(part), asks) });
         }
         sink.fetch_add(sum, Relaxed);
     })
@@ -142,18 +136,18 @@ pub fn read_bandwidth(
 
 macro_rules! reader {
     ($name:ident, $feature:literal, $vector:ty, $load:ident, $or:ident, $zero:ident) => {
-        /// Some function of all bytes, which are asked for ahead if `ASKS`.
+        /// Some function of all bytes, which are asked for ahead if `asks`.
         ///
         /// # Safety
         /// The CPU has the features; `bytes` are aligned to cache lines and a multiple of
         /// [`STEP`].
         #[target_feature(enable = $feature)]
-        unsafe fn $name<const ASKS: bool>(bytes: &[u8]) -> u64 {
+        unsafe fn $name(bytes: &[u8], asks: bool) -> u64 {
             const LANES: usize = size_of::<$vector>();
             let mut sums = [$zero(); 2 * STREAMS];
             let stream = bytes.len() / STREAMS;
             for at in (0..stream).step_by(2 * LANES) {
-                for i in (0..STREAMS).filter(|_| ASKS) {
+                for i in (0..STREAMS).filter(|_| asks) {
                     let p = bytes.as_ptr().wrapping_add(i * stream + at);
                     ask_ahead::<_MM_HINT_T1>(p, 2 * LANES);
                 }
