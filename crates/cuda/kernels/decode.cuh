@@ -27,6 +27,7 @@
 #define IQ1_M 29
 #define BF16 30
 #define MXFP4 39
+#define NVFP4 40
 
 // Where a stack of matrices lies, and the codebooks.
 struct Mat {
@@ -96,6 +97,12 @@ __device__ __forceinline__ int mxfp4(u32 n) {
     return lookup(n, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
 }
 
+// Half of an unsigned E4M3 number; 127 is zero, and the eighth bit is ignored.
+__device__ __forceinline__ float ue4m3_half(u32 x) {
+    u32 e = (x >> 3) & 15u, m = (x & 7u) | (e ? 8u : 0u);
+    return x == 127u ? 0.0f : (float)m * __int_as_float(((e ? e : 1u) + 116u) << 23);
+}
+
 __device__ __forceinline__ void load16(const u8 *p, u32 (&v)[4]) {
     uint4 w = *(const uint4 *)p;
     v[0] = w.x; v[1] = w.y; v[2] = w.z; v[3] = w.w;
@@ -161,6 +168,17 @@ __device__ __forceinline__ Group decode(const Mat &w, u64 i) {
 #else
     g.s[0] = g.s[1] = half_at(w.p[TYPE == Q5_0 ? 2 : 1], i);
 #endif
+#elif TYPE == NVFP4
+    // Of each 16 weights the first eight are the low nibbles.
+    u32 v[4];
+    load16(w.p[0] + i * 16, v);
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+        g.q[t] = mxfp4((v[t / 4 * 2 + (t & 1)] >> (2 * (t & 2))) & 0x0f0f0f0fu);
+    }
+    u32 sc = ((const u16 *)w.p[1])[i];
+    g.s[0] = ue4m3_half(sc & 255u);
+    g.s[1] = ue4m3_half(sc >> 8);
 #elif TYPE == Q8_0
     u32 v[8];
     load32(w.p[0] + i * 32, v);

@@ -99,6 +99,7 @@ ggml_types! {
     IQ1_M = 29, "IQ1_M", 256, 56;
     BF16 = 30, "BF16", 1, 2;
     MXFP4 = 39, "MXFP4", 32, 17;
+    NVFP4 = 40, "NVFP4", 64, 36;
     =>
     /// `BF16` without its zeros.
     S_BF16 = 0x5350_0001, "S-BF16", BF16;

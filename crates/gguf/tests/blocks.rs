@@ -226,6 +226,26 @@ fn quantizes_as_the_reference_does() {
 }
 
 #[test]
+fn quantizes_nvfp4_as_ggml_does() {
+    let golden = include_str!("data/nvfp4_golden.tsv");
+    for line in golden.lines() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let ["NVFP4", row, factor, blocks] = fields.as_slice() else {
+            panic!("{line}")
+        };
+        let factor: f32 = factor.parse().unwrap();
+        let weights: Vec<f32> = seeded_weights(7 + row.parse::<u64>().unwrap(), 128)
+            .iter()
+            .map(|w| w * factor)
+            .collect();
+        let ours = quantized(GgmlType::NVFP4, &weights, None);
+        let ours: String = ours.iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(ours, *blocks, "row {row} times {factor}");
+    }
+    assert_eq!(golden.lines().count(), 18);
+}
+
+#[test]
 fn facts_of_every_type() {
     let weights = seeded_weights(1, 64 * 256);
     // A third of the columns counts not at all, the others very differently.
@@ -278,6 +298,7 @@ fn error_bound(ty: GgmlType) -> f64 {
         GgmlType::Q5_0 => 0.044,
         GgmlType::Q4_1 | GgmlType::Q4_K | GgmlType::IQ4_NL | GgmlType::IQ4_XS => 0.08,
         GgmlType::Q4_0 => 0.09,
+        GgmlType::NVFP4 => 0.1,
         GgmlType::MXFP4 => 0.12,
         GgmlType::Q3_K => 0.16,
         GgmlType::Q2_K => 0.31,
@@ -288,8 +309,12 @@ fn error_bound(ty: GgmlType) -> f64 {
 #[test]
 fn errors_stay_within_bounds_at_every_magnitude() {
     for ty in writable_types() {
-        // Scales that f16 holds as normal numbers, from one end to the other.
-        for exponent in [-4, 0, 6, 12] {
+        // Scales that f16 holds as normal numbers, from one end to the other; E4M3 has fewer.
+        let exponents: &[i32] = match ty {
+            GgmlType::NVFP4 => &[4, 8, 12],
+            _ => &[-4, 0, 6, 12],
+        };
+        for &exponent in exponents {
             let factor = 2f32.powi(exponent);
             let weights: Vec<f32> = seeded_weights(3, 32 * 256)
                 .iter()
@@ -475,7 +500,8 @@ mod any_input {
                 let made = dequantized(ty, &out);
                 prop_assert!(made.iter().all(|w| w.is_finite()), "{ty}: {made:?}");
             } else {
-                prop_assert!(weights.iter().any(|w| w.abs() > 1e4 || !w.is_finite()), "{ty}");
+                let large = if ty == GgmlType::NVFP4 { 2688.0 } else { 1e4 };
+                prop_assert!(weights.iter().any(|w| w.abs() > large || !w.is_finite()), "{ty}");
             }
         }
     }

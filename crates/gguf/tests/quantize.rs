@@ -362,7 +362,7 @@ fn every_writable_type_is_written_and_close() {
         }
         written += 1;
     }
-    assert_eq!(written, 21);
+    assert_eq!(written, 22);
     assert_eq!(entries(dir.path()), 1);
 }
 

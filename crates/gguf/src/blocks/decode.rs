@@ -115,6 +115,36 @@ impl Block for layout::MXFP4 {
     }
 }
 
+/// Half of the value of an unsigned E4M3 scale, since [`grids::MXFP4`] holds doubled values.
+///
+/// 127, which would be a NaN, is zero, and the eighth bit is ignored, as in ggml.
+#[inline]
+pub(super) fn ue4m3_half(x: u8) -> f32 {
+    if x == 0x7f {
+        return 0.0;
+    }
+    let (exponent, mantissa) = (u32::from(x >> 3 & 15), x & 7);
+    let power = |e: u32| f32::from_bits((e + 127 - 11) << 23);
+    match exponent {
+        0 => f32::from(mantissa) * power(1),
+        e => f32::from(8 + mantissa) * power(e),
+    }
+}
+
+impl Block for layout::NVFP4 {
+    const TYPE: GgmlType = GgmlType::NVFP4;
+    const GROUP: usize = 16;
+
+    fn decode(&self, codes: &mut [i8], scales: &mut [f32], _: &mut [f32]) {
+        for (scale, &d) in scales.iter_mut().zip(&self.d) {
+            *scale = ue4m3_half(d);
+        }
+        for (codes, qs) in codes.chunks_exact_mut(16).zip(self.qs.chunks_exact(8)) {
+            nibbles(qs, codes, |q| grids::MXFP4[usize::from(q)]);
+        }
+    }
+}
+
 impl Block for layout::IQ4_NL {
     const TYPE: GgmlType = GgmlType::IQ4_NL;
     const GROUP: usize = 32;

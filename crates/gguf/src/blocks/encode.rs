@@ -5,7 +5,7 @@
 //! every format but Q8_0 and MXFP4 searches.
 
 use super::{
-    decode::{Block, e8m0_half},
+    decode::{Block, e8m0_half, ue4m3_half},
     grids,
     layout::{self, SUPER, f16, pack_scales_iq4_xs, pack_scales_k4, pack_scales_q3_k},
     search::{self, AffineSearch, to_code},
@@ -14,6 +14,10 @@ use crate::types::GgmlType;
 
 /// A format that can be written.
 pub(super) trait Encode: Block {
+    /// Larger weights are refused: no f16 scale reaches these in any format, and below them no sum
+    /// of a search overflows.
+    const LIMIT: f32 = 1e9;
+
     /// The block of `LEN` finite weights.
     fn encode(x: &[f32], importance: Option<Importance>) -> Self;
 }
@@ -208,7 +212,49 @@ impl Encode for layout::Q8_0 {
     }
 }
 
+/// The E2M1 nibble nearest to `x` under the scale `d` of doubled values.
+fn e2m1(x: f32, d: f32) -> u8 {
+    let (mut best, mut code) = (x.abs(), 0);
+    for k in 1..8 {
+        let error = (d * f32::from(grids::MXFP4[usize::from(k)]) - x.abs()).abs();
+        if error < best {
+            (best, code) = (error, k);
+        }
+    }
+    if code != 0 && x < 0.0 { code + 8 } else { code }
+}
+
+/// The unsigned E4M3 number (NVFP4's scales) nearest to `x`, which is not negative: halves go away
+/// from zero, and what is larger than 448 to it.
+pub fn to_ue4m3(x: f32) -> u8 {
+    // The smallest normal number is 2^-6, and below it they are 2^-9 apart.
+    if x < 2f32.powi(-6) {
+        return (x * 512.0 + 0.5) as u8;
+    }
+    // A carry out of the mantissa goes to the exponent. (ggml makes 448 of all from 256 on.)
+    let bits = (x.to_bits() + (1 << 19)) >> 20;
+    (bits - (120 << 3)).min(0x7e) as u8
+}
+
+impl Encode for layout::NVFP4 {
+    // The largest scale times the largest code.
+    const LIMIT: f32 = 448.0 * 6.0;
+
+    fn encode(x: &[f32], _: Option<Importance>) -> Self {
+        let x: &[f32; 64] = array(x);
+        let (mut d, mut qs) = ([0; 4], [0; 32]);
+        for (i, x) in x.as_chunks::<16>().0.iter().enumerate() {
+            d[i] = to_ue4m3(search::peak(x).abs() / 6.0);
+            let scale = ue4m3_half(d[i]);
+            pack_nibbles(&x.map(|x| e2m1(x, scale)), &mut qs[8 * i..8 * i + 8]);
+        }
+        Self { d, qs }
+    }
+}
+
 impl Encode for layout::MXFP4 {
+    const LIMIT: f32 = f32::INFINITY;
+
     fn encode(x: &[f32], _: Option<Importance>) -> Self {
         let x: &[f32; 32] = array(x);
         let peak = search::peak(x).abs();
@@ -217,16 +263,7 @@ impl Encode for layout::MXFP4 {
         let exponent = ((f64::from(peak).log2() as f32).floor() - 2.0 + 127.0).max(0.0);
         let e = if peak > 0.0 { exponent as u8 } else { 0 };
         let d = e8m0_half(e);
-        let codes = x.map(|x| {
-            let (mut best, mut code) = (x.abs(), 0);
-            for k in 1..8 {
-                let error = (d * f32::from(grids::MXFP4[usize::from(k)]) - x.abs()).abs();
-                if error < best {
-                    (best, code) = (error, k);
-                }
-            }
-            if code != 0 && x < 0.0 { code + 8 } else { code }
-        });
+        let codes = x.map(|x| e2m1(x, d));
         let mut qs = [0; 16];
         pack_nibbles(&codes, &mut qs);
         Self { e, qs }
@@ -579,10 +616,6 @@ impl Encode for layout::Q6_K {
     }
 }
 
-/// No f16 scale reaches weights of this magnitude in any format, and below it no sum of a
-/// search overflows.
-const LIMIT: f32 = 1e9;
-
 /// Quantises whole blocks. `row` is the length of a row, which is also that of `importance`;
 /// `dst` has one block per `LEN` weights.
 ///
@@ -608,7 +641,7 @@ pub(super) fn quantize<B: Encode>(
             columns: &all[column..column + B::LEN],
             row_power,
         });
-        if B::TYPE != GgmlType::MXFP4 && x.iter().fold(false, |over, x| over | (x.abs() > LIMIT)) {
+        if x.iter().fold(false, |over, x| over | (x.abs() > B::LIMIT)) {
             return Err(i);
         }
         *out = B::encode(x, importance);

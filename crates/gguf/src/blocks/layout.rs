@@ -32,6 +32,9 @@ blocks! {
     Q8_0 { d: 2, qs: 32, }
     /// 32 weights: E2M1 nibbles under one power-of-two scale `e`.
     MXFP4 { e: 1, qs: 16, }
+    /// 64 weights: E2M1 nibbles, of each 16 the first eight low, under four scales of eight bits
+    /// (four of exponent, three of mantissa, no sign).
+    NVFP4 { d: 4, qs: 32, }
     /// 32 weights `d·IQ4[q]`; nibbles as in [`Q4_0`].
     IQ4_NL { d: 2, qs: 16, }
 

@@ -22,6 +22,7 @@
 //! | Q5_1 | 32 | 0…31 | `d` | `m` |
 //! | Q8_0 | 32 | −128…127 | `d` | |
 //! | MXFP4 | 32 | `grids::MXFP4`: −12…12 | 2^(e − 128) | |
+//! | NVFP4 | 16 | `grids::MXFP4`: −12…12 | half of `d` (E4M3) | |
 //! | IQ4_NL | 32 | `grids::IQ4`: −127…113 | `d` | |
 //! | IQ4_XS | 32 | `grids::IQ4`: −127…113 | `d * (s − 32)` | |
 //! | Q2_K | 16 | 0…3 | `d * s` | `-(dmin * m)` |
@@ -42,6 +43,8 @@
 
 mod decode;
 mod encode;
+
+pub use encode::to_ue4m3;
 pub mod grids;
 pub mod layout;
 mod search;
@@ -99,7 +102,7 @@ pub enum BlockError {
 macro_rules! with_block {
     ($ty:expr, $B:ident => $body:expr, _ => $other:expr) => {
         with_block!(@ $ty, $B, $body, $other, [
-            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4 IQ4_NL IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4 NVFP4 IQ4_NL IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K
             IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M
         ])
     };
@@ -115,7 +118,7 @@ macro_rules! with_block {
 macro_rules! with_encode {
     ($ty:expr, $B:ident => $body:expr, _ => $other:expr) => {
         with_block!(@ $ty, $B, $body, $other, [
-            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4 IQ4_NL IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4 NVFP4 IQ4_NL IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K
         ])
     };
 }

@@ -69,6 +69,7 @@ file_types! {
     BF16 = 32, BF16;
     /// Experts in MXFP4, all else in Q8_0.
     MXFP4_MOE = 38, MXFP4;
+    NVFP4 = 39, NVFP4;
 }
 
 impl FileType {

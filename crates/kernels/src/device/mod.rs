@@ -381,6 +381,7 @@ pub fn planes(ty: GgmlType) -> &'static [Plane] {
         T::Q5_1 => planes![(8, 16), (4, 4), (0, 4)],
         T::Q8_0 => planes![(2, 32), (0, 2)],
         T::MXFP4 => planes![(1, 16), (0, 1)],
+        T::NVFP4 => planes![(4, 32), (0, 4)],
         T::Q2_K => planes![(16, 64), (0, 16), (80, 4)],
         T::Q3_K => planes![(32, 64), (0, 32), (96, 12), (108, 2)],
         T::Q4_K => planes![(16, 128), (0, 16)],

@@ -108,6 +108,7 @@ pub(crate) unsafe fn visit(ty: GgmlType, visitor: impl Visitor) {
             T::Q8_0 => visitor.blocks::<Q8_0>(),
             T::IQ4_NL => visitor.blocks::<IQ4_NL>(),
             T::MXFP4 => visitor.blocks::<MXFP4>(),
+            T::NVFP4 => visitor.blocks::<NVFP4>(),
             T::Q2_K => visitor.blocks::<Q2_K>(),
             T::Q3_K => visitor.blocks::<Q3_K>(),
             T::Q4_K => visitor.blocks::<Q4_K>(),
@@ -258,6 +259,44 @@ unsafe fn e8m0<L: Lanes>(e: *const u8) -> (L::Floats, L::Floats) {
         let normal = e.add(L::splat(-1)).shl(23);
         let subnormal = e.min(L::splat(1)).shl(21).add(L::splat(0x0020_0000));
         (normal.max(subnormal).as_floats(), L::fsplat(0.0))
+    }
+}
+
+pub(crate) struct NVFP4;
+
+impl Format for NVFP4 {
+    type Shape = PlainHalves;
+    const BYTES: usize = 16 * 36;
+    const GROUPS: usize = 2;
+    const ZERO: u32 = 4;
+
+    #[inline(always)]
+    unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8] {
+        unsafe {
+            let mask = L::splat(0x0f0f_0f0f);
+            let mut codes = [mask; 8];
+            for (e, c) in codes.iter_mut().enumerate() {
+                // Each 16 weights are two dwords: low nibbles first.
+                let x = dword::<L>(block.add(64), 4 * g + e / 4 * 2 + e % 2);
+                *c = x.shr(4 * (e as u32 / 2 % 2)).and(mask).lookup(&TWICE_MXFP4);
+            }
+            codes
+        }
+    }
+
+    /// Half of the E4M3 number: the codes are doubled. 127 is zero, and the eighth bit is ignored.
+    #[inline(always)]
+    unsafe fn scale<L: Lanes>(block: *const u8, g: usize) -> (L::Floats, L::Floats) {
+        unsafe {
+            let (x, one) = (byte::<L>(block, g), L::splat(1));
+            let exponent = x.shr(3).and(L::splat(15));
+            let mantissa = x.and(L::splat(7)).or(exponent.min(one).shl(3));
+            // Sixteen, or zero for 127.
+            let most = x.add(L::splat(-127)).and(L::splat(0xff)).min(one).shl(4);
+            let power = exponent.max(one).add(L::splat(127 - 11)).shl(23);
+            let scale = L::fmul(mantissa.min(most).to_floats(), power.as_floats());
+            (scale, L::fsplat(0.0))
+        }
     }
 }
 

