@@ -42,10 +42,36 @@ pub struct AdapterInfo {
 }
 
 impl AdapterInfo {
-    /// In words, without the file's name.
+    /// What a file says of itself, if it is a LoRA adapter; nothing of it is checked.
+    pub fn of_file(gguf: &Gguf) -> Option<AdapterInfo> {
+        let md = gguf.metadata();
+        let says = |key, value| md.str(key).is_ok_and(|v| v == Some(value));
+        if !says("general.type", "adapter") || !says("adapter.type", "lora") {
+            return None;
+        }
+        let firsts = gguf.tensors().iter();
+        let firsts = firsts.filter(|t| t.name.ends_with(".lora_a"));
+        let ranks = firsts.filter_map(|t| Some(dims(t)?[1] as usize));
+        let ranks: Vec<usize> = ranks.collect();
+        Some(AdapterInfo {
+            file: md.origin().to_owned(),
+            scale: 1.0,
+            alpha: md.f32("adapter.lora.alpha").ok()?.unwrap_or(0.0),
+            ranks: [*ranks.iter().min()?, *ranks.iter().max()?],
+            matrices: ranks.len(),
+            bytes: gguf.tensors().iter().map(|t| t.bytes).sum(),
+            checksum: 0,
+        })
+    }
+
+    /// In words: how it is used, without the file's name.
     pub fn describe(&self) -> String {
+        format!("{}, scale {}", self.size(), self.scale)
+    }
+
+    /// In words: what it is.
+    pub fn size(&self) -> String {
         let AdapterInfo {
-            scale,
             alpha,
             ranks: [least, most],
             matrices,
@@ -59,7 +85,7 @@ impl AdapterInfo {
             true => String::new(),
             false => format!(", alpha {alpha}"),
         };
-        format!("{matrices} matrices of {rank}{alpha}, scale {scale}")
+        format!("{matrices} matrices of {rank}{alpha}")
     }
 }
 

@@ -237,8 +237,8 @@ fn adapters_of_every_type() {
     for (ty, within) in [
         (GgmlType::F16, EXACT),
         (GgmlType::BF16, 0.01),
-        (GgmlType::Q8_0, 0.02),
-        (GgmlType::Q4_0, 0.02),
+        (GgmlType::Q8_0, 0.03),
+        (GgmlType::Q4_0, 0.03),
     ] {
         for experts in [false, true] {
             let parts = Parts::model(experts).with_all_experts();

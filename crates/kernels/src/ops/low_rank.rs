@@ -52,6 +52,17 @@ impl Lows<'_> {
     }
 }
 
+/// The tokens of a segment in parts, first and count each: `A` has too few strips for all threads.
+/// No part is so small that it would be multiplied otherwise than the whole.
+fn shares(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    const SHARE: usize = 256;
+    let last = (len / SHARE).max(1) - 1;
+    (0..=last).map(move |i| {
+        let start = i * SHARE;
+        (start, if i == last { len - start } else { SHARE })
+    })
+}
+
 impl Compute {
     /// Multiplies the tokens of each segment with `A` of the adapters of `weights`. `x` has the
     /// segments one after another or, if they are `shared`, is the one token of each.
@@ -76,18 +87,21 @@ impl Compute {
         let mut products = Vec::with_capacity(all.len() * segments.len());
         for ((_, l), sums) in all.iter().zip(&mut sums) {
             let mut rest = &mut sums[..];
-            for &segment in segments {
-                let (y, others) = rest.split_at_mut(segment.len * l.a.n());
-                rest = others;
-                products.push(Product {
-                    w: &l.a,
-                    segment,
-                    x: match shared {
-                        true => x.view(),
-                        false => x.segment(segment.start, segment.len),
-                    },
-                    y,
-                });
+            for segment in segments {
+                let tokens = match shared {
+                    true => x.view(),
+                    false => x.segment(segment.start, segment.len),
+                };
+                for (start, len) in shares(segment.len) {
+                    let (y, others) = rest.split_at_mut(len * l.a.n());
+                    rest = others;
+                    products.push(Product {
+                        w: &l.a,
+                        segment: Segment { len, ..*segment },
+                        x: tokens.slice(start, len),
+                        y,
+                    });
+                }
             }
         }
         self.products(&mut products, &Lows(Vec::new()), false, || {});

@@ -3,7 +3,7 @@
 use crate::support::Server;
 use serde_json::json;
 
-const ROUTES: [(&str, &str); 13] = [
+const ROUTES: [(&str, &str); 14] = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/ferrous-moe-21m"),
     ("POST", "/v1/chat/completions"),
@@ -15,6 +15,7 @@ const ROUTES: [(&str, &str); 13] = [
     ("GET", "/slots"),
     ("GET", "/metrics"),
     ("GET", "/explain"),
+    ("GET", "/lora-adapters"),
     ("GET", "/nowhere"),
     ("DELETE", "/v1/models"),
 ];
@@ -149,6 +150,7 @@ fn what_it_shows_is_the_same_as_ever() {
     let explain = server.get("/explain").json();
     assert_eq!(explain["threads"], 2);
     assert!(explain["tensors"].as_array().unwrap().len() > 60);
+    assert_eq!(server.get("/lora-adapters").json(), json!([]));
 
     let tokens = server.post(
         "/tokenize",
