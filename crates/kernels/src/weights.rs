@@ -65,14 +65,12 @@ pub enum WeightsError {
     #[error(transparent)]
     Sparse(#[from] SparseError),
     /// Matrices that don't make an addition to another.
-    #[error("{a:?} and {b:?} (experts, rows, weights per row) make no low-rank addition to {w:?}")]
+    #[error("{factors} make no low-rank addition to {matrix}")]
     LowRank {
-        /// Experts, rows and weights per row of the first factor.
-        a: [usize; 3],
-        /// The same of the second.
-        b: [usize; 3],
-        /// The same of the matrix.
-        w: [usize; 3],
+        /// The shapes of both.
+        factors: String,
+        /// The shape of the other one.
+        matrix: String,
     },
     /// Sparse bytes of another matrix.
     #[error("sparse {found} where {wanted} was expected")]
@@ -304,9 +302,8 @@ impl Weights {
             && rank > 0;
         if !fits {
             return Err(WeightsError::LowRank {
-                a: shape(&a),
-                b: shape(&b),
-                w: shape(self),
+                factors: format!("{a:?} and {b:?}"),
+                matrix: format!("{self:?}"),
             });
         }
         self.adapters.push(LowRank { a, b, scale });
