@@ -281,10 +281,8 @@ impl Reader<'_> {
         for (name, a, b) in self.pairs()? {
             let base = self.base(name)?;
             let [k, n, experts] = dims(base).unwrap_or_default();
-            let rank = dims(a).map_or(0, |[_, rank, _]| rank);
-            if rank == 0 {
-                return self.wrong(format!("tensor `{}`: its rank is 0", a.name));
-            }
+            // Files have no tensors of length 0, so a rank is at least 1.
+            let rank = dims(a).map_or(1, |[_, rank, _]| rank);
             if dims(a) != Some([k, rank, experts]) || dims(b) != Some([rank, n, experts]) {
                 return self.wrong(format!(
                     "tensors `{name}.lora_a` {:?} and `.lora_b` {:?} don't fit the model's {:?}: \

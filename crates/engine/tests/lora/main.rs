@@ -495,7 +495,21 @@ fn what_is_no_adapter_for_the_model_is_refused_by_name() {
         error.ends_with("scale NaN is no number to multiply by"),
         "{error}"
     );
-    // A rank of 0 is refused where files are read, a file that is none as a model would be.
+    // A rank of 0 is refused where files are read, behind name and number of dimensions.
+    let mut bytes = std::fs::read(&case.lora.path).unwrap();
+    let name = format!("{q}.lora_a");
+    let at = bytes.windows(name.len()).position(|w| w == name.as_bytes());
+    let rank = at.unwrap() + name.len() + 4 + 8;
+    assert_eq!(bytes[rank..rank + 8], 8u64.to_le_bytes());
+    bytes[rank] = 0;
+    let empty = case.at("empty.gguf");
+    std::fs::write(&empty, bytes).unwrap();
+    let empty = options(&case.model, &[file(&empty, 1.0)]);
+    let error = Model::load(&empty, &mut |_| {}).unwrap_err().to_string();
+    assert!(
+        error.contains(&name) && error.contains("dimension 1 is zero"),
+        "{error}"
+    );
     let missing = options(&case.model, &[file(&case.at("missing.gguf"), 1.0)]);
     let error = Model::load(&missing, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("missing.gguf: cannot open"), "{error}");
