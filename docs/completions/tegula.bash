@@ -180,7 +180,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__bench)
-            opts="-m -p -n -d -b -t -r -o -h --model --offline --n-prompt --n-gen --prompt-gen --n-depth --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --batch-size --ubatch-size --cache-type-k --cache-type-v --sparse-kv --flash-attn --threads --isa --amx --no-mmap --no-repack --no-sparse-pack --numa --repetitions --profile --no-warmup --probe --probe-time --peer --peer-args --peer-timeout --interleave --record --analysis --plot --output --json --config --help"
+            opts="-m -p -n -d -b -t -r -o -h --model --offline --n-prompt --n-gen --prompt-gen --n-depth --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --batch-size --ubatch-size --cache-type-k --cache-type-v --sparse-kv --flash-attn --threads --isa --amx --no-mmap --no-repack --no-sparse-pack --numa --repetitions --profile --no-warmup --probe --probe-time --peer --peer-args --peer-timeout --interleave --record --analysis --plot --output --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -219,6 +219,14 @@ _tegula() {
                     return 0
                     ;;
                 -d)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -366,7 +374,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__chat)
-            opts="-m -n -c -b -t -v -s -j -h --model --offline --system --chat-template --think --stop --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --no-history --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
+            opts="-m -n -c -b -t -v -s -j -h --model --offline --system --chat-template --think --stop --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --no-history --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -465,6 +473,14 @@ _tegula() {
                     return 0
                     ;;
                 --packed-cache)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -738,7 +754,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__explain)
-            opts="-m -t -h --model --offline --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --json --config --help"
+            opts="-m -t -h --model --offline --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -777,6 +793,14 @@ _tegula() {
                     return 0
                     ;;
                 --packed-cache)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1184,7 +1208,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__logits)
-            opts="-m -p -f -c -b -t -h --model --offline --prompt --file --no-escape --top --reference --json --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
+            opts="-m -p -f -c -b -t -h --model --offline --prompt --file --no-escape --top --reference --json --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1282,6 +1306,14 @@ _tegula() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --gpu-layers)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -1334,7 +1366,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__perplexity)
-            opts="-m -f -c -b -t -h --model --offline --file --ctx-size --chunks --reference --json --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
+            opts="-m -f -c -b -t -h --model --offline --file --ctx-size --chunks --reference --json --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1421,6 +1453,14 @@ _tegula() {
                     return 0
                     ;;
                 --packed-cache)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1620,7 +1660,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__run)
-            opts="-m -p -f -n -c -b -t -v -s -j -h --model --offline --prompt --file --no-escape --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --ignore-eos --stop --no-warmup --prompt-cache --save-state --load-state --reference --json --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
+            opts="-m -p -f -n -c -b -t -v -s -j -h --model --offline --prompt --file --no-escape --n-predict --ctx-size --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --sparse-kv --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --ignore-eos --stop --no-warmup --prompt-cache --save-state --load-state --reference --json --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --json-schema --json-schema-file --grammar --grammar-file --regex --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1719,6 +1759,14 @@ _tegula() {
                     return 0
                     ;;
                 --packed-cache)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1862,7 +1910,7 @@ _tegula() {
             return 0
             ;;
         tegula__subcmd__serve)
-            opts="-m -c -n -a -b -t -v -s -h --model --offline --host --port --parallel --ctx-size --n-predict --alias --chat-template --pooling --prompt-chunk --api-key --api-key-file --cors-origin --allowed-host --queue --timeout --header-timeout --body-timeout --max-body --max-connections --drain-timeout --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --config --help"
+            opts="-m -c -n -a -b -t -v -s -h --model --offline --host --port --parallel --ctx-size --n-predict --alias --chat-template --pooling --prompt-chunk --api-key --api-key-file --cors-origin --allowed-host --queue --timeout --header-timeout --body-timeout --max-body --max-connections --drain-timeout --batch-size --ubatch-size --cache-type-k --cache-type-v --flash-attn --threads --threads-batch --isa --amx --no-mmap --mlock --no-repack --no-sparse-pack --numa --packed-cache --lora --lora-scaled --gpu-layers --split-mode --tensor-split --main-gpu --device --override-tensor --cpu-moe --n-cpu-moe --no-kv-offload --op-offload --no-op-offload --op-offload-min-batch --decode-share --fit-target --verbose --temp --top-k --top-p --min-p --typical --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --seed --logit-bias --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -2017,6 +2065,14 @@ _tegula() {
                     return 0
                     ;;
                 --packed-cache)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --lora-scaled)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

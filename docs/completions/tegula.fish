@@ -66,6 +66,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand run" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand run" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -136,6 +138,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand chat" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand chat" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -209,6 +213,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand serve" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand serve" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -256,6 +262,8 @@ complete -c tegula -n "__fish_tegula_using_subcommand bench" -s p -l n-prompt -d
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s n -l n-gen -d 'Generation lengths; 0: none' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l prompt-gen -d 'A prompt and a generation together (-pg); may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -s d -l n-depth -d 'Tokens in the context before the clock starts' -r
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand bench" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand bench" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -322,6 +330,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand perplexity" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -364,6 +374,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand logits" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand logits" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r
@@ -416,6 +428,8 @@ auto\t'Without it where it can\'t be had, and says so'
 emulate\t'The same instructions in software'"
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l numa -d 'On several memory nodes: distribute threads over all of them, isolate them on the node where the program started, or leave it to numactl' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l packed-cache -d 'Keep repacked matrices in a file, by default MODEL.tegula-packed, and map them from there' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l lora -d 'LoRA adapter (GGUF) that changes the model while it runs; may be repeated' -r -F
+complete -c tegula -n "__fish_tegula_using_subcommand explain" -l lora-scaled -d 'The same, multiplied by SCALE; may be repeated' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l gpu-layers -d 'Layers on GPUs (-ngl), the last ones; the output matrix counts as one; `all`, or `auto`: as many as fit [default: auto]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l split-mode -d 'How several GPUs share the model (-sm): layer; tensor: every layer by heads and hidden values; or none: all on one [default: layer]' -r
 complete -c tegula -n "__fish_tegula_using_subcommand explain" -l tensor-split -d 'Shares of the GPUs (-ts), such as 3,1 [default: by free memory]' -r

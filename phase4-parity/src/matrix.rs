@@ -246,10 +246,17 @@ pub const ROWS: [Row; 22] = [
         number: 20,
         capability: "LoRA, saved states, tensor checks with packed weights",
         upstream: "fragile",
-        tegula: "saved states; sums of packed files; no LoRA",
+        tegula: "LoRA at run time over weights that stay as they are packed, on vectors and tiles, of \
+                 dense matrices, experts and routers; saved states; sums of packed files",
         evidence: &[
+            Test(ENGINE, "lora", "an_adapter_is_what_merging_it_gives"),
+            Test(ENGINE, "lora", "adapters_of_experts_and_routers_are_too"),
+            Test(
+                ENGINE,
+                "lora",
+                "weights_of_every_encoding_and_tiles_take_them",
+            ),
             Test(ENGINE, "embedded", "a_saved_state_goes_on_where_it_was"),
-            Not("LoRA in the engine"),
         ],
     },
     Row {

@@ -19,7 +19,7 @@ use std::{cell::RefCell, collections::HashSet};
 
 use half::f16;
 use rayon::prelude::*;
-use tegula_gguf::{Gguf, blocks, sparse};
+use tegula_gguf::{Gguf, TensorInfo, blocks, sparse};
 
 /// Why the oracle can't load or run a model.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +151,8 @@ pub struct Oracle {
 struct Reader<'a> {
     gguf: &'a Gguf,
     activations: Activations,
+    /// LoRA adapters, and how much of each.
+    adapters: &'a [(Gguf, f32)],
     file: String,
     seen: RefCell<HashSet<String>>,
 }
@@ -211,9 +213,12 @@ impl Reader<'_> {
             tensor: name.to_owned(),
             what: "is missing".to_owned(),
         };
-        let data = self
+        let mut data = self
             .optional(name, &[n_in, n_out, n])?
             .ok_or_else(missing)?;
+        for (adapter, strength) in self.adapters {
+            self.adapt(&mut data, name, (n_in, n_out), adapter, *strength)?;
+        }
         let block = self.gguf.tensor(name).map_or(1, |t| t.ty.block_len());
         let rounded = match self.activations {
             Activations::EightBits if block > 1 => Some(block),
@@ -226,6 +231,56 @@ impl Reader<'_> {
             rounded,
         });
         Ok(split.collect())
+    }
+
+    /// What an adapter makes of matrices: W + s · B A, with s = strength · alpha / rank, or the
+    /// strength where there is no alpha.
+    fn adapt(
+        &self,
+        matrices: &mut [f32],
+        name: &str,
+        (n_in, n_out): (usize, usize),
+        adapter: &Gguf,
+        strength: f32,
+    ) -> Result<()> {
+        let of = |side: &str| adapter.tensor(&format!("{name}.lora_{side}"));
+        let (Some(down), Some(up)) = (of("a"), of("b")) else {
+            return Ok(());
+        };
+        let read = |t: &TensorInfo| {
+            let mut values = vec![0.0; t.elements() as usize];
+            let read = blocks::dequantize(t.ty, adapter.data(t), &mut values);
+            read.map(|()| values).map_err(|e| OracleError::Tensor {
+                file: adapter.metadata().origin().to_owned(),
+                tensor: t.name.clone(),
+                what: format!("can't be read: {e}"),
+            })
+        };
+        let (down_values, up_values) = (read(down)?, read(up)?);
+        let rank = down.shape.get(1).map_or(1, |r| *r as usize);
+        let experts = matrices.len() / (n_in * n_out);
+        let fits = down_values.len() == experts * rank * n_in;
+        if !fits || up_values.len() != experts * n_out * rank {
+            let what = format!("adapter of {:?} and {:?} for {name}", down.shape, up.shape);
+            return Err(self.config(what));
+        }
+        let alpha = adapter.metadata().f32("adapter.lora.alpha")?;
+        let s = match alpha {
+            Some(alpha) if alpha != 0.0 => strength * alpha / rank as f32,
+            _ => strength,
+        };
+        for (w, (a, b)) in matrices.chunks_exact_mut(n_in * n_out).zip(
+            down_values
+                .chunks_exact(rank * n_in)
+                .zip(up_values.chunks_exact(n_out * rank)),
+        ) {
+            for (row, b) in w.chunks_exact_mut(n_in).zip(b.chunks_exact(rank)) {
+                for (a, b) in a.chunks_exact(n_in).zip(b) {
+                    row.iter_mut().zip(a).for_each(|(w, a)| *w += s * b * a);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Outputs of the matrix `name`.
@@ -256,10 +311,24 @@ impl Oracle {
     /// # Errors
     /// As [`Oracle::load`].
     pub fn load_with(gguf: &Gguf, activations: Activations) -> Result<Oracle> {
+        Oracle::load_adapted(gguf, activations, &[])
+    }
+
+    /// The same, with LoRA adapters merged into the weights, each so many times: files that fit the
+    /// model.
+    ///
+    /// # Errors
+    /// As [`Oracle::load`], and when an adapter can't be read.
+    pub fn load_adapted(
+        gguf: &Gguf,
+        activations: Activations,
+        adapters: &[(Gguf, f32)],
+    ) -> Result<Oracle> {
         let md = gguf.metadata();
         let read = Reader {
             gguf,
             activations,
+            adapters,
             file: md.origin().to_owned(),
             seen: RefCell::default(),
         };

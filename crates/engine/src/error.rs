@@ -34,6 +34,10 @@ pub enum Error {
         what: String,
     },
 
+    /// A LoRA adapter that is none, or not for this model.
+    #[error("{file}: {what}")]
+    Lora { file: String, what: String },
+
     /// A matrix that no kernel takes.
     #[error("{file}: tensor `{tensor}`: {source}")]
     Weights {

@@ -2,6 +2,7 @@
 
 use crate::{
     Error, ModelConfig, Plan, PlanFlags, Result,
+    lora::{AdapterInfo, Adapters, LoraFile},
     models::{
         Attention, Ffn, FfnKind, Layer, LayerShares, Matrices, Network, Output, Placed, SharedRows,
         Streamed,
@@ -52,6 +53,8 @@ pub struct LoadOptions {
     pub repack: bool,
     /// Pack matrices that have many zeros without them.
     pub sparse_pack: bool,
+    /// Adapters that change matrices, all at once.
+    pub lora: Vec<LoraFile>,
     /// Keep the packed matrices in this file and map them from it; it is written when it is
     /// not there or does not fit.
     pub packed_cache: Option<PathBuf>,
@@ -92,6 +95,7 @@ impl LoadOptions {
             huge_pages: true,
             repack: true,
             sparse_pack: true,
+            lora: Vec::new(),
             packed_cache: None,
             tier: Tier::detect_max(),
             amx: None,
@@ -130,7 +134,22 @@ impl LoadOptions {
         })
     }
 
-    /// The flags that the plan depends on.
+    /// The adapters, checked against the model, and the flags that the plan depends on.
+    ///
+    /// # Errors
+    /// When an adapter can't be used.
+    pub fn adapters_and_flags(
+        &self,
+        gguf: &Gguf,
+        config: &ModelConfig,
+    ) -> Result<(Adapters, PlanFlags)> {
+        let adapters = Adapters::open(&self.lora, gguf, config)?;
+        let mut flags = self.plan_flags();
+        flags.offload.adapted = adapters.by_tensor();
+        Ok((adapters, flags))
+    }
+
+    /// The same flags without adapters.
     pub fn plan_flags(&self) -> PlanFlags {
         let tier = self.tier.min(Tier::detect_max());
         PlanFlags {
@@ -169,6 +188,7 @@ pub enum LoadEvent<'a> {
 pub struct Model {
     config: ModelConfig,
     plan: Plan,
+    adapters: Vec<AdapterInfo>,
     tokenizer: Tokenizer,
     gguf: Gguf,
     pub(crate) compute: Compute,
@@ -189,7 +209,7 @@ impl Model {
         let start = Instant::now();
         let gguf = options.open()?;
         let config = ModelConfig::from_gguf(&gguf)?;
-        let mut flags = options.plan_flags();
+        let (adapters, mut flags) = options.adapters_and_flags(&gguf, &config)?;
         flags.offload.check()?;
         let mut placed = plan(&config, &gguf, &flags);
         let mut pool = PoolConfig {
@@ -215,7 +235,9 @@ impl Model {
             placed = plan(&config, &gguf, &flags);
         }
         placed.offload.check_memory()?;
-        let needed = placed.bytes_in(Buffer::Heap) + placed.bytes_in(Buffer::Packed);
+        let needed = placed.bytes_in(Buffer::Heap)
+            + placed.bytes_in(Buffer::Packed)
+            + placed.adapter_bytes();
         if let Some(available) = options.memory.filter(|&limit| needed > limit) {
             return Err(Error::Memory {
                 file: gguf.metadata().origin().to_owned(),
@@ -238,6 +260,7 @@ impl Model {
         let mut loader = Loader {
             gguf: &gguf,
             plan: &plan,
+            adapters: &adapters,
             compute: &compute,
             cache: cache.as_ref(),
             devices: &options.devices,
@@ -258,6 +281,7 @@ impl Model {
         Ok(Model {
             config,
             plan,
+            adapters: adapters.infos().to_vec(),
             tokenizer,
             gguf,
             compute,
@@ -273,6 +297,11 @@ impl Model {
 
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The LoRA adapters in use.
+    pub fn adapters(&self) -> &[AdapterInfo] {
+        &self.adapters
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -292,93 +321,6 @@ impl Model {
     /// What a user should know of how the devices have worked, since the last call.
     pub fn device_notes(&self) -> Vec<String> {
         self.devices.iter().flat_map(|d| d.notes()).collect()
-    }
-
-    /// The matrices on the CPU with their tensors' names, but for a tied output matrix.
-    pub fn host_matrices(&self) -> Vec<(String, &Weights)> {
-        let mut all = vec![("token_embd.weight".to_owned(), &self.matrices.embedding)];
-        if let Placed::Host(Output {
-            matrix: Some(w), ..
-        }) = &self.matrices.output
-        {
-            all.push(("output.weight".to_owned(), w));
-        }
-        for (i, layer) in self.matrices.layers.iter().enumerate() {
-            let mut put = |part: &str, w| all.push((format!("blk.{i}.{part}.weight"), w));
-            if let Placed::Host(a) = &layer.attention {
-                put("attn_q", &a.q);
-                put("attn_k", &a.k);
-                put("attn_v", &a.v);
-                put("attn_output", &a.out);
-            }
-            if let Placed::Host(f) = &layer.ffn {
-                match &f.kind {
-                    FfnKind::Dense(Network { gate, up, down }) => {
-                        put("ffn_gate", gate);
-                        put("ffn_up", up);
-                        put("ffn_down", down);
-                    }
-                    FfnKind::Router(router) => put("ffn_gate_inp", router),
-                }
-            }
-            if let Some(Placed::Host(Network { gate, up, down })) = &layer.experts {
-                put("ffn_gate_exps", gate);
-                put("ffn_up_exps", up);
-                put("ffn_down_exps", down);
-            }
-        }
-        all
-    }
-
-    /// A matrix on the CPU, to be replaced by another of the same shape; by its tensor's name, as
-    /// [`Model::host_matrices`] lists them.
-    pub fn host_matrix_mut(&mut self, tensor: &str) -> Option<&mut Weights> {
-        let (layer, part) = tensor.strip_prefix("blk.")?.split_once('.')?;
-        let layer = self.matrices.layers.get_mut(layer.parse::<usize>().ok()?)?;
-        match (part.strip_suffix(".weight")?, layer) {
-            (
-                part @ ("attn_q" | "attn_k" | "attn_v" | "attn_output"),
-                Layer {
-                    attention: Placed::Host(a),
-                    ..
-                },
-            ) => Some(match part {
-                "attn_q" => &mut a.q,
-                "attn_k" => &mut a.k,
-                "attn_v" => &mut a.v,
-                _ => &mut a.out,
-            }),
-            (
-                "ffn_gate_inp",
-                Layer {
-                    ffn: Placed::Host(f),
-                    ..
-                },
-            ) => match &mut f.kind {
-                FfnKind::Router(router) => Some(router),
-                FfnKind::Dense(_) => None,
-            },
-            (part, Layer { ffn, experts, .. }) => {
-                let (part, network) = match (part.strip_suffix("_exps"), experts, ffn) {
-                    (Some(part), Some(Placed::Host(network)), _) => (part, network),
-                    (
-                        None,
-                        _,
-                        Placed::Host(Ffn {
-                            kind: FfnKind::Dense(network),
-                            ..
-                        }),
-                    ) => (part, network),
-                    _ => return None,
-                };
-                match part {
-                    "ffn_gate" => Some(&mut network.gate),
-                    "ffn_up" => Some(&mut network.up),
-                    "ffn_down" => Some(&mut network.down),
-                    _ => None,
-                }
-            }
-        }
     }
 
     /// What goes into the first layer for these tokens, `[tokens][embd]`.
@@ -432,6 +374,7 @@ struct Pinned {
 struct Loader<'a> {
     gguf: &'a Gguf,
     plan: &'a Plan,
+    adapters: &'a Adapters,
     compute: &'a Compute,
     cache: Option<&'a packed::Cache>,
     devices: &'a [Arc<dyn Device>],
@@ -511,7 +454,7 @@ impl Loader<'_> {
         let experts = experts.unwrap_or(1);
         let place = self.plan.get(name);
         let packed = place.is_some_and(|p| p.encoding == Encoding::Strip16);
-        let weights = if tensor.ty.is_sparse() {
+        let mut weights = if tensor.ty.is_sparse() {
             let sparse = self.sparse(tensor, n, k, experts)?;
             match place.is_some_and(|p| p.buffer == Buffer::Packed) {
                 true => {
@@ -536,6 +479,7 @@ impl Loader<'_> {
                 raw
             }
         };
+        self.adapters.adapt(name, &mut weights, &self.compute.pool);
         self.count(name);
         Ok(weights)
     }

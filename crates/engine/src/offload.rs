@@ -7,7 +7,7 @@
 //! `--cpu-moe`, then the layer's number (`-ngl`). What stays on the CPU may be packed for it.
 
 use crate::{
-    Error, ModelConfig, Result,
+    Error, LoraPart, ModelConfig, Result,
     context::UBATCH,
     share::{DecodeShare, Shares},
     stream::Streams,
@@ -15,7 +15,7 @@ use crate::{
 };
 use regex::Regex;
 use serde::{Serialize, Serializer};
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 use tegula_gguf::{Gguf, TensorInfo};
 use tegula_kernels::{
     device::{
@@ -114,6 +114,8 @@ pub struct OffloadFlags {
     pub rates: Rates,
     /// Of dense matrices on the CPU, the part that a device multiplies for single tokens.
     pub decode_share: DecodeShare,
+    /// What adapters add, by tensor: the CPU computes it, so these tensors' units stay there.
+    pub adapted: BTreeMap<String, Vec<LoraPart>>,
 }
 
 impl Default for OffloadFlags {
@@ -136,6 +138,7 @@ impl Default for OffloadFlags {
             op_offload_min_batch: None,
             rates: RATES,
             decode_share: DecodeShare::Auto,
+            adapted: BTreeMap::new(),
         }
     }
 }
@@ -197,6 +200,11 @@ impl OffloadFlags {
             return wrong("-ngl: no GPU is in use".to_owned());
         }
         Ok(())
+    }
+
+    /// Whether adapters change a tensor of a unit.
+    pub(crate) fn adapts(&self, of: Unit) -> bool {
+        self.adapted.keys().any(|name| unit(name) == Some(of))
     }
 
     /// Layers are split over several devices. One device has them whole.
@@ -553,6 +561,13 @@ pub(crate) fn offload(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Off
     };
     if !flags.devices.is_empty() {
         chosen.summary = summary(c, &chosen, how.is_some());
+        let kept = names.units.iter().filter(|(u, _)| flags.adapts(*u)).count();
+        if kept > 0 {
+            if chosen.is_cpu_only() {
+                "all on the CPU".clone_into(&mut chosen.summary);
+            }
+            chosen.summary += &format!("; {ADAPTED}: {kept} parts of layers stay there for them");
+        }
     }
     chosen
 }
@@ -596,6 +611,9 @@ fn summary(c: &ModelConfig, o: &Offload, fitted: bool) -> String {
     }
     text
 }
+
+/// Why a unit is on the CPU whatever else is asked for.
+const ADAPTED: &str = "LoRA adapters are computed on the CPU";
 
 /// Names of the tensors of each unit, for `-ot`.
 struct Names<'a> {
@@ -669,17 +687,20 @@ fn place(
     }
     for (unit, tensors) in &names.units {
         let hit = |r: &&Override| tensors.iter().any(|t| r.pattern.is_match(t));
-        let Some(found) = flags.overrides.iter().find(hit) else {
-            continue;
+        let found = match flags.overrides.iter().find(hit) {
+            _ if flags.adapts(*unit) => (Device::Cpu, ADAPTED),
+            Some(found) => (found.device, "-ot, which comes first"),
+            None => continue,
         };
+        let (device, why) = found;
         match *unit {
-            Unit::Attention(i) => o.attention[i] = found.device,
-            Unit::Ffn(i) => o.ffn[i] = found.device,
-            Unit::Experts(i) => o.experts[i] = found.device,
-            Unit::Output => o.output = found.device,
+            Unit::Attention(i) => o.attention[i] = device,
+            Unit::Ffn(i) => o.ffn[i] = device,
+            Unit::Experts(i) => o.experts[i] = device,
+            Unit::Output => o.output = device,
         }
         o.overridden.retain(|(k, _)| *k != key(*unit));
-        o.overridden.push((key(*unit), "-ot, which comes first"));
+        o.overridden.push((key(*unit), why));
     }
     if c.experts.is_none() {
         // There are none: they follow the network, and count for nothing.

@@ -3,7 +3,7 @@
 
 pub use crate::offload::Device;
 use crate::{
-    Arch, ModelConfig,
+    Arch, LoraPart, ModelConfig,
     offload::{self, DeviceUse, Offload, OffloadFlags, Unit, unit},
     share::{Share, Sharing},
     stream::{self, Stream},
@@ -104,6 +104,9 @@ pub struct Placement {
     /// Of single tokens a device multiplies so much of it, from pinned memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
+    /// What LoRA adapters add to its products, on the CPU.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<LoraPart>,
     #[serde(skip)]
     role: Role,
     /// For matrices, where AMX was asked for: whether its tiles multiply them.
@@ -140,6 +143,12 @@ impl Plan {
             .filter(|p| p.buffer == buffer)
             .map(|p| p.bytes)
             .sum()
+    }
+
+    /// Bytes of LoRA adapters, besides the tensors that they change.
+    pub fn adapter_bytes(&self) -> u64 {
+        let parts = self.placements.iter().flat_map(|p| &p.lora);
+        parts.map(|part| part.bytes).sum()
     }
 
     /// Bytes of pinned memory from which devices multiply for single tokens.
@@ -277,6 +286,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 reason: offload.reason(unit).to_owned(),
                 streams: None,
                 share: None,
+                lora: Vec::new(),
                 role: role(config.arch, gguf, tensor),
                 tiles: None,
             })
@@ -339,11 +349,13 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
                 ),
                 streams,
                 share: None,
+                lora: Vec::new(),
                 role,
                 tiles,
             };
         }
         let share = match role {
+            Role::Matrix if flags.offload.adapted.contains_key(&tensor.name) => None,
             Role::Matrix => unit.and_then(|unit| sharing.of(unit, tensor)),
             Role::TiedEmbedding => sharing.of(Unit::Output, tensor),
             _ => None,
@@ -412,11 +424,18 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
             reason: reason.to_owned(),
             streams,
             share,
+            lora: Vec::new(),
             role,
             tiles,
         }
     };
-    let mut placements: Vec<_> = gguf.tensors().iter().map(&mut place).collect();
+    let adapted = |mut p: Placement| {
+        let added = flags.offload.adapted.get(&p.tensor);
+        p.lora = added.cloned().unwrap_or_default();
+        p
+    };
+    let placed = gguf.tensors().iter().map(&mut place);
+    let mut placements: Vec<_> = placed.map(adapted).collect();
     if let (None, Some(tied)) = (
         gguf.tensor("output.weight"),
         gguf.tensor("token_embd.weight"),

@@ -82,7 +82,9 @@ impl Context {
             return Err(wrong("damaged: the checksum differs"));
         }
         if u32_at(12) != self.fingerprint() {
-            return Err(wrong("it belongs to another model or cache type"));
+            return Err(wrong(
+                "it belongs to another model, other LoRA adapters or another cache type",
+            ));
         }
         let count = u64::from(u32_at(16)) | u64::from(u32_at(20)) << 32;
         let end = usize::try_from(count)
@@ -135,6 +137,10 @@ impl Context {
         hash.update(format!("{:?}", self.cache.shape()).as_bytes());
         if let Some(sparsity) = self.cache.sparsity() {
             hash.update(sparsity.to_string().as_bytes());
+        }
+        // Adapters are part of the model that has written the cache.
+        for adapter in self.model().adapters().iter().filter(|a| a.scale != 0.0) {
+            hash.update(&adapter.checksum.to_le_bytes());
         }
         hash.finalize()
     }

@@ -195,7 +195,7 @@ fn unit_streams(
     unit: Unit,
 ) -> Option<(usize, [u64; 3], Option<Stream>)> {
     let f = &flags.offload;
-    if offload.device(unit) != Device::Cpu {
+    if offload.device(unit) != Device::Cpu || f.adapts(unit) {
         return None;
     }
     let holds = |d: &usize| offload.devices[*d].weights > 0;

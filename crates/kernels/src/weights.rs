@@ -64,6 +64,14 @@ pub enum WeightsError {
     /// Sparse bytes that contradict themselves.
     #[error(transparent)]
     Sparse(#[from] SparseError),
+    /// Matrices that don't make an addition to another.
+    #[error("{factors} make no low-rank addition to {matrix}")]
+    LowRank {
+        /// The shapes of both.
+        factors: String,
+        /// The shape of the other one.
+        matrix: String,
+    },
     /// Sparse bytes of another matrix.
     #[error("sparse {found} where {wanted} was expected")]
     Other {
@@ -110,6 +118,18 @@ pub struct Weights {
     strip_bytes: usize,
     layout: &'static Layout,
     storage: Storage,
+    adapters: Vec<LowRank>,
+}
+
+/// An addition of low rank to a matrix, or to each of a stack: `W + scale · B A`. It is never
+/// added up: products take it as `W x + B (scale · A x)`.
+#[derive(Debug)]
+pub struct LowRank {
+    /// `[rank][k]`, or `[experts][rank][k]`.
+    pub(crate) a: Weights,
+    /// `[n][rank]`, or `[experts][n][rank]`.
+    pub(crate) b: Weights,
+    pub(crate) scale: f32,
 }
 
 impl std::fmt::Debug for Weights {
@@ -221,6 +241,7 @@ impl Weights {
             strip_bytes: layout.strip_bytes(k),
             layout,
             storage: Storage::Sparse16(table, Strips::Shared(bytes.slice(at..len))),
+            adapters: Vec::new(),
         })
     }
 
@@ -263,7 +284,35 @@ impl Weights {
             strip_bytes,
             layout,
             storage,
+            adapters: Vec::new(),
         })
+    }
+
+    /// Has all products with these weights add `scale · b (a x)`: `a` is `[experts][rank][k]`,
+    /// `b` is `[experts][n][rank]`, with as many experts as there are here. Look-ups of rows, copies
+    /// and devices know nothing of it.
+    ///
+    /// # Errors
+    /// When the shapes are not those.
+    pub fn adapt(&mut self, a: Weights, b: Weights, scale: f32) -> Result<(), WeightsError> {
+        let shape = |w: &Weights| [w.experts, w.n, w.k];
+        let rank = a.n;
+        let fits = shape(&a) == [self.experts, rank, self.k]
+            && shape(&b) == [self.experts, self.n, rank]
+            && rank > 0;
+        if !fits {
+            return Err(WeightsError::LowRank {
+                factors: format!("{a:?} and {b:?}"),
+                matrix: format!("{self:?}"),
+            });
+        }
+        self.adapters.push(LowRank { a, b, scale });
+        Ok(())
+    }
+
+    /// What products add.
+    pub(crate) fn adapters(&self) -> &[LowRank] {
+        &self.adapters
     }
 
     /// The weights' type.
@@ -358,8 +407,8 @@ impl Weights {
         }
     }
 
-    /// The same weights as strips in memory of their own; sparse ones stay sparse. Lossless:
-    /// [`Weights::unpack_raw`] is the inverse.
+    /// The same weights as strips in memory of their own, without adapters; sparse ones stay
+    /// sparse. Lossless: [`Weights::unpack_raw`] is the inverse.
     pub fn pack(&self, pool: &Pool) -> Weights {
         if let Storage::Sparse16(table, b) = &self.storage {
             let mut out = AlignedBuf::zeroed(b.len());
@@ -371,6 +420,7 @@ impl Weights {
             });
             return Weights {
                 storage: Storage::Sparse16(table.clone(), Strips::Own(out)),
+                adapters: Vec::new(),
                 ..*self
             };
         }
@@ -401,6 +451,7 @@ impl Weights {
         }
         Weights {
             storage: Storage::Strip16(Strips::Own(out)),
+            adapters: Vec::new(),
             ..*self
         }
     }

@@ -5,6 +5,7 @@ use crate::{
     facts,
     gpu::GpuArgs,
     hub::{self, Reference},
+    lora::LoraArgs,
     output,
     progress::{Progress, Unit},
 };
@@ -199,6 +200,8 @@ pub struct CpuArgs {
     )]
     packed_cache: Option<Option<PathBuf>>,
     #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
     gpu: GpuArgs,
 }
 
@@ -286,6 +289,7 @@ impl CpuArgs {
             mlock: self.mlock,
             repack: !self.no_repack,
             sparse_pack: !self.no_sparse_pack,
+            lora: self.lora.files(),
             tier: require_tier(tier)?,
             amx: amx(self.amx, tier)?,
             threads,
@@ -339,6 +343,9 @@ pub fn load(options: &LoadOptions) -> anyhow::Result<Arc<Model>> {
     }
     if let Some(line) = facts::amx(&model) {
         say!("{line}");
+    }
+    for adapter in model.adapters() {
+        say!("LoRA {}: {}", adapter.file, adapter.describe());
     }
     if !model.plan().offload.summary.is_empty() {
         say!("GPUs: {}", model.plan().offload.summary);

@@ -13,6 +13,7 @@ mod facts;
 mod gpu;
 mod hub;
 mod interrupt;
+mod lora;
 mod progress;
 mod serve;
 mod settings;

@@ -2,7 +2,10 @@
 
 use std::cell::RefCell;
 
-use super::Compute;
+use super::{
+    Compute,
+    low_rank::{Lows, Segment},
+};
 use crate::{
     acts::{Acts, ActsView, Forms, GROUP},
     disjoint::DisjointMut,
@@ -127,6 +130,17 @@ impl Scratch {
     }
 }
 
+/// One product of [`Compute::products`].
+pub(super) struct Product<'a> {
+    pub w: &'a Weights,
+    /// The matrix of the stack, and how many tokens.
+    pub segment: Segment,
+    /// These tokens.
+    pub x: ActsView<'a>,
+    /// `[tokens][rows]`
+    pub y: &'a mut [f32],
+}
+
 /// The pieces that a product with `m` tokens is cut into: (first token, tokens). They are
 /// about equal, and all but the last are whole groups.
 pub(crate) fn token_blocks(m: usize, tiles: bool) -> impl Iterator<Item = (usize, usize)> {
@@ -186,9 +200,14 @@ pub(crate) fn runs(items: &[Item], threads: usize) -> Vec<Run> {
 }
 
 impl Compute {
-    /// The forms of activations that products of `weights` with `m` tokens take.
+    /// The forms of activations that products of `weights` with `m` tokens take, with what their
+    /// adapters take.
     pub fn forms<'w>(&self, m: usize, weights: impl IntoIterator<Item = &'w Weights>) -> Forms {
-        let form = |f, w: &Weights| f | self.table.matmul.form(w, m);
+        let kernels = &self.table.matmul;
+        let form = |f, w: &Weights| {
+            let adapters = w.adapters().iter();
+            adapters.fold(f | kernels.form(w, m), |f, l| f | kernels.form(&l.a, m))
+        };
         weights.into_iter().fold(Forms::NONE, form)
     }
 
@@ -314,29 +333,54 @@ impl Compute {
         if m == 0 {
             return beside();
         }
+        let whole = Segment::whole(m);
+        let lows = self.lower(products.iter().map(|(w, _)| *w), x, &[whole], false);
+        let mut parts = Vec::with_capacity(products.len());
+        for (w, y) in products {
+            assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
+            self.observed(w, 0, &x.view());
+            parts.push(Product {
+                w,
+                segment: whole,
+                x: x.view(),
+                y,
+            });
+        }
+        self.products(&mut parts, &lows, adds, beside);
+    }
+
+    /// Several products in one dispatch, with what `lows` add to them; the rest is as in
+    /// [`Compute::matmul_beside`].
+    pub(super) fn products(
+        &self,
+        products: &mut [Product<'_>],
+        lows: &Lows<'_>,
+        adds: bool,
+        beside: impl FnOnce(),
+    ) {
         let kernels = &self.table.matmul;
         let mut items = Vec::with_capacity(products.len());
         let mut outputs = Vec::with_capacity(products.len());
-        for (w, y) in products {
-            assert_eq!(w.experts(), 1, "a stack of matrices is for moe_ffn");
+        for Product { w, segment, x, y } in products {
+            let m = segment.len;
             let n = y.len() / m;
             assert!(y.len() == m * n && n <= w.n());
             assert!(n == w.n() || n.is_multiple_of(ROWS));
-            self.observed(w, 0, &x.view());
             items.push(Item {
                 strips: n.div_ceil(ROWS),
                 ..Item::product(w, kernels.form(w, m).has(Forms::TILES))
             });
-            outputs.push((*w, n, DisjointMut::new(y)));
+            outputs.push((*w, *segment, *x, n, DisjointMut::new(y)));
         }
         let tasks = runs(&items, self.pool.threads());
         let gather = self.table.float.gather;
         let multiply = |task: usize| {
             let Run { item, first, count } = tasks[task];
-            let (w, n, y) = &outputs[item];
+            let (w, segment, x, n, y) = &outputs[item];
+            let m = segment.len;
             let part = Part {
                 w,
-                expert: 0,
+                expert: segment.expert,
                 first,
                 count,
             };
@@ -344,9 +388,11 @@ impl Compute {
             let rows = (count * ROWS).min(n - row);
             with_scratch(|scratch| {
                 for (start, len) in token_blocks(m, kernels.tiles_for(w, m).is_some()) {
-                    let acts = x.view().slice(start, len);
-                    scratch.tile.fit(count * len * ROWS);
-                    scratch.mul(kernels, part, None, (acts, m), 0);
+                    let values = count * len * ROWS;
+                    scratch.tile.fit(values + lows.spare(values));
+                    scratch.mul(kernels, part, None, (x.slice(start, len), m), 0);
+                    let tokens = (*segment, start, len);
+                    scratch.add_lows(kernels, part, (lows, item), tokens, 0, values);
                     for t in 0..len {
                         let at = (start + t) * n + row;
                         let later = at + WRITE_AHEAD * n;

@@ -2,6 +2,7 @@
 
 mod attention;
 mod embed;
+mod low_rank;
 pub mod matmul;
 pub mod moe;
 mod rope;

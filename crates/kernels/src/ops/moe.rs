@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use super::{
     Compute,
+    low_rank::Segment,
     matmul::{Item, Part, Run, runs, token_blocks, with_scratch},
 };
 use crate::{
@@ -110,14 +111,6 @@ pub struct MoeScratch {
     hidden: Acts,
 }
 
-/// The tokens of one expert: `tokens[start .. start + len]` of the plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Segment {
-    expert: usize,
-    start: usize,
-    len: usize,
-}
-
 /// Tokens grouped by expert.
 #[derive(Debug, PartialEq, Eq)]
 struct Groups {
@@ -222,11 +215,7 @@ impl Compute {
         hidden: &mut Acts,
     ) {
         let _span = self.profile.span(Op::GateUp);
-        let segments = [Segment {
-            expert: 0,
-            start: 0,
-            len: x.m(),
-        }];
+        let segments = [Segment::whole(x.m())];
         let segments = if x.m() == 0 {
             &segments[..0]
         } else {
@@ -266,6 +255,7 @@ impl Compute {
             self.observed(gate, s.expert, &view);
             self.observed(up, s.expert, &view);
         }
+        let lows = &self.lower([gate, up], x, segments, shared);
         let (kernels, float) = (&self.table.matmul, &self.table.float);
         let item = |s: &Segment| {
             let tiles = kernels.tiles_for(gate, s.len).is_some();
@@ -285,7 +275,8 @@ impl Compute {
         let tasks = runs(&items, self.pool.threads());
         self.pool.run(tasks.len(), &|task| {
             let Run { item, first, count } = tasks[task];
-            let Segment { expert, start, len } = segments[item];
+            let segment = segments[item];
+            let Segment { expert, start, len } = segment;
             let (strips, first_col) = (count, first * ROWS);
             let [gate, up] = [gate, up].map(|w| Part {
                 w,
@@ -293,7 +284,7 @@ impl Compute {
                 first,
                 count,
             });
-            let form = kernels.form(down, len);
+            let forms = self.forms(len, [down]);
             let view = if shared {
                 x.view()
             } else {
@@ -306,9 +297,12 @@ impl Compute {
                     scratch.tile.fit(3 * values);
                     scratch.mul(kernels, gate, Some(up), acts, 0);
                     scratch.mul(kernels, up, None, acts, values);
+                    let (tokens, spare) = ((segment, first, m), 2 * values);
+                    scratch.add_lows(kernels, gate, (lows, 0), tokens, 0, spare);
+                    scratch.add_lows(kernels, up, (lows, 1), tokens, values, spare);
                     let (gate, rest) = scratch.tile[..3 * values].split_at_mut(values);
                     let (up, both) = rest.split_at_mut(values);
-                    if let (Forms::TILES, Some(tiles)) = (form, &kernels.tiles) {
+                    if let (Forms::TILES, Some(tiles)) = (forms, &kernels.tiles) {
                         // `k` of the tile form is whole pairs of strips, and so are all runs.
                         for (t, c) in (0..m)
                             .step_by(TILE_GROUP)
@@ -338,7 +332,7 @@ impl Compute {
                             // SAFETY: as above; tasks write columns or segments of their own.
                             unsafe {
                                 (float.gather)(&both[(c * m + t) * ROWS..], m * ROWS, h, false);
-                                hidden.put(kernels, form, (start, len), first + t, col, h);
+                                hidden.put(kernels, forms, (start, len), first + t, col, h);
                             }
                         }
                     }
@@ -419,6 +413,7 @@ impl Compute {
         for s in &groups.segments {
             self.observed(down, s.expert, &hidden.segment(s.start, s.len));
         }
+        let lows = &self.lower([down], hidden, &groups.segments, false);
         let y = DisjointMut::new(out);
         let tiles = |m| kernels.tiles_for(down, m).is_some();
         // The block of tokens, first and count, that each assignment is multiplied in.
@@ -436,7 +431,8 @@ impl Compute {
             let row = first_strip * ROWS;
             let rows = (strips * ROWS).min(n - row);
             with_scratch(|scratch| {
-                scratch.tile.fit(assigned * strips * ROWS);
+                let values = assigned * strips * ROWS;
+                scratch.tile.fit(values + lows.spare(values));
                 let part = |s: &Segment| Part {
                     w: down,
                     expert: s.expert,
@@ -450,6 +446,8 @@ impl Compute {
                         let acts = hidden.segment(s.start, s.len).slice(first, count);
                         let at = (s.start + first) * strips * ROWS;
                         scratch.mul(kernels, part(s), next, (acts, s.len), at);
+                        let tokens = (*s, first, count);
+                        scratch.add_lows(kernels, part(s), (lows, 0), tokens, at, values);
                     }
                 }
                 for t in 0..m {

@@ -1,11 +1,14 @@
 //! `bench`: measures prompts and generation, in llama-bench's terms, alone or taking turns
 //! with other engines.
 
-use crate::gpu::GpuArgs;
 use crate::{
     args::{self, AmxMode},
     exit::Refusal,
-    facts, interrupt, output,
+    facts,
+    gpu::GpuArgs,
+    interrupt,
+    lora::LoraArgs,
+    output,
 };
 use clap::{Args, ValueEnum};
 use phase2_perf::{
@@ -90,6 +93,8 @@ pub struct BenchArgs {
     /// Tokens in the context before the clock starts
     #[arg(short = 'd', long, value_name = "LIST", default_value = "0", value_parser = numbers)]
     n_depth: Vec<Numbers>,
+    #[command(flatten)]
+    lora: LoraArgs,
     #[command(flatten)]
     gpu: GpuArgs,
     /// Tokens that are submitted together
@@ -292,6 +297,10 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if args.repetitions == 0 {
         return Err(Refusal::Usage("-r 0: nothing would be measured".to_owned()).into());
     }
+    if !args.peer.is_empty() && !args.lora.files().is_empty() {
+        let what = "--lora is not for peers, whose times would be of another model";
+        return Err(Refusal::Usage(what.to_owned()).into());
+    }
     let interleave = args.interleave || !args.peer.is_empty();
     let record = Record::built("bench", COMMIT, DIRTY, Host::detect());
     let mut printer = Printer::new(args, BenchRecord::new(record, interleave))?;
@@ -412,6 +421,7 @@ fn engine(
         mmap: !args.no_mmap,
         repack: !args.no_repack,
         sparse_pack: !args.no_sparse_pack,
+        lora: args.lora.files(),
         tier: setting.tier,
         amx: setting.amx,
         threads,
@@ -431,10 +441,16 @@ fn engine(
 
 fn base_row(load: &LoadOptions, model: &Arc<Model>) -> Row {
     let gguf = model.gguf();
-    let name = Path::new(gguf.metadata().origin()).file_name();
+    let name = |file: &str| {
+        let name = Path::new(file).file_name();
+        name.map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+    };
+    // A model with adapters is another one.
+    let adapters = model.adapters().iter();
+    let parts = adapters.map(|a| format!(" + {} x {}", name(&a.file), a.scale));
     Row {
         engine: "tegula".to_owned(),
-        model: name.map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        model: name(gguf.metadata().origin()) + &parts.collect::<String>(),
         arch: model.config().arch.to_string(),
         file_type: facts::file_type(gguf),
         size: gguf.file_bytes(),

@@ -7,7 +7,7 @@ use crate::{
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use tegula_engine::{ModelConfig, Plan, offload::DeviceUse, plan, plan::Placement};
+use tegula_engine::{AdapterInfo, ModelConfig, Plan, offload::DeviceUse, plan, plan::Placement};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -31,6 +31,9 @@ pub struct Report<'a> {
     isa: &'a str,
     /// Bytes by device and buffer.
     buffers: BTreeMap<String, u64>,
+    /// In the order in which tensors' `lora` numbers them.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    adapters: &'a [AdapterInfo],
     /// What each GPU in use holds.
     gpus: &'a [DeviceUse],
     /// What of the model goes to GPUs, in words.
@@ -39,7 +42,12 @@ pub struct Report<'a> {
 }
 
 /// The report on a plan.
-pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Report<'a> {
+pub fn report<'a>(
+    model: &'a ModelConfig,
+    isa: &'a str,
+    plan: &'a Plan,
+    adapters: &'a [AdapterInfo],
+) -> Report<'a> {
     let mut buffers = BTreeMap::new();
     for p in &plan.placements {
         *buffers.entry(place(p)).or_insert(0) += p.bytes;
@@ -47,10 +55,14 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
     if plan.pinned() > 0 {
         buffers.insert("cpu/pinned".to_owned(), plan.pinned());
     }
+    if plan.adapter_bytes() > 0 {
+        buffers.insert("cpu/lora".to_owned(), plan.adapter_bytes());
+    }
     Report {
         model,
         isa,
         buffers,
+        adapters,
         gpus: &plan.devices,
         offload: &plan.offload.summary,
         tensors: &plan.placements,
@@ -60,13 +72,14 @@ pub fn report<'a>(model: &'a ModelConfig, isa: &'a str, plan: &'a Plan) -> Repor
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let gguf = args.model.open()?;
     let config = ModelConfig::from_gguf(&gguf)?;
-    let flags = args.cpu.options(args.model.source()?)?.plan_flags();
+    let load = args.cpu.options(args.model.source()?)?;
+    let (adapters, flags) = load.adapters_and_flags(&gguf, &config)?;
     let plan = plan(&config, &gguf, &flags);
     let isa = match flags.amx {
         None => flags.tier.to_string(),
         Some(amx) => format!("{}, {}", flags.tier, amx.name()),
     };
-    let report = report(&config, &isa, &plan);
+    let report = report(&config, &isa, &plan, adapters.infos());
     if args.json {
         return output::json(&report);
     }
@@ -82,6 +95,9 @@ fn text(report: &Report<'_>, plan: &Plan) -> String {
     }
     if let Some((on_tiles, matrices)) = plan.on_tiles() {
         out += &format!("amx          {on_tiles} of {matrices} matrices on tiles\n");
+    }
+    for (i, adapter) in report.adapters.iter().enumerate() {
+        out += &format!("lora {i}       {}: {}\n", adapter.file, adapter.describe());
     }
     for d in &plan.devices {
         out += &format!(
@@ -105,7 +121,7 @@ fn text(report: &Report<'_>, plan: &Plan) -> String {
     for p in &plan.placements {
         let shape: Vec<_> = p.shape.iter().map(u64::to_string).collect();
         out += &format!(
-            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}{}\n",
+            "{:names$}  {:7} {:16} {:11} {:>10}  {:7}  {:kernels$}  {}{}{}{}\n",
             p.tensor,
             p.ty,
             shape.join(" x "),
@@ -114,6 +130,10 @@ fn text(report: &Report<'_>, plan: &Plan) -> String {
             lower(&p.encoding),
             p.kernel,
             p.reason,
+            p.lora
+                .iter()
+                .map(|l| format!("; + lora {} of rank {} x {}", l.adapter, l.rank, l.scale))
+                .collect::<String>(),
             p.streams.map_or(String::new(), |s| format!(
                 "; brought to {} for {} tokens and more{}",
                 s.device,
@@ -163,7 +183,7 @@ mod tests {
         let config = ModelConfig::from_gguf(&gguf).unwrap();
         let told = |options: &LoadOptions| {
             let plan = plan(&config, &gguf, &options.plan_flags());
-            let report = report(&config, "scalar", &plan);
+            let report = report(&config, "scalar", &plan, &[]);
             let json = serde_json::to_value(&report).unwrap();
             (text(&report, &plan), json, plan)
         };

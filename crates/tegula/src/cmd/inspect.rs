@@ -5,6 +5,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 use std::collections::BTreeMap;
+use tegula_engine::AdapterInfo;
 use tegula_gguf::{Array, Gguf, Value};
 
 /// Elements of an array, and characters of a string, that are shown without `--full`.
@@ -33,6 +34,9 @@ struct Report {
     bytes: u64,
     parameters: u64,
     file_type: String,
+    /// Of a LoRA adapter: what it changes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<String>,
     metadata: Map<String, Json>,
     /// By type: number of tensors, weights, bytes.
     types: BTreeMap<&'static str, Total>,
@@ -100,6 +104,7 @@ fn report(gguf: &Gguf, full: bool) -> Report {
         bytes: gguf.file_bytes(),
         parameters: facts::parameters(gguf),
         file_type: facts::file_type(gguf),
+        adapter: AdapterInfo::of_file(gguf).map(|a| a.size()),
         metadata: metadata
             .map(|(k, v)| (k.to_owned(), value(v, full)))
             .collect(),
@@ -146,11 +151,15 @@ fn text(gguf: &Gguf, report: &Report, full: bool) -> String {
         out += &format!("{}: {}\n", file.name, output::bytes(file.bytes));
     }
     out += &format!(
-        "GGUF version {}, {} parameters, {}\n\nmetadata\n",
+        "GGUF version {}, {} parameters, {}\n",
         report.version,
         output::count(report.parameters),
         report.file_type
     );
+    if let Some(adapter) = &report.adapter {
+        out += &format!("LoRA adapter: {adapter}\n");
+    }
+    out += "\nmetadata\n";
     for (key, v) in gguf.metadata().iter() {
         let shown = match v {
             Value::String(s) if !full && s.chars().count() > SHOWN_CHARS => {

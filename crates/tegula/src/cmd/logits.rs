@@ -3,10 +3,9 @@
 use crate::{
     args::{CpuArgs, ModelArgs, PromptArgs, SparseCacheArgs},
     exit::Refusal,
-    facts, output,
+    facts, lora, output,
 };
 use clap::Args;
-use phase4_parity::oracle::Oracle;
 use serde::Serialize;
 use tegula_engine::Batch;
 use tegula_gguf::{Tokenizer, tokenizer::EncodeOptions};
@@ -63,10 +62,11 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     };
     let encode = |tokenizer: &Tokenizer| tokenizer.encode(&text, EncodeOptions::default());
     let (isa, tokenizer, tokens, logits) = if args.reference {
-        let gguf = args.cpu.options(args.model.source()?)?.open()?;
+        let load = args.cpu.options(args.model.source()?)?;
+        let gguf = load.open()?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let tokens = encode(&tokenizer);
-        let logits = Oracle::load(&gguf)?.logits(&tokens)?;
+        let logits = lora::oracle(&load, &gguf)?.logits(&tokens)?;
         ("reference".to_owned(), tokenizer, tokens, logits)
     } else {
         let model = args.cpu.load(&args.model)?;

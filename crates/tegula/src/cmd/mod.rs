@@ -66,7 +66,7 @@ enum Command {
     /// List a file's metadata, tensors and types
     Inspect(inspect::InspectArgs),
     /// Say where each tensor goes, which kernel reads it, and why
-    Explain(explain::ExplainArgs),
+    Explain(Box<explain::ExplainArgs>),
     /// Say what this machine has for inference, and why not more
     Doctor(doctor::DoctorArgs),
     /// Write a model in smaller types

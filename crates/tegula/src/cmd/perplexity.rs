@@ -2,11 +2,10 @@
 
 use crate::{
     args::{CpuArgs, ModelArgs, SparseCacheArgs, read_text},
-    facts, output,
+    facts, lora, output,
     progress::{Progress, Unit},
 };
 use clap::Args;
-use phase4_parity::oracle::Oracle;
 use serde::Serialize;
 use std::{path::PathBuf, time::Instant};
 use tegula_engine::perplexity;
@@ -69,9 +68,10 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
     };
     let chunks = usize::try_from(args.chunks).unwrap_or(0);
     let report = if args.reference {
-        let gguf = args.cpu.options(args.model.source()?)?.open()?;
+        let load = args.cpu.options(args.model.source()?)?;
+        let gguf = load.open()?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        let oracle = Oracle::load(&gguf)?;
+        let oracle = lora::oracle(&load, &gguf)?;
         let tokens = encode(&tokenizer);
         let chunks = match chunks {
             0 => usize::MAX,

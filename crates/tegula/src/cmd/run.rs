@@ -7,10 +7,9 @@ use crate::{
     },
     constrain::{ConstraintArgs, guide},
     exit::Refusal,
-    facts, interrupt, output,
+    facts, interrupt, lora, output,
 };
 use clap::Args;
-use phase4_parity::oracle::Oracle;
 use serde::Serialize;
 use std::{
     path::PathBuf,
@@ -288,7 +287,7 @@ fn reference(
     let start = Instant::now();
     let gguf = load.open()?;
     let tokenizer = Tokenizer::from_gguf(&gguf)?;
-    let oracle = Oracle::load(&gguf)?;
+    let oracle = lora::oracle(load, &gguf)?;
     check_biases(&options.sampler, oracle.config().n_vocab)?;
     let load_ms = millis(start);
     let prompt = tokenizer.encode(text, EncodeOptions::default());

@@ -9,13 +9,14 @@ use crate::{
 };
 use anyhow::Context as _;
 use clap::Args;
+use serde_json::json;
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
-use tegula_engine::{Model, Source};
+use tegula_engine::{AdapterInfo, Model, Source};
 use tegula_gguf::{ChatTemplate, Gguf};
 use tegula_server::{Defaults, Pooling, Scheduler, SchedulerOptions, Service, ServiceOptions};
 
@@ -211,14 +212,22 @@ fn ready(
         },
     };
     let isa = facts::isa(model);
-    let mut report = serde_json::to_value(explain::report(c, &isa, model.plan()))?;
+    let mut report =
+        serde_json::to_value(explain::report(c, &isa, model.plan(), model.adapters()))?;
     report["threads"] = model.compute().pool.threads().into();
     Ok(Ready {
         service: Service::new(service, model.tokenizer(), template),
         scheduler: Scheduler::start(context, scheduling).context("cannot start a thread")?,
         slots: args.parallel,
         explain: report.to_string(),
+        lora: lora_adapters(model.adapters()),
     })
+}
+
+/// What `GET /lora-adapters` answers, as llama-server does.
+fn lora_adapters(adapters: &[AdapterInfo]) -> String {
+    let one = |(id, a): (usize, &AdapterInfo)| json!({"id": id, "path": a.file, "scale": a.scale});
+    serde_json::Value::from_iter(adapters.iter().enumerate().map(one)).to_string()
 }
 
 /// `general.name`, or the file's.

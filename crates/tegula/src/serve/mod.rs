@@ -39,6 +39,8 @@ pub struct Ready {
     pub slots: usize,
     /// What runs where, as JSON.
     pub explain: String,
+    /// What `GET /lora-adapters` answers.
+    pub lora: String,
 }
 
 /// Requests that are being understood at once, each on a thread of its own.

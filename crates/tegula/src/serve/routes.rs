@@ -88,6 +88,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/slots", known(get(slots)))
         .route("/metrics", known(get(metrics)))
         .route("/explain", known(get(explain)))
+        .route("/lora-adapters", known(get(lora_adapters)))
         .fallback(|| async {
             Failed(ApiError::new(
                 404,
@@ -208,6 +209,10 @@ async fn slots(State(app): State<Arc<App>>) -> Result {
 
 async fn explain(State(app): State<Arc<App>>) -> Result {
     Ok(json_text(app.ready()?.explain.clone()))
+}
+
+async fn lora_adapters(State(app): State<Arc<App>>) -> Result {
+    Ok(json_text(app.ready()?.lora.clone()))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Result {

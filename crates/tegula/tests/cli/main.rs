@@ -5,6 +5,7 @@ mod commands;
 mod constrained;
 mod errors;
 mod help;
+mod lora;
 mod settings;
 mod sparse;
 mod synthetic;

@@ -2,8 +2,9 @@
 
 use crate::support::Server;
 use serde_json::json;
+use tegula_gguf::{GgmlType, Metadata, writer::GgufWriter};
 
-const ROUTES: [(&str, &str); 13] = [
+const ROUTES: [(&str, &str); 14] = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/ferrous-moe-21m"),
     ("POST", "/v1/chat/completions"),
@@ -15,6 +16,7 @@ const ROUTES: [(&str, &str); 13] = [
     ("GET", "/slots"),
     ("GET", "/metrics"),
     ("GET", "/explain"),
+    ("GET", "/lora-adapters"),
     ("GET", "/nowhere"),
     ("DELETE", "/v1/models"),
 ];
@@ -149,6 +151,7 @@ fn what_it_shows_is_the_same_as_ever() {
     let explain = server.get("/explain").json();
     assert_eq!(explain["threads"], 2);
     assert!(explain["tensors"].as_array().unwrap().len() > 60);
+    assert_eq!(server.get("/lora-adapters").json(), json!([]));
 
     let tokens = server.post(
         "/tokenize",
@@ -234,4 +237,31 @@ fn no_path_leads_to_the_file_system() {
             (405, "method_not_allowed")
         );
     }
+}
+
+#[test]
+fn adapters_are_listed_with_their_scales() {
+    let mut metadata = Metadata::default();
+    metadata.set("general.architecture", "qwen3moe");
+    metadata.set("general.type", "adapter");
+    metadata.set("adapter.type", "lora");
+    let mut writer = GgufWriter::new(metadata);
+    for (which, shape) in [("a", [256, 2]), ("b", [2, 256])] {
+        let name = format!("blk.0.attn_q.weight.lora_{which}");
+        writer.add_tensor(&name, GgmlType::F32, &shape).unwrap();
+    }
+    let factor = [0; 4 * 2 * 256];
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("lora.gguf");
+    std::fs::write(&file, writer.to_bytes(&[&factor, &factor]).unwrap()).unwrap();
+    let path = file.to_str().unwrap();
+    let server = Server::start(&["--lora-scaled", &format!("{path}:0.5"), "--lora", path]);
+    let listed = server.get("/lora-adapters").json();
+    let one = |id, scale| json!({"id": id, "path": path, "scale": scale});
+    assert_eq!(listed, json!([one(0, 1.0), one(1, 0.5)]));
+    let explain = server.get("/explain").json();
+    assert_eq!(explain["adapters"][1]["scale"], 0.5);
+    // They are fixed while the server runs.
+    let set = server.post("/lora-adapters", &json!([{"id": 0, "scale": 0.0}]));
+    assert_eq!(set.status, 405);
 }
