@@ -213,9 +213,17 @@ impl Reader<'_> {
             tensor: name.to_owned(),
             what: "is missing".to_owned(),
         };
+        let with = |end| format!("{}.{end}", name.strip_suffix(".weight").unwrap_or(name));
         let mut data = self
             .optional(name, &[n_in, n_out, n])?
             .ok_or_else(missing)?;
+        // Factors of whole matrices. What activations may be divided by is of no use here.
+        if let Some(factors) = self.optional(&with("scale"), &[n])? {
+            for (matrix, factor) in data.chunks_exact_mut(n_in * n_out).zip(factors) {
+                matrix.iter_mut().for_each(|w| *w *= factor);
+            }
+        }
+        self.seen.borrow_mut().insert(with("input_scale"));
         for (adapter, strength) in self.adapters {
             self.adapt(&mut data, name, (n_in, n_out), adapter, *strength)?;
         }

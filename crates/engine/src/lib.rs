@@ -17,6 +17,7 @@ mod packed;
 mod perplexity;
 pub mod plan;
 pub mod sampler;
+mod scales;
 mod session;
 pub mod shape;
 pub mod share;

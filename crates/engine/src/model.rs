@@ -10,6 +10,7 @@ use crate::{
     offload::{self, OffloadFlags, Unit},
     packed::{self, PackedFile},
     plan::{Buffer, Encoding, plan},
+    scales,
     share::DecodeShare,
     tensor_split::{Cut, TensorSplit},
 };
@@ -479,6 +480,11 @@ impl Loader<'_> {
                 raw
             }
         };
+        if let Some(scale) = scales::of(self.gguf, name) {
+            let factors = self.vector(&scale.name, experts, true)?;
+            let scaled = weights.scale_by(factors);
+            scaled.expect("as many factors as experts were asked for");
+        }
         self.adapters.adapt(name, &mut weights, &self.compute.pool);
         self.count(name);
         Ok(weights)

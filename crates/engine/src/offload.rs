@@ -9,6 +9,7 @@
 use crate::{
     Error, LoraPart, ModelConfig, Result,
     context::UBATCH,
+    scales,
     share::{DecodeShare, Shares},
     stream::Streams,
     tensor_split::{Cut, TensorSplit},
@@ -254,10 +255,8 @@ pub(crate) fn unit(name: &str) -> Option<Unit> {
     }
     let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
     let layer = layer.parse().ok()?;
-    Some(match part {
-        "ffn_gate_exps.weight" | "ffn_up_exps.weight" | "ffn_down_exps.weight" => {
-            Unit::Experts(layer)
-        }
+    Some(match part.split_once('.').map_or(part, |(of, _)| of) {
+        "ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps" => Unit::Experts(layer),
         _ if part.starts_with("attn_") => Unit::Attention(layer),
         _ => Unit::Ffn(layer),
     })
@@ -561,12 +560,17 @@ pub(crate) fn offload(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Off
     };
     if !flags.devices.is_empty() {
         chosen.summary = summary(c, &chosen, how.is_some());
-        let kept = names.units.iter().filter(|(u, _)| flags.adapts(*u)).count();
-        if kept > 0 {
+        for (why, kept) in [
+            (ADAPTED, names.count(|unit| flags.adapts(unit))),
+            (SCALED, names.count(|unit| names.scaled(unit))),
+        ] {
+            if kept == 0 {
+                continue;
+            }
             if chosen.is_cpu_only() {
                 "all on the CPU".clone_into(&mut chosen.summary);
             }
-            chosen.summary += &format!("; {ADAPTED}: {kept} parts of layers stay there for them");
+            chosen.summary += &format!("; {why}: {kept} parts of layers stay there for them");
         }
     }
     chosen
@@ -614,6 +618,8 @@ fn summary(c: &ModelConfig, o: &Offload, fitted: bool) -> String {
 
 /// Why a unit is on the CPU whatever else is asked for.
 const ADAPTED: &str = "LoRA adapters are computed on the CPU";
+/// The same.
+const SCALED: &str = "matrices with a .scale are multiplied on the CPU";
 
 /// Names of the tensors of each unit, for `-ot`.
 struct Names<'a> {
@@ -638,6 +644,16 @@ impl<'a> Names<'a> {
             units[at].1.push(&tensor.name);
         }
         Names { units }
+    }
+
+    fn count(&self, of: impl Fn(Unit) -> bool) -> usize {
+        self.units.iter().filter(|(unit, _)| of(*unit)).count()
+    }
+
+    /// Whether products of a unit have factors of their own.
+    fn scaled(&self, of: Unit) -> bool {
+        let unit = self.units.iter().find(|(unit, _)| *unit == of);
+        unit.is_some_and(|(_, tensors)| tensors.iter().any(|t| scales::matrix(t).is_some()))
     }
 }
 
@@ -689,6 +705,7 @@ fn place(
         let hit = |r: &&Override| tensors.iter().any(|t| r.pattern.is_match(t));
         let found = match flags.overrides.iter().find(hit) {
             _ if flags.adapts(*unit) => (Device::Cpu, ADAPTED),
+            _ if names.scaled(*unit) => (Device::Cpu, SCALED),
             Some(found) => (found.device, "-ot, which comes first"),
             None => continue,
         };

@@ -5,6 +5,7 @@ pub use crate::offload::Device;
 use crate::{
     Arch, LoraPart, ModelConfig,
     offload::{self, DeviceUse, Offload, OffloadFlags, Unit, unit},
+    scales,
     share::{Share, Sharing},
     stream::{self, Stream},
 };
@@ -211,6 +212,13 @@ pub struct MatrixSizes {
 pub(crate) fn role(arch: Arch, gguf: &Gguf, tensor: &TensorInfo) -> Role {
     let name = tensor.name.as_str();
     let tied = gguf.tensor("output.weight").is_none();
+    if let Some(matrix) = scales::matrix(name) {
+        let of = gguf.tensor(&matrix).map(|m| role(arch, gguf, m));
+        return match of {
+            Some(Role::Matrix) => Role::Vector,
+            _ => Role::Unused,
+        };
+    }
     match name {
         "token_embd.weight" if tied => return Role::TiedEmbedding,
         "token_embd.weight" => return Role::Embedding,
@@ -356,6 +364,7 @@ pub fn plan(config: &ModelConfig, gguf: &Gguf, flags: &PlanFlags) -> Plan {
         }
         let share = match role {
             Role::Matrix if flags.offload.adapted.contains_key(&tensor.name) => None,
+            Role::Matrix if scales::of(gguf, &tensor.name).is_some() => None,
             Role::Matrix => unit.and_then(|unit| sharing.of(unit, tensor)),
             Role::TiedEmbedding => sharing.of(Unit::Output, tensor),
             _ => None,

@@ -10,6 +10,7 @@
 use crate::{
     ModelConfig, PlanFlags,
     offload::{Device, Offload, Unit, device_bytes},
+    scales,
 };
 use serde::Serialize;
 use tegula_gguf::{Gguf, TensorInfo};
@@ -233,8 +234,8 @@ fn unit_streams(
         let tensor = gguf.tensor(&format!("blk.{i}.{part}.weight"))?;
         let n = tensor.shape.get(1).copied().unwrap_or(1);
         let stack = tensor.shape.get(2).copied().unwrap_or(1);
-        // Sparse ones are not in the file as a device takes them.
-        if tensor.ty.is_sparse() {
+        // Sparse ones are not in the file as a device takes them, and it knows no factors.
+        if tensor.ty.is_sparse() || scales::of(gguf, &tensor.name).is_some() {
             return None;
         }
         device::matrix_bytes(tensor.ty, n, tensor.row_len(), stack)?;

@@ -64,6 +64,14 @@ pub enum WeightsError {
     /// Sparse bytes that contradict themselves.
     #[error(transparent)]
     Sparse(#[from] SparseError),
+    /// Factors of another stack.
+    #[error("{got} factors for a stack of {experts}")]
+    Factors {
+        /// Factors.
+        got: usize,
+        /// Matrices.
+        experts: usize,
+    },
     /// Matrices that don't make an addition to another.
     #[error("{factors} make no low-rank addition to {matrix}")]
     LowRank {
@@ -118,6 +126,8 @@ pub struct Weights {
     strip_bytes: usize,
     layout: &'static Layout,
     storage: Storage,
+    /// One per expert, or none.
+    factors: Vec<f32>,
     adapters: Vec<LowRank>,
 }
 
@@ -241,6 +251,7 @@ impl Weights {
             strip_bytes: layout.strip_bytes(k),
             layout,
             storage: Storage::Sparse16(table, Strips::Shared(bytes.slice(at..len))),
+            factors: Vec::new(),
             adapters: Vec::new(),
         })
     }
@@ -284,8 +295,30 @@ impl Weights {
             strip_bytes,
             layout,
             storage,
+            factors: Vec::new(),
             adapters: Vec::new(),
         })
+    }
+
+    /// Has all products with a matrix of the stack multiplied by its factor, before adapters are
+    /// added. Look-ups of rows, copies of bytes and devices know nothing of it.
+    ///
+    /// # Errors
+    /// When there are not as many factors as experts.
+    pub fn scale_by(&mut self, factors: Vec<f32>) -> Result<(), WeightsError> {
+        if factors.len() != self.experts {
+            return Err(WeightsError::Factors {
+                got: factors.len(),
+                experts: self.experts,
+            });
+        }
+        self.factors = factors;
+        Ok(())
+    }
+
+    /// What products are multiplied by, per expert; empty: by nothing.
+    pub fn factors(&self) -> &[f32] {
+        &self.factors
     }
 
     /// Has all products with these weights add `scale · b (a x)`: `a` is `[experts][rank][k]`,
@@ -420,6 +453,7 @@ impl Weights {
             });
             return Weights {
                 storage: Storage::Sparse16(table.clone(), Strips::Own(out)),
+                factors: self.factors.clone(),
                 adapters: Vec::new(),
                 ..*self
             };
@@ -451,6 +485,7 @@ impl Weights {
         }
         Weights {
             storage: Storage::Strip16(Strips::Own(out)),
+            factors: self.factors.clone(),
             adapters: Vec::new(),
             ..*self
         }

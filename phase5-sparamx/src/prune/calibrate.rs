@@ -368,12 +368,22 @@ impl Layers {
     /// Puts matrices in their places and returns those that were there.
     fn exchange(&mut self, matrices: Vec<(String, Weights)>) -> Result<Vec<(String, Weights)>> {
         let model = Arc::get_mut(&mut self.model).ok_or(PruneError::Observed)?;
-        let exchanged = matrices.into_iter().filter_map(|(name, weights)| {
-            let place = model.host_matrix_mut(&name)?;
-            let own = std::mem::replace(place, weights);
-            Some((name, own))
-        });
-        Ok(exchanged.collect())
+        let mut exchanged = Vec::new();
+        for (name, mut weights) in matrices {
+            let Some(place) = model.host_matrix_mut(&name) else {
+                continue;
+            };
+            // What products are multiplied by is no part of a tensor's bytes.
+            if !place.factors().is_empty() {
+                let scaled = weights.scale_by(place.factors().to_vec());
+                scaled.map_err(|e| PruneError::Tensor {
+                    tensor: name.clone(),
+                    what: e.to_string(),
+                })?;
+            }
+            exchanged.push((name, std::mem::replace(place, weights)));
+        }
+        Ok(exchanged)
     }
 
     /// Runs a layer for all windows; what comes out goes to the file `out`, if there is one.

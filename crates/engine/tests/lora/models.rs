@@ -3,7 +3,9 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+use tegula_engine::{Batch, Context, ContextOptions, LoadOptions, Model};
 use tegula_gguf::{GgmlType, Gguf, Metadata, blocks, writer::GgufWriter};
 
 /// Lends its vocabulary.
@@ -233,4 +235,38 @@ fn encode(ty: GgmlType, t: &Tensor) -> Vec<u8> {
     let mut out = vec![0; bytes];
     blocks::quantize(ty, &t.values, None, &mut out).unwrap();
     out
+}
+
+/// Of few tokens, run in micro-batches of so many.
+pub fn context(options: &LoadOptions, ubatch: usize) -> Context {
+    let model = Arc::new(Model::load(options, &mut |_| {}).unwrap());
+    let small = ContextOptions {
+        context: 128,
+        ubatch,
+        ..ContextOptions::default()
+    };
+    Context::new(model, &small).unwrap()
+}
+
+/// Logits behind each of some tokens, which run in micro-batches of so many.
+pub fn logits(options: &LoadOptions, ubatch: usize) -> Vec<f32> {
+    let ids: Vec<u32> = (0..37).map(|i| 3 + i * 101 % 4000).collect();
+    let mut context = context(options, ubatch);
+    let out = context.decode(&Batch::all_logits(0, &ids)).unwrap();
+    (0..out.len())
+        .flat_map(|i| out.logits(i).to_vec())
+        .collect()
+}
+
+/// The largest difference, by the largest value.
+pub fn apart(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let both = got.iter().zip(want);
+    both.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+pub fn near(what: &str, got: &[f32], want: &[f32], within: f32) {
+    let apart = apart(got, want);
+    assert!(apart <= within, "{what}: {apart} apart, at most {within}");
 }

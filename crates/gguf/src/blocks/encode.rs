@@ -10,7 +10,6 @@ use super::{
     layout::{self, SUPER, f16, pack_scales_iq4_xs, pack_scales_k4, pack_scales_q3_k},
     search::{self, AffineSearch, to_code},
 };
-use crate::types::GgmlType;
 
 /// A format that can be written.
 pub(super) trait Encode: Block {

@@ -127,6 +127,10 @@ impl Scratch {
         // SAFETY: strips are whole strips of the type and k; the view holds the form; the
         // tile is `[count][m][16]`; the table's tier was checked when it was made.
         unsafe { (tiles.map_or(kernels.mul_strips, |t| t.mul_strips))(&args) };
+        if let Some(factor) = w.factors().get(expert) {
+            let tile = &mut self.tile[at..at + len];
+            tile.iter_mut().for_each(|sum| *sum *= factor);
+        }
     }
 }
 
