@@ -69,10 +69,10 @@ pub const ROWS: [Row; 22] = [
         number: 3,
         capability: "IQ1 to IQ3, IQ4_NL, MXFP4, NVFP4",
         upstream: "no",
-        tegula: "the same tiles; no NVFP4",
+        tegula: "the same tiles; of NVFP4 also the factors of whole matrices (`.scale`), on the CPU",
         evidence: &[
             Here("tiles::codebooks", tiles::codebooks),
-            Not("NVFP4: the file reader does not know it"),
+            Test(ENGINE, "scales", "products_are_multiplied_by_them"),
         ],
     },
     Row {

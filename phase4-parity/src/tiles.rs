@@ -185,7 +185,7 @@ pub fn more_k_types() -> Result<String, String> {
 pub fn codebooks() -> Result<String, String> {
     use GgmlType as T;
     let one_and_two = [T::IQ1_S, T::IQ1_M, T::IQ2_XXS, T::IQ2_XS, T::IQ2_S];
-    let more = [T::IQ3_XXS, T::IQ3_S, T::IQ4_NL, T::MXFP4];
+    let more = [T::IQ3_XXS, T::IQ3_S, T::IQ4_NL, T::MXFP4, T::NVFP4];
     worst(&[&one_and_two[..], &more].concat())
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Without importance the formats of 32 weights take ggml's plain rounding (bit for bit),
 //! the others a search over scales weighted by the weights themselves. With importance
-//! every format but Q8_0 and MXFP4 searches.
+//! every format but Q8_0, MXFP4 and NVFP4 searches.
 
 use super::{
     decode::{Block, e8m0_half, ue4m3_half},

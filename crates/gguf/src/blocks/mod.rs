@@ -175,11 +175,12 @@ pub fn can_quantize(ty: GgmlType) -> bool {
 /// Narrows or quantises `src`, one or many rows, to the blocks `dst`.
 ///
 /// `importance`, if given, holds one factor per column (so its length is the row's): how
-/// much that column's errors count, such as the mean square of its activations. Q8_0, MXFP4
-/// and the float types have no choice to make and ignore it.
+/// much that column's errors count, such as the mean square of its activations. Q8_0, MXFP4,
+/// NVFP4 and the float types have no choice to make and ignore it.
 ///
-/// Without importance Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4, F16 and BF16 equal ggml's
-/// quantisers bit for bit; the others search the scales by the same criteria. The same input
+/// Without importance Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4, NVFP4 (whose scales stay below 256),
+/// F16 and BF16 equal ggml's quantisers bit for bit; the others search the scales by the same
+/// criteria. The same input
 /// gives the same bytes on every machine.
 ///
 /// # Errors
