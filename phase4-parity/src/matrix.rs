@@ -46,6 +46,8 @@ const PEERS: &str = "docs/bench/2026-11-24-emerald-rapids/peers.jsonl";
 const OURS: &str = "docs/bench/2026-11-24-emerald-rapids/tegula.jsonl";
 const LOADS: &str = "docs/bench/2026-11-24-emerald-rapids/tile-loads.txt";
 const HYBRID: &str = "docs/bench/2026-11-28-h100-b/bench-20261128T031740Z.json";
+/// Perplexities beside llama.cpp's.
+const BESIDE: &str = "docs/bench/2026-11-28-h200-c/nvfp4-lora.txt";
 const WAYS: &str = "docs/bench/intel-xeon-16c-1gpu/phase-3.json";
 
 /// All rows.
@@ -73,6 +75,7 @@ pub const ROWS: [Row; 22] = [
         evidence: &[
             Here("tiles::codebooks", tiles::codebooks),
             Test(ENGINE, "scales", "products_are_multiplied_by_them"),
+            Record(BESIDE, "ferrous-moe-21m-NVFP4-scaled.gguf"),
         ],
     },
     Row {
@@ -256,6 +259,7 @@ pub const ROWS: [Row; 22] = [
                 "lora",
                 "weights_of_every_encoding_and_tiles_take_them",
             ),
+            Record(BESIDE, "--lora ferrous-moe-21m-lora.gguf"),
             Test(ENGINE, "embedded", "a_saved_state_goes_on_where_it_was"),
         ],
     },
