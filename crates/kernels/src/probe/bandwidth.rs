@@ -83,7 +83,8 @@ impl Caches {
             Level::L2 => self.l2 / 2 * threads,
             Level::L3 if self.l3 > 2 * private => (self.l3 / 2).min(private.max(32 << 20) * 2),
             Level::L3 => 0,
-            Level::Memory => (4 * (self.l3 + private)).max(1 << 30).min(limit),
+            // Large hosts' last caches keep part of what is passed over again and again.
+            Level::Memory => (16 * (self.l3 + private)).max(1 << 30).min(limit),
         }
     }
 }
