@@ -141,7 +141,9 @@ fn variant(name: &str) -> Option<&str> {
     let file = name.rsplit('/').next()?;
     let tail = file.rsplit(['-', '.']).next()?;
     let upper = tail.to_ascii_uppercase();
-    let known = ["Q", "IQ", "TQ", "F16", "BF16", "F32", "MXFP4", "NVFP4", "UD"];
+    let known = [
+        "Q", "IQ", "TQ", "F16", "BF16", "F32", "MXFP4", "NVFP4", "UD",
+    ];
     let typed =
         known.iter().any(|k| upper.starts_with(k)) && upper.bytes().any(|b| b.is_ascii_digit());
     typed.then_some(tail)
