@@ -41,8 +41,10 @@ pub struct ChunkArgs<'a> {
     pub visible: &'a [usize],
     /// K and V pages of the chunk, one or two.
     pub pages: &'a [(&'a [u8], &'a [u8])],
-    /// What this thread reads next, if it knows: the kernel may ask memory for it.
-    pub next: Option<&'a [u8]>,
+    /// Whether memory was asked for these pages before, not just for the first keys.
+    pub asked: bool,
+    /// Pages that this thread reads next, if it knows: the kernel may ask memory for them.
+    pub next: &'a [(&'a [u8], &'a [u8])],
     /// Where the first pages of `pages` are pruned: how, and how many of them.
     pub pruned: Option<(Halves, usize)>,
     /// Scratch `[rows][CHUNK]`.

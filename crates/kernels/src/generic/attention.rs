@@ -10,7 +10,7 @@
 //!
 //! The cache is read once, from memory where contexts are long. Its pages lie anywhere, and the
 //! processor's own prefetching ends with each 4 KiB; so during all steps, softmax too, what is read
-//! a page later is asked for.
+//! a chunk later is asked for.
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
@@ -113,13 +113,23 @@ impl Format for Q8 {
 
 /// Memory that is asked for a few lines a step, for the second-level cache: what is read and what
 /// is read next would fill the first one, which two threads may share.
+///
+/// What is read next is asked for a chunk ahead, a line of each page in turns: requests alone keep
+/// too few lines on their way, and the processor's own prefetching helps the more the more pages it
+/// follows (`docs/bench`).
 pub(crate) struct Ahead<'a> {
+    /// What of this chunk nobody has asked for, page after page.
     at: *const u8,
     end: *const u8,
-    /// What follows.
-    pages: [&'a [u8]; 2 * PAGES],
+    own: [&'a [u8]; 2 * PAGES],
     following: usize,
+    /// The next chunk's pages, how far they are asked for, and whose turn it is.
+    next: [&'a [u8]; 2 * PAGES],
+    offset: usize,
+    turn: usize,
+    /// Lines a step, and all that are left.
     lines: usize,
+    left: usize,
 }
 
 /// Pages of a chunk.
@@ -130,42 +140,87 @@ impl<'a> Ahead<'a> {
         Ahead {
             at: std::ptr::null(),
             end: std::ptr::null(),
-            pages: [&[]; 2 * PAGES],
+            own: [&[]; 2 * PAGES],
             following: 2 * PAGES,
+            next: [&[]; 2 * PAGES],
+            offset: 0,
+            turn: 0,
             lines: 0,
+            left: 0,
         }
     }
 
-    /// All that is read behind the first page's keys, and `next`, in so many steps.
-    fn of(pages: &[(&'a [u8], &'a [u8])], next: Option<&'a [u8]>, steps: usize) -> Ahead<'a> {
+    /// All that is read behind the first page's keys, unless it was `asked` for before, and what is
+    /// read next, in so many steps.
+    fn of(
+        pages: &[(&'a [u8], &'a [u8])],
+        asked: bool,
+        next: &[(&'a [u8], &'a [u8])],
+        steps: usize,
+    ) -> Ahead<'a> {
         let mut ahead = Ahead::nothing();
-        let keys = pages.iter().skip(1).map(|p| p.0);
-        let all = keys.chain(pages.iter().map(|p| p.1)).chain(next);
-        let mut lines = 0;
-        ahead.following -= all.clone().count();
-        for (to, page) in ahead.pages[ahead.following..].iter_mut().zip(all) {
-            *to = page;
-            lines += page.len().div_ceil(LINE);
+        let lines = |page: &[u8]| page.len().div_ceil(LINE);
+        if !asked {
+            let keys = pages.iter().skip(1).map(|p| p.0);
+            let own = keys.chain(pages.iter().map(|p| p.1));
+            ahead.following -= own.clone().count();
+            for (to, page) in ahead.own[ahead.following..].iter_mut().zip(own) {
+                *to = page;
+                ahead.left += lines(page);
+            }
         }
-        ahead.lines = lines.div_ceil(steps.max(1));
+        if let [first, ..] = next {
+            // Where there are fewer pages, some are asked for twice.
+            let all = next.iter().chain(std::iter::repeat(first));
+            for (to, (k, v)) in ahead.next.as_chunks_mut::<2>().0.iter_mut().zip(all) {
+                *to = [k, v];
+            }
+            ahead.left += ahead.next.iter().map(|page| lines(page)).sum::<usize>();
+        }
+        ahead.lines = ahead.left.div_ceil(steps.max(1));
         ahead
     }
 
     #[inline(always)]
     pub(crate) fn step(&mut self) {
-        for _ in 0..self.lines {
-            if self.at >= self.end {
-                let Some(page) = self.pages.get(self.following) else {
-                    return;
-                };
-                self.following += 1;
-                self.at = page.as_ptr();
-                self.end = self.at.wrapping_add(page.len());
-            }
+        let lines = self.lines.min(self.left);
+        self.left -= lines;
+        for _ in 0..lines {
+            let line = match self.at < self.end || self.another() {
+                true => {
+                    let line = self.at;
+                    self.at = line.wrapping_add(LINE);
+                    line
+                }
+                false => self.beside(),
+            };
             // SAFETY: prefetching reads nothing that the program could see, and never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.cast()) };
-            self.at = self.at.wrapping_add(LINE);
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
         }
+    }
+
+    /// To the next page of this chunk's own; false behind the last one.
+    #[inline(always)]
+    fn another(&mut self) -> bool {
+        let Some(page) = self.own.get(self.following) else {
+            return false;
+        };
+        self.following += 1;
+        self.at = page.as_ptr();
+        self.end = self.at.wrapping_add(page.len());
+        true
+    }
+
+    /// A line of what is read next.
+    #[inline(always)]
+    fn beside(&mut self) -> *const u8 {
+        let page = self.next[self.turn];
+        let line = page.as_ptr().wrapping_add(self.offset.min(page.len()));
+        self.turn = (self.turn + 1) % (2 * PAGES);
+        if self.turn == 0 {
+            self.offset += LINE;
+        }
+        line
     }
 }
 
@@ -318,7 +373,10 @@ unsafe fn rows<V: Vector, K: Format, W: Format, const R: usize>(
         };
         // Other rows find in a cache what the first ones have read.
         let mut ahead = match row == 0 {
-            true => Ahead::of(pass.pages, args.next, pass.pages.len() * steps::<V, R>(dim)),
+            true => {
+                let steps = pass.pages.len() * steps::<V, R>(dim);
+                Ahead::of(pass.pages, args.asked, args.next, steps)
+            }
             false => Ahead::nothing(),
         };
         scores::<V, K, R>(&pass, &mut ahead);

@@ -127,8 +127,9 @@ thread_local! {
 /// cut at any span. The first chunks are spans of their own: short contexts have few.
 const SINGLE: usize = 8;
 
-/// Chunks of each span behind those: what is left to merge is one part for all of them.
-const SPAN: usize = 4;
+/// Chunks of each span behind those: what is left to merge is one part for all of them, and the
+/// first one alone is read without having been asked for.
+const SPAN: usize = 8;
 
 /// The span of a chunk.
 fn span_of(chunk: usize) -> usize {
@@ -354,7 +355,8 @@ impl Compute {
                     call.begin(scratch, block, head);
                     scratch.total.clear(block.count * group, dim);
                     for span in 0..block.spans() {
-                        call.span(scratch, block, head, span, span + 1 < block.spans());
+                        let beside = (span > 0, span + 1 < block.spans());
+                        call.span(scratch, block, head, span, beside);
                         let Scratch { span, total, .. } = scratch;
                         total.add(&span.acc, &span.stats, dim);
                     }
@@ -421,7 +423,7 @@ impl Compute {
                     mem::prefetch(call.first_keys(block, head, chunks_of(span).start));
                     SCRATCH.with_borrow_mut(|scratch| {
                         call.begin(scratch, block, head);
-                        call.span(scratch, block, head, span, false);
+                        call.span(scratch, block, head, span, (false, false));
                         let at = (unit * longest + span) * part;
                         // SAFETY: each span has a part of its own.
                         let to = unsafe { partial.slice(at..at + part) };
@@ -644,13 +646,24 @@ impl Call<'_> {
         (pages, last - first, packed)
     }
 
-    /// One span for all rows of the block; leaves `scratch.span`. The caller says whether the next one
-    /// comes after it.
-    fn span(&self, scratch: &mut Scratch, block: Block, head: usize, span: usize, more: bool) {
+    /// One span for all rows of the block; leaves `scratch.span`. The caller says whether the one
+    /// before has just been read, and whether the next one comes after it.
+    fn span(
+        &self,
+        scratch: &mut Scratch,
+        block: Block,
+        head: usize,
+        span: usize,
+        (before, after): (bool, bool),
+    ) {
         let dim = self.cache.shape().dim;
         let chunks = block.chunks_of(span);
         for chunk in chunks.clone() {
-            self.chunk(scratch, block, head, chunk, more || chunk + 1 < chunks.end);
+            let beside = (
+                before || chunk > chunks.start,
+                after || chunk + 1 < chunks.end,
+            );
+            self.chunk(scratch, block, head, chunk, beside);
             let Scratch {
                 chunk: part, span, ..
             } = &mut *scratch;
@@ -666,10 +679,20 @@ impl Call<'_> {
         self.pages(block, head, (chunk, CHUNK)).0[0].0
     }
 
-    /// One chunk for all rows of the block; leaves `scratch.chunk`. The caller says whether the next
-    /// chunk comes after it.
-    fn chunk(&self, scratch: &mut Scratch, block: Block, head: usize, chunk: usize, more: bool) {
-        let next = more.then(|| self.first_keys(block, head, chunk + 1));
+    /// One chunk for all rows of the block; leaves `scratch.chunk`. The caller says whether the one
+    /// before has just been read, and whether the next one comes after it.
+    fn chunk(
+        &self,
+        scratch: &mut Scratch,
+        block: Block,
+        head: usize,
+        chunk: usize,
+        (before, after): (bool, bool),
+    ) {
+        let (next, next_count, _) = match after {
+            true => self.pages(block, head, (chunk + 1, CHUNK)),
+            false => Default::default(),
+        };
         let chunk = (chunk, CHUNK);
         self.see(&mut scratch.visible, block, chunk);
         let (pages, count, packed) = self.pages(block, head, chunk);
@@ -683,7 +706,8 @@ impl Call<'_> {
             q: &scratch.q,
             visible: &scratch.visible,
             pages: &pages[..count],
-            next,
+            asked: before,
+            next: &next[..next_count],
             pruned: halves.map(|halves| (*halves, packed)),
             scores: &mut scratch.scores,
             acc: &mut scratch.chunk.acc,
