@@ -535,7 +535,7 @@ fn activations(c: &ModelConfig, ubatch: usize) -> u64 {
 /// Places all units.
 pub(crate) fn offload(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Offload {
     let sizes = sizes(c, gguf, flags);
-    let names = Names::new(c, gguf);
+    let names = Names::new(c, gguf, flags);
     let everything = c.layers + 1;
     let place = |count: usize, cpu_moe: usize| place(c, flags, &sizes, &names, count, cpu_moe);
     let fits = |o: &Offload| o.check_memory().is_ok();
@@ -560,10 +560,9 @@ pub(crate) fn offload(c: &ModelConfig, gguf: &Gguf, flags: &OffloadFlags) -> Off
     };
     if !flags.devices.is_empty() {
         chosen.summary = summary(c, &chosen, how.is_some());
-        for (why, kept) in [
-            (ADAPTED, names.count(|unit| flags.adapts(unit))),
-            (SCALED, names.count(|unit| names.scaled(unit))),
-        ] {
+        for why in [ADAPTED, SCALED] {
+            let kept = names.units.iter().filter(|u| u.kept.contains(&why));
+            let kept = kept.count();
             if kept == 0 {
                 continue;
             }
@@ -616,22 +615,32 @@ fn summary(c: &ModelConfig, o: &Offload, fitted: bool) -> String {
     text
 }
 
-/// Why a unit is on the CPU whatever else is asked for.
+/// Reasons of [`Named::kept`].
 const ADAPTED: &str = "LoRA adapters are computed on the CPU";
-/// The same.
 const SCALED: &str = "matrices with a .scale are multiplied on the CPU";
 
-/// Names of the tensors of each unit, for `-ot`.
+/// A unit's tensors by name, for `-ot`, and why it is on the CPU whatever else is asked for.
+struct Named<'a> {
+    unit: Unit,
+    tensors: Vec<&'a str>,
+    kept: Vec<&'static str>,
+}
+
+/// All units of a model.
 struct Names<'a> {
-    units: Vec<(Unit, Vec<&'a str>)>,
+    units: Vec<Named<'a>>,
 }
 
 impl<'a> Names<'a> {
-    fn new(c: &ModelConfig, gguf: &'a Gguf) -> Names<'a> {
-        let mut units: Vec<(Unit, Vec<&str>)> = (0..c.layers)
+    fn new(c: &ModelConfig, gguf: &'a Gguf, flags: &OffloadFlags) -> Names<'a> {
+        let mut units: Vec<Named<'a>> = (0..c.layers)
             .flat_map(|i| [Unit::Attention(i), Unit::Ffn(i), Unit::Experts(i)])
             .chain([Unit::Output])
-            .map(|u| (u, Vec::new()))
+            .map(|unit| Named {
+                unit,
+                tensors: Vec::new(),
+                kept: Vec::new(),
+            })
             .collect();
         for tensor in gguf.tensors() {
             let at = match unit(&tensor.name) {
@@ -641,19 +650,17 @@ impl<'a> Names<'a> {
                 Some(Unit::Output) => 3 * c.layers,
                 _ => continue,
             };
-            units[at].1.push(&tensor.name);
+            units[at].tensors.push(&tensor.name);
+        }
+        for named in &mut units {
+            if flags.adapts(named.unit) {
+                named.kept.push(ADAPTED);
+            }
+            if named.tensors.iter().any(|t| scales::matrix(t).is_some()) {
+                named.kept.push(SCALED);
+            }
         }
         Names { units }
-    }
-
-    fn count(&self, of: impl Fn(Unit) -> bool) -> usize {
-        self.units.iter().filter(|(unit, _)| of(*unit)).count()
-    }
-
-    /// Whether products of a unit have factors of their own.
-    fn scaled(&self, of: Unit) -> bool {
-        let unit = self.units.iter().find(|(unit, _)| *unit == of);
-        unit.is_some_and(|(_, tensors)| tensors.iter().any(|t| scales::matrix(t).is_some()))
     }
 }
 
@@ -701,23 +708,22 @@ fn place(
                 .push((key(Unit::Experts(i)), "experts stay on the CPU"));
         }
     }
-    for (unit, tensors) in &names.units {
-        let hit = |r: &&Override| tensors.iter().any(|t| r.pattern.is_match(t));
-        let found = match flags.overrides.iter().find(hit) {
-            _ if flags.adapts(*unit) => (Device::Cpu, ADAPTED),
-            _ if names.scaled(*unit) => (Device::Cpu, SCALED),
-            Some(found) => (found.device, "-ot, which comes first"),
-            None => continue,
+    for named in &names.units {
+        let unit = named.unit;
+        let hit = |r: &&Override| named.tensors.iter().any(|t| r.pattern.is_match(t));
+        let (device, why) = match (named.kept.first(), flags.overrides.iter().find(hit)) {
+            (Some(why), _) => (Device::Cpu, *why),
+            (None, Some(found)) => (found.device, "-ot, which comes first"),
+            (None, None) => continue,
         };
-        let (device, why) = found;
-        match *unit {
+        match unit {
             Unit::Attention(i) => o.attention[i] = device,
             Unit::Ffn(i) => o.ffn[i] = device,
             Unit::Experts(i) => o.experts[i] = device,
             Unit::Output => o.output = device,
         }
-        o.overridden.retain(|(k, _)| *k != key(*unit));
-        o.overridden.push((key(*unit), why));
+        o.overridden.retain(|(k, _)| *k != key(unit));
+        o.overridden.push((key(unit), why));
     }
     if c.experts.is_none() {
         // There are none: they follow the network, and count for nothing.

@@ -5,17 +5,11 @@
 #[allow(dead_code)]
 mod models;
 
-use models::{Parts, Tensor, apart, logits, near};
-use std::{path::Path, sync::Arc};
-use tegula_engine::{
-    LoadOptions, Model, Source,
-    offload::{Device as At, GpuLayers},
-};
+use models::{Parts, Tensor, apart, beside_a_device, logits, near};
+use std::path::Path;
+use tegula_engine::{LoadOptions, Model, Source, offload::Device as At};
 use tegula_gguf::{GgmlType, blocks};
-use tegula_kernels::{
-    Amx, Tier,
-    device::{Device, sim::SimDevice},
-};
+use tegula_kernels::{Amx, Tier};
 
 /// The largest weight that NVFP4 holds.
 const MOST: f32 = 448.0 * 6.0;
@@ -132,15 +126,7 @@ fn devices_leave_them_to_the_cpu() {
         .retain(|name, _| !name.starts_with("blk.1.") || !name.ends_with("scale"));
     let model = file.write(&dir.path().join("m.gguf"), typed(&file, GgmlType::NVFP4));
     let want = logits(&options(&model), 64);
-    let device = Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::detect_max()));
-    let mut options = options(&model)
-        .with_devices(vec![device as Arc<dyn Device>])
-        .unwrap();
-    options.offload.layers = GpuLayers::Count(99);
-    options.offload.margin = 0;
-    options.offload.context = 128;
-    options.offload.op_offload_min_batch = Some(2);
-    options.offload.decode_share = tegula_engine::share::DecodeShare::Fraction(0.5);
+    let options = beside_a_device(options(&model));
     near("devices", &logits(&options, 64), &want, 0.02);
     let loaded = Model::load(&options, &mut |_| {}).unwrap();
     for p in &loaded.plan().placements {

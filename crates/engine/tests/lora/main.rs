@@ -3,21 +3,15 @@
 
 mod models;
 
-use models::{EMBEDDED, Parts, apart, context, logits, near};
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use models::{EMBEDDED, Parts, apart, beside_a_device, context, logits, near};
+use std::path::{Path, PathBuf};
 use tegula_engine::{
     Batch, Error, LoadOptions, LoraFile, Model, Source,
-    offload::{Device as At, GpuLayers},
+    offload::Device as At,
     plan::{Encoding, Placement},
 };
 use tegula_gguf::{GgmlType, Gguf};
-use tegula_kernels::{
-    Amx, Tier,
-    device::{Device, sim::SimDevice},
-};
+use tegula_kernels::{Amx, Tier};
 use tempfile::TempDir;
 
 /// Differences of logits by the largest of them, between f32 sums in different orders: keys and
@@ -348,16 +342,7 @@ fn beside_a_device_adapted_parts_stay_on_the_cpu() {
         let lora = file(&adapter.write(&case.at("some.gguf"), f32s), 1.0);
         let lora = std::slice::from_ref(&lora);
         let want = logits(&options(&case.model, lora), 64);
-        let device = || Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::detect_max()));
-        let mut options = options(&case.model, lora)
-            .with_devices(vec![device() as Arc<dyn Device>])
-            .unwrap();
-        options.offload.layers = GpuLayers::Count(99);
-        options.offload.margin = 0;
-        options.offload.context = 128;
-        // Everything that may stream or be shared is.
-        options.offload.op_offload_min_batch = Some(2);
-        options.offload.decode_share = tegula_engine::share::DecodeShare::Fraction(0.5);
+        let options = beside_a_device(options(&case.model, lora));
         let model = Model::load(&options, &mut |_| {}).unwrap();
         for p in &model.plan().placements {
             let here = p.tensor.contains(part)

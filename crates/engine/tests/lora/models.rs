@@ -5,8 +5,14 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use tegula_engine::{Batch, Context, ContextOptions, LoadOptions, Model};
+use tegula_engine::{
+    Batch, Context, ContextOptions, LoadOptions, Model, offload::GpuLayers, share::DecodeShare,
+};
 use tegula_gguf::{GgmlType, Gguf, Metadata, blocks, writer::GgufWriter};
+use tegula_kernels::{
+    Tier,
+    device::{Device, sim::SimDevice},
+};
 
 /// Lends its vocabulary.
 pub const EMBEDDED: &str = concat!(
@@ -269,4 +275,17 @@ pub fn apart(got: &[f32], want: &[f32]) -> f32 {
 pub fn near(what: &str, got: &[f32], want: &[f32], within: f32) {
     let apart = apart(got, want);
     assert!(apart <= within, "{what}: {apart} apart, at most {within}");
+}
+
+/// With a simulated device that takes all layers it can; everything that may stream or be shared is.
+pub fn beside_a_device(options: LoadOptions) -> LoadOptions {
+    let device = Arc::new(SimDevice::new("SIM0", 1 << 30, Tier::detect_max()));
+    let devices = vec![device as Arc<dyn Device>];
+    let mut options = options.with_devices(devices).unwrap();
+    options.offload.layers = GpuLayers::Count(99);
+    options.offload.margin = 0;
+    options.offload.context = 128;
+    options.offload.op_offload_min_batch = Some(2);
+    options.offload.decode_share = DecodeShare::Fraction(0.5);
+    options
 }

@@ -43,11 +43,11 @@
 
 mod decode;
 mod encode;
-
-pub use encode::to_ue4m3;
 pub mod grids;
 pub mod layout;
 mod search;
+
+pub use encode::to_ue4m3;
 
 use crate::types::GgmlType;
 use decode::Block;
