@@ -398,9 +398,9 @@ unsafe fn one_group<L: Lanes, F: Format>(
 
 /// Whole strips times one token; the tiles are written, not added to.
 ///
-/// All strips at once, block by block: one of them alone keeps too few cache lines on their
-/// way from memory (`docs/bench`). Towards their ends what is at `next` is asked for instead, which
-/// need not be valid memory.
+/// All strips in turns, two groups of each, since neighbours share bytes: one of them alone keeps
+/// too few cache lines on their way from memory, and so do turns of whole blocks (`docs/bench`).
+/// Towards their ends what is at `next` is asked for instead, which need not be valid memory.
 #[inline(always)]
 pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     strips: [*const u8; S],
@@ -415,14 +415,13 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
         let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
             let at = b * F::BYTES;
-            for ((acc, strip), next) in acc.iter_mut().zip(strips).zip(next) {
-                let block = strip.add(at);
-                let later = match (at + AHEAD).checked_sub(bytes) {
-                    None => block.wrapping_add(AHEAD),
-                    Some(beyond) => next.wrapping_add(beyond),
-                };
-                // Two at a time: neighbours share bytes.
-                for g in (0..F::GROUPS).step_by(2) {
+            for g in (0..F::GROUPS).step_by(2) {
+                for ((acc, strip), next) in acc.iter_mut().zip(strips).zip(next) {
+                    let block = strip.add(at);
+                    let later = match (at + AHEAD).checked_sub(bytes) {
+                        None => block.wrapping_add(AHEAD),
+                        Some(beyond) => next.wrapping_add(beyond),
+                    };
                     one_group::<L, F>(acc, (block, later), (b, g), tokens);
                     if F::GROUPS > 1 {
                         one_group::<L, F>(acc, (block, later), (b, g + 1), tokens);
