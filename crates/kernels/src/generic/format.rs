@@ -71,6 +71,17 @@ pub(crate) trait Format {
     const SMALL: bool = !Self::Shape::FULL;
     /// The unsigned codes of group `g`: dword `e` holds weights `4e .. 4e + 4`.
     unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8];
+    /// Which codes of group `g` are sixteen times as large in [`Format::codes_in_place`]: those of the
+    /// first and of the last four dwords.
+    #[inline(always)]
+    fn sixteenfold(_g: usize) -> [bool; 2] {
+        [false; 2]
+    }
+    /// Codes for [`Lanes::WIDE`] products: high nibbles need not be shifted down, but their sums.
+    #[inline(always)]
+    unsafe fn codes_in_place<L: Lanes>(block: *const u8, g: usize) -> [L; 8] {
+        unsafe { Self::codes(block, g) }
+    }
     /// Scale `g` of the block, and minus the minimum as it is added, if the format has one.
     unsafe fn scale<L: Lanes>(block: *const u8, g: usize) -> (L::Floats, L::Floats);
 }
@@ -138,18 +149,40 @@ unsafe fn dword<L: Lanes>(field: *const u8, i: usize) -> L {
     unsafe { L::load(field.add(64 * i)) }
 }
 
-/// Low nibbles are weights 0 to 15, high nibbles 16 to 31.
+/// The low nibbles of all bytes.
+#[inline(always)]
+unsafe fn low<L: Lanes>(x: L) -> L {
+    unsafe { x.and(L::splat(0x0f0f_0f0f)) }
+}
+
+/// The high nibbles of all bytes, where they are.
+#[inline(always)]
+unsafe fn high_in_place<L: Lanes>(x: L) -> L {
+    unsafe { x.and(L::splat(0xf0f0_f0f0_u32 as i32)) }
+}
+
+/// Low nibbles are weights 0 to 15, high nibbles, as `high` takes them out, 16 to 31.
+#[inline(always)]
+unsafe fn nibbles_by<L: Lanes>(qs: *const u8, high: impl Fn(L) -> L) -> [L; 8] {
+    unsafe {
+        let mut codes = [L::splat(0); 8];
+        for e in 0..4 {
+            let x = dword::<L>(qs, e);
+            codes[e] = low(x);
+            codes[e + 4] = high(x);
+        }
+        codes
+    }
+}
+
 #[inline(always)]
 unsafe fn nibbles<L: Lanes>(qs: *const u8) -> [L; 8] {
     unsafe {
-        let mask = L::splat(0x0f0f_0f0f);
-        let mut codes = [mask; 8];
-        for e in 0..4 {
-            let x = dword::<L>(qs, e);
-            codes[e] = x.and(mask);
-            codes[e + 4] = x.shr(4).and(mask);
-        }
-        codes
+        nibbles_by(
+            qs,
+            #[inline(always)]
+            |x: L| low(x.shr(4)),
+        )
     }
 }
 
@@ -191,7 +224,7 @@ unsafe fn f16_pair<L: Lanes>(d: *const u8) -> (L::Floats, L::Floats) {
 
 macro_rules! blocks_of_32 {
     ($name:ident, $shape:ident, $raw:literal, zero $zero:literal,
-     |$c:ident| $codes:expr, |$s:ident| $scale:expr) => {
+     |$c:ident| $codes:expr, |$s:ident| $scale:expr $(, $nibbles:ident)?) => {
         pub(crate) struct $name;
 
         impl Format for $name {
@@ -207,6 +240,23 @@ macro_rules! blocks_of_32 {
             #[inline(always)]
             unsafe fn scale<L: Lanes>($s: *const u8, _: usize) -> (L::Floats, L::Floats) {
                 unsafe { $scale }
+            }
+            $(blocks_of_32!($nibbles);)?
+        }
+    };
+    (nibbles) => {
+        #[inline(always)]
+        fn sixteenfold(_: usize) -> [bool; 2] {
+            [false, true]
+        }
+        #[inline(always)]
+        unsafe fn codes_in_place<L: Lanes>(block: *const u8, _: usize) -> [L; 8] {
+            unsafe {
+                nibbles_by(
+                    block,
+                    #[inline(always)]
+                    |x: L| high_in_place(x),
+                )
             }
         }
     };
@@ -227,8 +277,8 @@ const IQ4: [i8; 16] = biased(grids::IQ4, i8::MIN);
 /// Zero point 16.
 const TWICE_MXFP4: [i8; 16] = biased(grids::MXFP4, 16);
 
-blocks_of_32!(Q4_0, Plain, 18, zero 3, |b| nibbles(b), |b| f16_scale::<L>(b.add(256)));
-blocks_of_32!(Q4_1, Affine, 20, zero 0, |b| nibbles(b), |b| f16_pair::<L>(b.add(256)));
+blocks_of_32!(Q4_0, Plain, 18, zero 3, |b| nibbles(b), |b| f16_scale::<L>(b.add(256)), nibbles);
+blocks_of_32!(Q4_1, Affine, 20, zero 0, |b| nibbles(b), |b| f16_pair::<L>(b.add(256)), nibbles);
 blocks_of_32!(Q5_0, Plain, 22, zero 4, |b| five_bits(b, b.add(256)), |b| f16_scale::<L>(
     b.add(320)
 ));
@@ -418,16 +468,18 @@ unsafe fn k4_scale<L: Lanes>(block: *const u8, g: usize) -> (L::Floats, L::Float
     }
 }
 
-/// The nibbles of group `g`: 32 bytes hold two groups, the even one low.
+/// The bytes with the nibbles of group `g`: two groups share them, the even one low.
+#[inline(always)]
+unsafe fn k_bytes<L: Lanes>(qs: *const u8, g: usize) -> [L; 8] {
+    unsafe { eight_bits(qs.add(g / 2 * 512)) }
+}
+
 #[inline(always)]
 unsafe fn k_nibbles<L: Lanes>(qs: *const u8, g: usize) -> [L; 8] {
     unsafe {
-        let mask = L::splat(0x0f0f_0f0f);
-        let mut codes = [mask; 8];
-        for (e, c) in codes.iter_mut().enumerate() {
-            *c = dword::<L>(qs, g / 2 * 8 + e)
-                .shr(4 * (g % 2) as u32)
-                .and(mask);
+        let mut codes = k_bytes::<L>(qs, g);
+        for c in &mut codes {
+            *c = low(c.shr(4 * (g % 2) as u32));
         }
         codes
     }
@@ -444,6 +496,25 @@ impl Format for Q4_K {
     #[inline(always)]
     unsafe fn codes<L: Lanes>(block: *const u8, g: usize) -> [L; 8] {
         unsafe { k_nibbles(block.add(256), g) }
+    }
+
+    #[inline(always)]
+    fn sixteenfold(g: usize) -> [bool; 2] {
+        [g % 2 == 1; 2]
+    }
+
+    #[inline(always)]
+    unsafe fn codes_in_place<L: Lanes>(block: *const u8, g: usize) -> [L; 8] {
+        unsafe {
+            let mut codes = k_bytes::<L>(block.add(256), g);
+            for c in &mut codes {
+                *c = match g % 2 {
+                    0 => low(*c),
+                    _ => high_in_place(*c),
+                };
+            }
+            codes
+        }
     }
 
     #[inline(always)]

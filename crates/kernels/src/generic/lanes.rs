@@ -35,13 +35,17 @@ pub(crate) trait Lanes: Copy {
     /// Logical shift of every dword, `n` < 32.
     unsafe fn shr(self, n: u32) -> Self;
     unsafe fn shl(self, n: u32) -> Self;
+    /// Arithmetic shift of every dword, `n` < 32.
+    unsafe fn sar(self, n: u32) -> Self;
     /// The low byte of every dword, sign-extended.
     unsafe fn sign_extend_u8(self) -> Self;
     /// `table[byte]` for every byte; all bytes are below 16.
     unsafe fn lookup(self, table: &[i8; 16]) -> Self;
-    /// Adds to each lane the dot product of four unsigned bytes of `codes`, below 128, with
-    /// the four signed bytes at `x`, which are not -128.
+    /// Adds to each lane the dot product of four unsigned bytes of `codes`, below 128 unless
+    /// [`Lanes::WIDE`], with the four signed bytes at `x`, which are not -128.
     unsafe fn dot(self, codes: Self, x: *const i8) -> Self;
+    /// [`Lanes::dot`] takes all bytes.
+    const WIDE: bool;
     /// Whether dot products of codes below 32 are less work when up to four of them are added by
     /// [`Lanes::dot_small`], from zero on, and their sum by [`Lanes::add_small`].
     const SMALL: bool = false;
@@ -93,6 +97,7 @@ fn round_bf16(x: f32) -> u32 {
 impl Lanes for __m512i {
     type Floats = __m512;
     const TOKENS: usize = 8;
+    const WIDE: bool = true;
     const FULL_ZERO: Option<u32> = Some(7);
 
     #[inline(always)]
@@ -150,6 +155,10 @@ impl Lanes for __m512i {
     #[inline(always)]
     unsafe fn shl(self, n: u32) -> Self {
         unsafe { _mm512_sllv_epi32(self, _mm512_set1_epi32(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn sar(self, n: u32) -> Self {
+        unsafe { _mm512_srav_epi32(self, _mm512_set1_epi32(n as i32)) }
     }
     #[inline(always)]
     unsafe fn sign_extend_u8(self) -> Self {
@@ -259,6 +268,7 @@ impl From<__m512i> for WithBf16 {
 impl Lanes for WithBf16 {
     type Floats = __m512;
     const TOKENS: usize = <__m512i as Lanes>::TOKENS;
+    const WIDE: bool = <__m512i as Lanes>::WIDE;
     const FULL_ZERO: Option<u32> = <__m512i as Lanes>::FULL_ZERO;
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
@@ -315,6 +325,10 @@ impl Lanes for WithBf16 {
     #[inline(always)]
     unsafe fn shl(self, n: u32) -> Self {
         unsafe { WithBf16(<__m512i as Lanes>::shl(self.0, n)) }
+    }
+    #[inline(always)]
+    unsafe fn sar(self, n: u32) -> Self {
+        unsafe { WithBf16(<__m512i as Lanes>::sar(self.0, n)) }
     }
     #[inline(always)]
     unsafe fn sign_extend_u8(self) -> Self {
@@ -418,6 +432,7 @@ macro_rules! both {
 impl<const VNNI: bool> Lanes for Pair<VNNI> {
     type Floats = (__m256, __m256);
     const TOKENS: usize = 4;
+    const WIDE: bool = VNNI;
     const FULL_ZERO: Option<u32> = if VNNI { Some(7) } else { None };
     const SMALL: bool = !VNNI;
 
@@ -501,6 +516,10 @@ impl<const VNNI: bool> Lanes for Pair<VNNI> {
     #[inline(always)]
     unsafe fn shl(self, n: u32) -> Self {
         unsafe { both!(self, Self::splat(n as i32), _mm256_sllv_epi32) }
+    }
+    #[inline(always)]
+    unsafe fn sar(self, n: u32) -> Self {
+        unsafe { both!(self, Self::splat(n as i32), _mm256_srav_epi32) }
     }
     #[inline(always)]
     unsafe fn sign_extend_u8(self) -> Self {

@@ -21,6 +21,7 @@ use crate::{
 use std::{
     arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch},
     marker::PhantomData,
+    sync::atomic::{Ordering::SeqCst, compiler_fence},
 };
 use tegula_gguf::{GgmlType, blocks};
 
@@ -172,15 +173,23 @@ impl FloatWeights for BF16 {
 pub(crate) trait Machine {
     type Lanes: Lanes;
     unsafe fn one_token<F: Format, const S: usize>(
-        strips: [*const u8; S],
-        next: [*const u8; S],
+        strips: &[OneStrip; S],
         blocks: usize,
         tokens: &Tokens,
-        tiles: [*mut f32; S],
     );
     unsafe fn decode<F: Format>(block: *const u8, blocks: usize, panel: &Panel);
     unsafe fn product<S: Shape, const T: usize>(panel: &Panel, tokens: &Tokens);
     unsafe fn floats<W: FloatWeights, const T: usize>(w: *const u8, k: usize, x: &Floats);
+}
+
+/// A strip that meets one token.
+#[derive(Clone, Copy)]
+pub(crate) struct OneStrip {
+    strip: *const u8,
+    /// What is asked for towards its end, which need not be valid memory.
+    next: *const u8,
+    /// Its sums are written there.
+    tile: *mut f32,
 }
 
 /// How strips become panels, and panels meet several tokens.
@@ -236,17 +245,13 @@ macro_rules! tier_kernels {
             #[inline]
             #[target_feature(enable = $features)]
             unsafe fn one_token<F: $crate::generic::format::Format, const S: usize>(
-                strips: [*const u8; S],
-                next: [*const u8; S],
+                strips: &[$crate::generic::matmul::OneStrip; S],
                 blocks: usize,
                 tokens: &$crate::generic::matmul::Tokens,
-                tiles: [*mut f32; S],
             ) {
                 // SAFETY: see above.
                 unsafe {
-                    $crate::generic::matmul::one_token::<$lanes, F, S>(
-                        strips, next, blocks, tokens, tiles,
-                    );
+                    $crate::generic::matmul::one_token::<$lanes, F, S>(strips, blocks, tokens);
                 }
             }
 
@@ -286,8 +291,19 @@ macro_rules! tier_kernels {
 }
 pub(crate) use tier_kernels;
 
+/// What [`add_group`] is to know of a group's codes.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind {
+    /// log2 of the zero point.
+    pub zero: u32,
+    /// Codes are below 32.
+    pub small: bool,
+    /// [`Format::sixteenfold`]
+    pub sixteenfold: [bool; 2],
+}
+
 /// Adds one group of 32 to `T` sums. `scale` and `min` are those of the group, or of its two
-/// halves; `small` says that codes are below 32.
+/// halves.
 ///
 /// # Safety
 /// `t` points at the group's first token.
@@ -296,7 +312,7 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
     acc: &mut [L::Floats; T],
     codes: impl Fn(usize) -> L,
     scales: [(L::Floats, L::Floats); 2],
-    (zero, small): (u32, bool),
+    kind: Kind,
     kb: usize,
     x: &Tokens,
 ) {
@@ -310,11 +326,12 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             let mut sums = [L::splat(0); T];
             if !S::MIN && (!S::FULL || L::FULL_ZERO.is_some()) {
                 for t in 0..T {
-                    sums[t] = L::broadcast(x.nsum.add(at + t)).shl(zero);
+                    sums[t] = L::broadcast(x.nsum.add(at + t)).shl(kind.zero);
                 }
             }
+            let mut sixteenfold = [L::splat(0); T];
             let mut first = h * dwords;
-            while L::SMALL && small && first < (h + 1) * dwords {
+            while L::SMALL && kind.small && first < (h + 1) * dwords {
                 let mut few = [L::splat(0); T];
                 for e in first..first + 4 {
                     let c = codes(e);
@@ -329,6 +346,10 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             for e in first..(h + 1) * dwords {
                 let c = codes(e);
+                let sums = match kind.sixteenfold[e / 4] {
+                    true => &mut sixteenfold,
+                    false => &mut sums,
+                };
                 for t in 0..T {
                     let q = q.add(t * 32 + e * 4);
                     sums[t] = if S::FULL {
@@ -340,6 +361,9 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             let (scale, min) = scales[h];
             for t in 0..T {
+                if kind.sixteenfold != [false; 2] {
+                    sums[t] = sums[t].add(sixteenfold[t].sar(4));
+                }
                 let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
                 acc[t] = L::fma(sums[t].to_floats(), scale, acc[t]);
                 if S::MIN {
@@ -363,7 +387,15 @@ pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let codes = F::codes::<L>(block, g);
+        let codes = match L::WIDE {
+            true => F::codes_in_place::<L>(block, g),
+            false => F::codes::<L>(block, g),
+        };
+        let kind = Kind {
+            zero: F::ZERO,
+            small: F::SMALL,
+            sixteenfold: F::sixteenfold(g).map(|high| high && L::WIDE),
+        };
         let scales = if F::Shape::HALVES {
             [F::scale::<L>(block, 2 * g), F::scale::<L>(block, 2 * g + 1)]
         } else {
@@ -374,63 +406,72 @@ pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
             #[inline(always)]
             |e| codes[e],
             scales,
-            (F::ZERO, F::SMALL),
+            kind,
             b * F::GROUPS + g,
             tokens,
         );
     }
 }
 
-/// The same times one token, asking for what comes later: this group's share of the block at
-/// `later`.
+/// Groups `g` and `g + 1`, if there is one, of a strip's block `b` times one token, asking for as
+/// much [`AHEAD`] of them, or at the next strip behind the strip's `bytes`.
 #[inline(always)]
-unsafe fn one_group<L: Lanes, F: Format>(
+unsafe fn two_groups<L: Lanes, F: Format>(
     acc: &mut [L::Floats; 1],
-    (block, later): (*const u8, *const u8),
+    from: &OneStrip,
+    bytes: usize,
     (b, g): (usize, usize),
     tokens: &Tokens,
 ) {
+    let at = b * F::BYTES;
+    let block = from.strip.wrapping_add(at);
+    let later = match (at + AHEAD).checked_sub(bytes) {
+        None => block.wrapping_add(AHEAD),
+        Some(beyond) => from.next.wrapping_add(beyond),
+    };
+    let together = F::GROUPS.min(2);
     let bytes = F::BYTES / F::GROUPS;
-    ask::<_MM_HINT_T1>(later.wrapping_add(g * bytes), bytes);
-    // SAFETY: the caller's.
-    unsafe { add_strip_group::<L, F, 1>(acc, block, (b, g), tokens) };
+    ask::<_MM_HINT_T1>(later.wrapping_add(g * bytes), together * bytes);
+    for g in g..g + together {
+        // SAFETY: the caller's.
+        unsafe { add_strip_group::<L, F, 1>(acc, block, (b, g), tokens) };
+    }
 }
 
 /// Whole strips times one token; the tiles are written, not added to.
 ///
 /// All strips in turns, two groups of each, since neighbours share bytes: one of them alone keeps
 /// too few cache lines on their way from memory, and so do turns of whole blocks (`docs/bench`).
-/// Towards their ends what is at `next` is asked for instead, which need not be valid memory.
 #[inline(always)]
 pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
-    strips: [*const u8; S],
-    next: [*const u8; S],
+    strips: &[OneStrip; S],
     blocks: usize,
     tokens: &Tokens,
-    tiles: [*mut f32; S],
 ) {
     let bytes = blocks * F::BYTES;
-    ask_beginnings(strips.into_iter().map(|strip| (strip, bytes)), AHEAD);
+    // Copies of its own need not be read again behind fences.
+    let (strips, tokens) = (&{ *strips }, &{ *tokens });
+    ask_beginnings(strips.iter().map(|s| (s.strip, bytes)), AHEAD);
     unsafe {
         let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
-            let at = b * F::BYTES;
-            for g in (0..F::GROUPS).step_by(2) {
-                for ((acc, strip), next) in acc.iter_mut().zip(strips).zip(next) {
-                    let block = strip.add(at);
-                    let later = match (at + AHEAD).checked_sub(bytes) {
-                        None => block.wrapping_add(AHEAD),
-                        Some(beyond) => next.wrapping_add(beyond),
-                    };
-                    one_group::<L, F>(acc, (block, later), (b, g), tokens);
-                    if F::GROUPS > 1 {
-                        one_group::<L, F>(acc, (block, later), (b, g + 1), tokens);
+            // Written out, so that groups are known when this is compiled.
+            macro_rules! turns {
+                ($($g:literal)*) => {$(
+                    if $g < F::GROUPS {
+                        for (acc, strip) in acc.iter_mut().zip(strips) {
+                            two_groups::<L, F>(acc, strip, bytes, (b, $g), tokens);
+                            // Or the compiler gathers the turns' reading and asking in one place.
+                            compiler_fence(SeqCst);
+                        }
                     }
-                }
+                )*};
             }
+            const { assert!(F::GROUPS <= 8) };
+            turns!(0 2 4 6);
         }
-        for (acc, tile) in acc.iter().zip(tiles) {
-            L::fstore(acc[0], tile);
+        for (acc, strip) in acc.iter().zip(strips) {
+            L::fstore(acc[0], strip.tile);
         }
     }
 }
@@ -487,6 +528,11 @@ pub(crate) unsafe fn product<L: Lanes, S: Shape, const T: usize>(panel: &Panel, 
 #[inline(always)]
 unsafe fn product_of<L: Lanes, S: Shape, const T: usize>(panel: &Panel, small: bool, x: &Tokens) {
     let parts = if S::HALVES { 2 } else { 1 };
+    let kind = Kind {
+        zero: panel.zero,
+        small,
+        sixteenfold: [false; 2],
+    };
     unsafe {
         let mut acc = [L::fsplat(0.0); T];
         for t in 0..T {
@@ -511,7 +557,7 @@ unsafe fn product_of<L: Lanes, S: Shape, const T: usize>(panel: &Panel, small: b
                 #[inline(always)]
                 |e| L::load(codes.add(64 * e)),
                 scales,
-                (panel.zero, small),
+                kind,
                 panel.first + g,
                 x,
             );
@@ -706,15 +752,18 @@ unsafe fn one_run<M: Machine, F: Format, const S: usize>(
     blocks: usize,
     tokens: &Tokens,
 ) {
-    let strips: [_; S] = std::array::from_fn(|s| args.strips[first + s]);
-    let next = std::array::from_fn(|s| {
-        let later = args.strips.get(first + S + s).or(args.next.get(s));
-        // If it is not known, what is there already.
-        later.copied().unwrap_or(strips[s])
+    let strips = std::array::from_fn(|s| {
+        let strip = args.strips[first + s];
+        let next = args.strips.get(first + S + s).or(args.next.get(s));
+        OneStrip {
+            strip,
+            // If it is not known, what is there already.
+            next: next.copied().unwrap_or(strip),
+            tile: args.tile_of(first + s),
+        }
     });
-    let tiles = std::array::from_fn(|s| args.tile_of(first + s));
     // SAFETY: the caller's.
-    unsafe { M::one_token::<F, S>(strips, next, blocks, tokens, tiles) };
+    unsafe { M::one_token::<F, S>(&strips, blocks, tokens) };
 }
 
 /// All strips times the one token.
