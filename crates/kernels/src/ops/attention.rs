@@ -27,8 +27,9 @@ pub struct Token {
 const TASK_ROWS: usize = 32;
 
 /// What writing a value of a key or value to the cache costs, in values of a sum: each of a
-/// key goes to a line of its own.
-const STORE_COST: usize = 32;
+/// key goes to a line of its own. Four heads of 128 are shared out: the caller alone took 16 us for
+/// them where several threads took 7 for eight (`docs/bench/2026-11-28-h200-d`).
+const STORE_COST: usize = 64;
 
 /// Cuts tokens, given by their pages, where the page changes; not at all if one comes again.
 fn page_runs(pages: impl Iterator<Item = u32>) -> Vec<Range<usize>> {
