@@ -27,6 +27,13 @@ pub(crate) fn prefetch<T>(x: &[T]) {
     }
 }
 
+/// Asks for the line at `p`, which need not be valid memory.
+#[inline(always)]
+pub(crate) fn ask<const HINT: i32>(p: *const u8) {
+    // SAFETY: prefetching reads nothing that the program could see, and never faults.
+    unsafe { _mm_prefetch::<HINT>(p.cast()) };
+}
+
 /// Asks for a line to write to it soon: a store waits until no other core holds it.
 #[inline]
 pub(crate) fn prefetch_write<T>(at: *const T) {

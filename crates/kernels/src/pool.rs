@@ -1,9 +1,12 @@
 //! The thread pool of the kernels.
 //!
 //! One job at a time, hundreds a token: what counts is the time from one job's last task to
-//! the next job's first. Workers spin for the next job and sleep only when none comes; tasks
-//! are taken from one counter, so a slow core takes fewer. Work stealing would add nothing
-//! and cost locality.
+//! the next job's first. Workers spin for the next job and sleep only when none comes; a thread's
+//! first task is its own, the others are taken from one counter, so a slow core takes fewer.
+//! What nobody came for is anybody's in the end.
+//!
+//! Between two jobs nobody would read memory. So a caller who knows the next job tells what each
+//! thread's first task will read ([`Pool::ahead`]), and threads that wait ask for it.
 //!
 //! A job ends when its tasks are done, not when every worker has been seen: a worker that
 //! the operating system keeps from its CPU is waited for only if it holds a task. So other
@@ -11,14 +14,19 @@
 //!
 //! Results never depend on which thread runs a task.
 
-use crate::numa::nodes;
+use crate::{
+    mem::{self, LINE},
+    numa::nodes,
+};
 use std::{
     any::Any,
+    arch::x86_64::_MM_HINT_T1,
     cell::{Cell, UnsafeCell},
+    iter::repeat_with,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -74,6 +82,13 @@ struct Job {
     count: u32,
 }
 
+/// What gives a thread a task.
+enum Claim {
+    /// The first task of this thread.
+    First(u32),
+    Ticket(u32),
+}
+
 /// One more than the last ticket of every job. A counter at or past it has no tasks left,
 /// whichever job it belonged to, so a ticket tells by itself whether there is a job behind
 /// it.
@@ -86,10 +101,33 @@ const ASLEEP: u32 = 1 << 31;
 /// of one token, much shorter than a time slice.
 const PAUSE: Duration = Duration::from_micros(20);
 
-struct Shared {
+/// What idle workers look at, in one cache line.
+struct Signals {
     /// Counts jobs in its lower bits; idle workers wait for it to change.
-    epoch: Padded<AtomicU32>,
-    /// The next ticket: from `TICKETS - count` up to [`TICKETS`].
+    epoch: AtomicU32,
+    /// Counts what [`Pool::ahead`] has told.
+    told: AtomicU32,
+}
+
+/// Pieces of memory that a thread can be told of.
+pub const PIECES: usize = 8;
+
+/// Lines of a piece that are asked for before the next piece's.
+const LINES: usize = 2;
+
+/// What a thread's first task will read: pieces up to the first without bytes. A thread may see
+/// parts of two tellings, and addresses that nobody has any more: it only asks for them.
+#[derive(Default)]
+struct Told([(AtomicPtr<u8>, AtomicUsize); PIECES]);
+
+struct Shared {
+    signals: Padded<Signals>,
+    /// For each thread.
+    told: Vec<Padded<Told>>,
+    /// A bit for each thread's first task that nobody has begun: the tasks before those with
+    /// tickets.
+    firsts: Vec<Padded<AtomicU64>>,
+    /// The next ticket: up to [`TICKETS`].
     ticket: Padded<AtomicU32>,
     /// Tasks of the current job that are not done; the caller waits for none.
     left: Padded<AtomicU32>,
@@ -101,8 +139,9 @@ struct Shared {
 }
 
 // SAFETY: `job` is written only by the thread that holds `Pool::running`, while there are no
-// tickets, and published by the release store of `ticket`; it is read only by threads whose
-// acquiring increment of `ticket` gave them a task, before they report that task as done.
+// tickets and no first tasks, and published by the release stores of `firsts` and `ticket`; it is
+// read only by threads whose acquiring change of one of them gave them a task, before they report
+// that task as done.
 unsafe impl Sync for Shared {}
 // SAFETY: `Job::task` refers to a `Sync` closure.
 unsafe impl Send for Shared {}
@@ -112,7 +151,15 @@ pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     /// Held while a job runs.
-    running: Mutex<Dispatched>,
+    running: Mutex<Running>,
+}
+
+/// What callers keep from job to job.
+#[derive(Default)]
+struct Running {
+    dispatched: Dispatched,
+    /// The last telling that they have seen.
+    told: u32,
 }
 
 /// The jobs that a pool has run, for comparing how two runs cut their work up.
@@ -155,7 +202,16 @@ impl Pool {
         // Spinning threads would keep each other from the CPU when there are too few.
         let enough = threads <= cores.len() + siblings.len();
         let shared = Arc::new(Shared {
-            epoch: Padded(AtomicU32::new(0)),
+            signals: Padded(Signals {
+                epoch: AtomicU32::new(0),
+                told: AtomicU32::new(0),
+            }),
+            told: repeat_with(|| Padded(Told::default()))
+                .take(threads)
+                .collect(),
+            firsts: repeat_with(|| Padded(AtomicU64::new(0)))
+                .take(threads.div_ceil(64))
+                .collect(),
             ticket: Padded(AtomicU32::new(TICKETS)),
             left: Padded(AtomicU32::new(0)),
             job: UnsafeCell::new(Job {
@@ -183,7 +239,7 @@ impl Pool {
                         if let Some(set) = set {
                             pin(&set);
                         }
-                        shared.work();
+                        shared.work(i);
                     })
                     .expect("the operating system starts threads")
             })
@@ -191,7 +247,7 @@ impl Pool {
         Pool {
             shared,
             workers,
-            running: Mutex::new(Dispatched::default()),
+            running: Mutex::default(),
         }
     }
 
@@ -202,7 +258,7 @@ impl Pool {
 
     /// The jobs so far.
     pub fn dispatched(&self) -> Dispatched {
-        *lock(&self.running)
+        lock(&self.running).dispatched
     }
 
     /// Runs `task(0)` … `task(count - 1)`, each once, in no particular order, and returns
@@ -227,7 +283,7 @@ impl Pool {
             return beside();
         }
         let mut running = lock(&self.running);
-        running.add(count);
+        running.dispatched.add(count);
         let shared = &*self.shared;
         // Whatever becomes of it, workers must have left the job before this returns.
         let beside = || catch_unwind(AssertUnwindSafe(beside));
@@ -238,18 +294,24 @@ impl Pool {
         } else {
             let count = u32::try_from(count).ok().filter(|&n| n < TICKETS);
             let count = count.expect("a job has fewer than 2^31 tasks");
-            // SAFETY: no thread holds a ticket, so nobody reads `job`. The erased lifetime
-            // ends after `await_tasks` below, when each ticket has been reported.
+            // SAFETY: no thread has a task, so nobody reads `job`. The erased lifetime ends
+            // after `await_tasks` below, when each task has been reported.
             unsafe {
                 let task = std::mem::transmute::<Task<'_>, Task<'static>>(task);
                 *shared.job.get() = Job { task, count };
             }
             shared.left.0.store(count, Ordering::Relaxed);
-            shared.ticket.0.store(TICKETS - count, Ordering::Release);
+            let firsts = count.min(self.threads() as u32);
+            for (word, at) in shared.firsts.iter().zip((0..firsts).step_by(64)) {
+                word.0
+                    .store(u64::MAX >> (64 - (firsts - at).min(64)), Ordering::Release);
+            }
+            let tickets = count - firsts;
+            shared.ticket.0.store(TICKETS - tickets, Ordering::Release);
             shared.announce();
             besides = beside();
-            shared.take_tasks();
-            shared.await_tasks();
+            shared.take_tasks(0);
+            shared.await_tasks(&mut running.told);
         }
         let panic = lock(&shared.panic).take();
         drop(running);
@@ -259,12 +321,60 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Tells threads what their first tasks of the next job will read, by ascending numbers of
+    /// threads, which are the tasks', and up to [`PIECES`] pieces each. To be called beside the job before that one:
+    /// whoever has no task then asks for it, until the next job begins.
+    pub fn ahead<'m>(&self, pieces: impl IntoIterator<Item = (usize, &'m [u8])>) {
+        let mut pieces = pieces.into_iter().peekable();
+        for (thread, told) in self.shared.told.iter().enumerate() {
+            for (at, bytes) in &told.0.0 {
+                let piece = pieces.next_if(|(of, _)| *of == thread);
+                let (_, piece) = piece.unwrap_or_default();
+                at.store(piece.as_ptr().cast_mut(), Ordering::Relaxed);
+                bytes.store(piece.len(), Ordering::Relaxed);
+                if piece.is_empty() {
+                    break;
+                }
+            }
+        }
+        self.shared.signals.0.told.fetch_add(1, Ordering::Release);
+    }
+}
+
 impl Shared {
+    /// Asks for what thread `me` was told of, if it is something new, until `ready`.
+    fn ask(&self, me: usize, seen: &mut u32, ready: impl Fn() -> bool) {
+        let told = self.signals.0.told.load(Ordering::Acquire);
+        if told == *seen {
+            return;
+        }
+        *seen = told;
+        let told = &self.told[me].0.0;
+        let pieces = told.each_ref().map(|(at, bytes)| {
+            let at = at.load(Ordering::Relaxed).cast_const();
+            (at, bytes.load(Ordering::Relaxed))
+        });
+        let some = pieces.iter().take_while(|(_, bytes)| *bytes > 0);
+        let longest = some.clone().map(|(_, bytes)| *bytes).max().unwrap_or(0);
+        for line in (0..longest).step_by(LINES * LINE) {
+            for (at, bytes) in some.clone() {
+                for line in (line..*bytes).step_by(LINE).take(LINES) {
+                    mem::ask::<_MM_HINT_T1>(at.wrapping_add(line));
+                }
+            }
+            if ready() {
+                return;
+            }
+        }
+    }
+
     /// Begins an epoch, and wakes the workers that sleep.
     fn announce(&self) {
-        let next = (self.epoch.0.load(Ordering::Relaxed) + 1) & !ASLEEP;
-        if self.epoch.0.swap(next, Ordering::AcqRel) & ASLEEP != 0 {
-            futex_wake(&self.epoch.0, i32::MAX);
+        let epoch = &self.signals.0.epoch;
+        let next = (epoch.load(Ordering::Relaxed) + 1) & !ASLEEP;
+        if epoch.swap(next, Ordering::AcqRel) & ASLEEP != 0 {
+            futex_wake(epoch, i32::MAX);
         }
     }
 
@@ -278,23 +388,51 @@ impl Shared {
         })
     }
 
-    /// Takes tasks until there are none.
-    fn take_tasks(&self) {
-        let (mut taken, mut failed) = (0, false);
-        loop {
-            let ticket = self.ticket.0.fetch_add(1, Ordering::Acquire);
-            if ticket >= TICKETS {
-                break;
+    /// A task for thread `me`, which `begins` with its own.
+    fn next_task(&self, me: usize, begins: bool) -> Option<Claim> {
+        let claim = |thread: usize| {
+            let bit = 1 << (thread % 64);
+            let before = self.firsts[thread / 64]
+                .0
+                .fetch_and(!bit, Ordering::Acquire);
+            (before & bit != 0).then_some(Claim::First(thread as u32))
+        };
+        if begins && let Some(own) = claim(me) {
+            return Some(own);
+        }
+        let ticket = self.ticket.0.fetch_add(1, Ordering::Acquire);
+        if ticket < TICKETS {
+            return Some(Claim::Ticket(ticket));
+        }
+        // Those of threads that have not come.
+        self.firsts.iter().enumerate().find_map(|(i, word)| {
+            loop {
+                let left = word.0.load(Ordering::Relaxed);
+                if left == 0 {
+                    return None;
+                }
+                if let Some(other) = claim(64 * i + left.trailing_zeros() as usize) {
+                    return Some(other);
+                }
             }
+        })
+    }
+
+    /// Takes tasks until there are none.
+    fn take_tasks(&self, me: usize) {
+        let (mut taken, mut failed) = (0, false);
+        while let Some(claim) = self.next_task(me, taken == 0) {
             taken += 1;
             // Nobody need begin another task of a job that has failed.
             if !failed {
-                // SAFETY: the ticket was published after the job, which is not written again
+                // SAFETY: the claim was published after the job, which is not written again
                 // before this thread has reported it below.
                 let Job { task, count } = unsafe { *self.job.get() };
-                failed = self
-                    .call(task, (ticket - (TICKETS - count)) as usize)
-                    .is_err();
+                let i = match claim {
+                    Claim::First(i) => i,
+                    Claim::Ticket(ticket) => ticket - (TICKETS - count),
+                };
+                failed = self.call(task, i as usize).is_err();
             }
         }
         if taken != 0 {
@@ -306,8 +444,11 @@ impl Shared {
     }
 
     /// Waits until every task of the job is done.
-    fn await_tasks(&self) {
-        if spin(self.spin, || self.left.0.load(Ordering::Acquire) == 0) {
+    fn await_tasks(&self, told: &mut u32) {
+        let done = || self.left.0.load(Ordering::Acquire) == 0;
+        // The caller is thread 0; nobody tells it anything while it waits.
+        self.ask(0, told, done);
+        if spin(self.spin, done) {
             return;
         }
         loop {
@@ -319,31 +460,35 @@ impl Shared {
         }
     }
 
-    fn work(&self) {
-        let mut seen = 0;
+    fn work(&self, me: usize) {
+        let (mut seen, mut told) = (0, 0);
         loop {
-            seen = self.await_epoch(seen);
+            seen = self.await_epoch(me, seen, &mut told);
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            self.take_tasks();
+            self.take_tasks(me);
         }
     }
 
-    /// Waits for an epoch other than `seen`.
-    fn await_epoch(&self, seen: u32) -> u32 {
-        let epoch = || self.epoch.0.load(Ordering::Acquire) & !ASLEEP;
-        if !spin(self.spin, || epoch() != seen) {
+    /// Waits for an epoch other than `seen`, and asks for what thread `me` is told meanwhile.
+    fn await_epoch(&self, me: usize, seen: u32, told: &mut u32) -> u32 {
+        let word = &self.signals.0.epoch;
+        let epoch = || word.load(Ordering::Acquire) & !ASLEEP;
+        let ready = || epoch() != seen;
+        let ready_or_asks = || {
+            ready() || {
+                self.ask(me, told, ready);
+                ready()
+            }
+        };
+        if !spin(self.spin, ready_or_asks) {
             let asleep = seen | ASLEEP;
             let order = (Ordering::AcqRel, Ordering::Acquire);
             loop {
-                match self
-                    .epoch
-                    .0
-                    .compare_exchange(seen, asleep, order.0, order.1)
-                {
+                match word.compare_exchange(seen, asleep, order.0, order.1) {
                     Err(other) if other != asleep => break,
-                    _ => futex_wait(&self.epoch.0, asleep),
+                    _ => futex_wait(word, asleep),
                 }
             }
         }
@@ -364,7 +509,7 @@ impl Drop for Pool {
 
 /// Spins until `ready` or for the time `limit`, whichever comes first; tells if `ready`.
 /// After [`PAUSE`] anybody else who wants the CPU gets it.
-fn spin(limit: Duration, ready: impl Fn() -> bool) -> bool {
+fn spin(limit: Duration, mut ready: impl FnMut() -> bool) -> bool {
     if ready() || limit.is_zero() {
         return ready();
     }

@@ -118,7 +118,15 @@ impl Step<'_> {
             (&layer.v, &mut b.v[..]),
         ];
         let (compute, x) = (self.compute, &b.input);
-        multiply(compute, sharing, &mut products, &b.acts, x, false)?;
+        multiply(
+            compute,
+            sharing,
+            &mut products,
+            &b.acts,
+            x,
+            false,
+            &[&layer.out],
+        )?;
         self.add_biases(layer);
         Ok(())
     }
@@ -198,11 +206,12 @@ impl Step<'_> {
         self.m = self.outputs.len();
     }
 
-    /// `x += out · attention`.
+    /// `x += out · attention`. `next` are the products behind this one.
     pub fn add_attention_output(
         &mut self,
         layer: &HostAttention,
         sharing: Option<Sharing<'_>>,
+        next: &[&Weights],
     ) -> Result<()> {
         let b = &mut *self.buffers;
         if !b.attended {
@@ -213,7 +222,7 @@ impl Step<'_> {
         let product = |y: &mut [f32], adds| {
             let mut products = [(&layer.out, y)];
             let (compute, x) = (self.compute, &b.attention);
-            multiply(compute, sharing, &mut products, &b.acts, x, adds)
+            multiply(compute, sharing, &mut products, &b.acts, x, adds, next)
         };
         match &layer.out_bias {
             None => product(&mut b.x, true)?,
@@ -228,11 +237,13 @@ impl Step<'_> {
     }
 
     /// `x += ffn(rms_norm(x) * norm)`, or with experts the choice of them: see
-    /// [`Step::add_experts`]. `sharing` is of gate and up, and of down.
+    /// [`Step::add_experts`]. `sharing` is of gate and up, and of down; `next` are the products behind a dense
+    /// network.
     pub fn norm_ffn(
         &mut self,
         layer: &HostFfn,
         sharing: [Option<Sharing<'_>>; 2],
+        next: &[&Weights],
     ) -> Result<Option<Routing>> {
         Ok(match &layer.kind {
             FfnKind::Dense(network) => {
@@ -242,9 +253,10 @@ impl Step<'_> {
                     [None, None] => {
                         let (Network { gate, up, down }, b) = (network, &mut *self.buffers);
                         self.compute.gate_up(&b.acts, gate, up, down, &mut b.hidden);
-                        self.compute.matmul_add(down, &b.hidden, &mut b.x);
+                        let (products, x) = (&mut [(down, &mut b.x[..])], &b.input);
+                        multiply(self.compute, None, products, &b.hidden, x, true, next)?;
                     }
-                    sharing => self.shared_network(network, sharing)?,
+                    sharing => self.shared_network(network, sharing, next)?,
                 }
                 None
             }
@@ -265,6 +277,7 @@ impl Step<'_> {
         &mut self,
         network: &Network<Weights>,
         sharing: [Option<Sharing<'_>>; 2],
+        next: &[&Weights],
     ) -> Result<()> {
         let (Network { gate, up, down }, b) = (network, &mut *self.buffers);
         let (compute, m, ff) = (self.compute, self.m, down.k());
@@ -273,11 +286,27 @@ impl Step<'_> {
             .for_each(|values| mem::resize(values, m * ff));
         let [g, u, hidden] = &mut b.network;
         let mut products = [(gate, &mut g[..]), (up, &mut u[..])];
-        multiply(compute, sharing[0], &mut products, &b.acts, &b.input, false)?;
+        multiply(
+            compute,
+            sharing[0],
+            &mut products,
+            &b.acts,
+            &b.input,
+            false,
+            &[down],
+        )?;
         compute.swiglu(g, u, hidden);
         compute.prepare(&mut b.hidden, hidden, m, ff, compute.forms(m, [down]));
         let mut products = [(down, &mut b.x[..])];
-        multiply(compute, sharing[1], &mut products, &b.hidden, hidden, true)
+        multiply(
+            compute,
+            sharing[1],
+            &mut products,
+            &b.hidden,
+            hidden,
+            true,
+            next,
+        )
     }
 
     /// The experts that the router's logits choose.
@@ -286,13 +315,20 @@ impl Step<'_> {
         self.compute.route(&self.buffers.router, count, &options)
     }
 
-    /// `x += Σ weight · expert(input)`.
-    pub fn add_experts(&mut self, experts: &Network<Weights>, routing: &Routing) {
+    /// `x += Σ weight · expert(input)`. `next` are the products behind it.
+    pub fn add_experts(
+        &mut self,
+        experts: &Network<Weights>,
+        routing: &Routing,
+        next: &[&Weights],
+    ) {
         let b = &mut *self.buffers;
         let Network { gate, up, down } = experts;
         let (input, scratch) = (&b.input, &mut b.experts);
-        self.compute
-            .moe_ffn(input, routing, gate, up, down, scratch, &mut b.x);
+        let (compute, m, x) = (self.compute, self.m, &mut b.x);
+        compute.moe_ffn_beside(input, routing, gate, up, down, scratch, x, || {
+            compute.ahead(next.iter().copied(), m);
+        });
     }
 
     /// The same for an `x` that is elsewhere: `delta = Σ weight · expert(input)`.
@@ -347,7 +383,7 @@ impl Step<'_> {
         logits.resize(start + self.m * output.n(), 0.0);
         let mut products = [(output, &mut logits[start..])];
         let (compute, x) = (self.compute, &b.input);
-        multiply(compute, sharing, &mut products, &b.acts, x, false)
+        multiply(compute, sharing, &mut products, &b.acts, x, false, &[])
     }
 }
 

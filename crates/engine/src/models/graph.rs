@@ -100,6 +100,33 @@ impl<'a> Graph<'a> {
         &self.matrices.layers[layer]
     }
 
+    /// What the layer's feed-forward network multiplies first, where it is on the CPU.
+    fn ffn_products(&self, layer: usize) -> Vec<&'a Weights> {
+        match &self.layer(layer).ffn {
+            Placed::Host(f) => match &f.kind {
+                FfnKind::Dense(network) => vec![&network.gate],
+                FfnKind::Router(router) => vec![router],
+            },
+            _ => Vec::new(),
+        }
+    }
+
+    /// What is multiplied behind the layer, where that is on the CPU.
+    fn products_behind(&self, layer: usize) -> Vec<&'a Weights> {
+        match self.matrices.layers.get(layer + 1) {
+            Some(next) => match &next.attention {
+                Placed::Host(a) => vec![&a.q, &a.k, &a.v],
+                _ => Vec::new(),
+            },
+            None => match &self.matrices.output {
+                Placed::Host(output) => {
+                    vec![output.matrix.as_ref().unwrap_or(&self.matrices.embedding)]
+                }
+                _ => Vec::new(),
+            },
+        }
+    }
+
     /// Runs `f` unless something has gone wrong.
     fn run(&mut self, f: impl FnOnce(&mut Graph<'a>) -> Result<()>) {
         if self.error.is_none() {
@@ -293,7 +320,8 @@ impl<'a> Graph<'a> {
                 None => {
                     g.move_to(At::Host)?;
                     let sharing = sharing(g.lanes, &g.step, &shares.out);
-                    g.step.add_attention_output(a, sharing)
+                    g.step
+                        .add_attention_output(a, sharing, &g.ffn_products(layer))
                 }
             },
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -326,7 +354,7 @@ impl<'a> Graph<'a> {
                 g.move_to(At::Host)?;
                 let both = [&shares.gate_up, &shares.down];
                 let both = both.map(|rows| sharing(g.lanes, &g.step, rows));
-                g.routing = g.step.norm_ffn(f, both)?;
+                g.routing = g.step.norm_ffn(f, both, &g.products_behind(layer))?;
                 Ok(())
             }
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -362,7 +390,10 @@ impl<'a> Graph<'a> {
         let m = self.step.m;
         self.run(|g| match ffn {
             Placed::Host(_) => match g.routing.take() {
-                Some(routing) => g.host_experts(experts, g.streams(&streamed.experts), &routing),
+                Some(routing) => {
+                    let streams = g.streams(&streamed.experts);
+                    g.host_experts(experts, streams, &routing, &g.products_behind(layer))
+                }
                 None => Ok(()),
             },
             Placed::Device(..) | Placed::Split(_) if m == 0 => Ok(()),
@@ -468,16 +499,17 @@ impl<'a> Graph<'a> {
         lane.add_delta(&self.step.buffers.delta, feeder)
     }
 
-    /// Experts of a router on the CPU.
+    /// Experts of a router on the CPU. `next` are the products behind them.
     fn host_experts(
         &mut self,
         experts: &Placed<Network<Weights>, Network<Matrix>>,
         streams: Option<(usize, &Network<RawMatrix>)>,
         routing: &Routing,
+        next: &[&Weights],
     ) -> Result<()> {
         match experts {
             Placed::Host(experts) => match streams {
-                None => self.step.add_experts(experts, routing),
+                None => self.step.add_experts(experts, routing, next),
                 Some((d, network)) => {
                     let feeder = &mut OnPool(self.step.compute);
                     self.lanes[d].write_input(&self.step.buffers.input, feeder)?;

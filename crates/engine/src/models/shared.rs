@@ -41,7 +41,8 @@ impl SharedRows {
 }
 
 /// `y = x · wᵀ` of each product, or `y += …`. With a share `x` is one token: what `acts` are made
-/// of.
+/// of. `next` are the products behind these, in one dispatch.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn multiply(
     compute: &Compute,
     sharing: Option<Sharing<'_>>,
@@ -49,9 +50,11 @@ pub(crate) fn multiply(
     acts: &Acts,
     x: &[f32],
     adds: bool,
+    next: &[&Weights],
 ) -> Result<()> {
+    let ahead = || compute.ahead(next.iter().copied(), acts.m());
     let Some(Sharing { lane, rows }) = sharing else {
-        compute.matmul_beside(products, acts, adds, || {});
+        compute.matmul_beside(products, acts, adds, || ahead());
         return Ok(());
     };
     let (mut here, mut there) = (Vec::with_capacity(3), Vec::with_capacity(3));
@@ -62,7 +65,10 @@ pub(crate) fn multiply(
         there.push(others);
     }
     let mut sent = Ok(());
-    compute.matmul_beside(&mut here, acts, adds, || sent = lane.send(rows, x));
+    compute.matmul_beside(&mut here, acts, adds, || {
+        sent = lane.send(rows, x);
+        ahead();
+    });
     sent?;
     if !adds {
         return lane.collect(&mut there);

@@ -49,7 +49,7 @@ use crate::{
             Panels, Tokens, Vectors, ask_beginnings, panel_at, streams, token_runs, tokens_at,
         },
     },
-    mem::LINE,
+    mem::{self, LINE},
     sparse::Super,
     strip::{
         ROWS,
@@ -212,8 +212,7 @@ impl Ask {
     /// The bytes of `steps` steps, which are no more than a line's.
     #[inline(always)]
     fn steps<const HINT: i32>(&mut self, steps: usize) {
-        // SAFETY: prefetching reads nothing that the program could see, and never faults.
-        unsafe { _mm_prefetch::<HINT>(self.at.cast()) };
+        mem::ask::<HINT>(self.at);
         self.at = self.at.wrapping_add(steps * self.step);
     }
 

@@ -12,14 +12,14 @@ use super::{
 };
 use crate::{
     acts::{ActsView, GROUP, Q8_GROUP},
-    mem::LINE,
+    mem::{self, LINE},
     strip::{
         ROWS,
         kernels::{PANEL_K, StripArgs},
     },
 };
 use std::{
-    arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch},
+    arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1},
     marker::PhantomData,
     sync::atomic::{Ordering::SeqCst, compiler_fence},
 };
@@ -43,8 +43,7 @@ pub(crate) fn ask_ahead<const HINT: i32>(p: *const u8, bytes: usize) {
 #[inline(always)]
 fn ask<const HINT: i32>(p: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(LINE) {
-        // SAFETY: prefetching reads nothing that the program could see, and never faults.
-        unsafe { _mm_prefetch::<HINT>(p.wrapping_add(line).cast()) };
+        mem::ask::<HINT>(p.wrapping_add(line));
     }
 }
 
@@ -541,9 +540,7 @@ unsafe fn product_of<L: Lanes, S: Shape, const T: usize>(panel: &Panel, small: b
         }
         for g in 0..panel.groups {
             let next = panel.next.wrapping_add(g * panel.next_bytes);
-            for line in (0..panel.next_bytes).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
-            }
+            ask::<_MM_HINT_T1>(next, panel.next_bytes);
             let codes = panel.codes.add(g * CODES);
             let mut scales = [(L::fsplat(0.0), L::fsplat(0.0)); 2];
             for h in 0..parts {

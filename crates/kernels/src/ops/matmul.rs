@@ -187,20 +187,41 @@ impl Item {
 
 /// Cuts items into runs for `threads` threads: large ones first, so that the activations are
 /// reused, then ever smaller ones, so that all threads end together.
-pub(crate) fn runs(items: &[Item], threads: usize) -> Vec<Run> {
+pub(crate) fn runs(items: &[Item], threads: usize) -> impl Iterator<Item = Run> {
     let mut left: usize = items.iter().map(|i| i.strips * i.cost).sum();
-    let mut runs = Vec::new();
-    for (item, i) in items.iter().enumerate() {
-        let mut first = 0;
-        while first < i.strips {
-            let share = 2 * left / (3 * threads * i.cost.max(1)) / i.least * i.least;
-            let count = share.clamp(i.least, i.most).min(i.strips - first);
-            runs.push(Run { item, first, count });
-            first += count;
-            left -= count * i.cost;
+    let (mut item, mut first) = (0, 0);
+    std::iter::from_fn(move || {
+        while items.get(item)?.strips == first {
+            (item, first) = (item + 1, 0);
         }
-    }
-    runs
+        let i = &items[item];
+        let share = 2 * left / (3 * threads * i.cost.max(1)) / i.least * i.least;
+        let count = share.clamp(i.least, i.most).min(i.strips - first);
+        let run = Run { item, first, count };
+        first += count;
+        left -= count * i.cost;
+        Some(run)
+    })
+}
+
+/// Bytes of each of a run's strips that are asked for ahead, by the strips of a run: 64 KiB in all,
+/// of a second-level cache of at least 512.
+const fn bytes_ahead(strips: usize) -> usize {
+    (64 << 10) / strips
+}
+
+/// The largest batch of which products are told ahead: reading is what counts there.
+pub(super) const TOLD_TOKENS: usize = 8;
+
+/// The strips of a part, as far as they are asked for ahead when a thread begins with `strips` of
+/// them.
+pub(super) fn pieces(part: Part<'_>, strips: usize) -> impl Iterator<Item = &[u8]> {
+    let packed = part.w.encoding() != Encoding::Raw;
+    let strips_of = (part.first..part.first + part.count).take_while(move |_| packed);
+    strips_of.map(move |s| {
+        let strip = part.w.strip(part.expert, s, &mut []);
+        &strip[..strip.len().min(bytes_ahead(strips))]
+    })
 }
 
 impl Compute {
@@ -295,6 +316,28 @@ impl Compute {
         });
     }
 
+    /// Says that the products with `m` tokens after the job that runs are those of `weights` in one
+    /// dispatch, or begin with the first: threads without a task ask for what they will read. To be
+    /// called beside that job.
+    pub fn ahead<'w>(&self, weights: impl IntoIterator<Item = &'w Weights>, m: usize) {
+        if m == 0 || m > TOLD_TOKENS {
+            return;
+        }
+        let weights: Vec<&Weights> = weights.into_iter().collect();
+        let items: Vec<Item> = weights.iter().map(|w| Item::product(w, false)).collect();
+        let threads = self.pool.threads();
+        let first = runs(&items, threads).take(threads).enumerate();
+        self.pool.ahead(first.flat_map(|(thread, run)| {
+            let part = Part {
+                w: weights[run.item],
+                expert: 0,
+                first: run.first,
+                count: run.count,
+            };
+            pieces(part, run.count).map(move |piece| (thread, piece))
+        }));
+    }
+
     /// `y = x · wᵀ`: `x` `[m][k]`, `w` `[n][k]`, `y` `[m][n]`.
     ///
     /// # Panics
@@ -376,7 +419,7 @@ impl Compute {
             });
             outputs.push((*w, *segment, *x, n, DisjointMut::new(y)));
         }
-        let tasks = runs(&items, self.pool.threads());
+        let tasks: Vec<Run> = runs(&items, self.pool.threads()).collect();
         let gather = self.table.float.gather;
         let multiply = |task: usize| {
             let Run { item, first, count } = tasks[task];

@@ -5,11 +5,12 @@ use std::cmp::Reverse;
 use super::{
     Compute,
     low_rank::Segment,
-    matmul::{Item, Part, Run, runs, token_blocks, with_scratch},
+    matmul::{Item, Part, Run, TOLD_TOKENS, pieces, runs, token_blocks, with_scratch},
 };
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP, TILE_GROUP},
     disjoint::DisjointMut,
+    pool::PIECES,
     profile::Op,
     strip::{ROWS, kernels::MAX_STRIPS},
     weights::Weights,
@@ -223,11 +224,47 @@ impl Compute {
         };
         assert_eq!((gate.experts(), up.experts(), down.experts()), (1, 1, 1));
         let writer = hidden.begin(x.m(), gate.n(), self.forms(x.m(), [down]));
-        self.gate_up_segments(x, segments, false, gate, up, down, &writer);
+        let beside = || self.ahead([down], x.m());
+        self.gate_up_segments(x, segments, false, gate, up, down, &writer, beside);
+    }
+
+    /// What the dispatch of gate and up is cut from.
+    fn gate_up_items(&self, gate: &Weights, segments: &[Segment]) -> Vec<Item> {
+        let item = |s: &Segment| {
+            let tiles = self.table.matmul.tiles_for(gate, s.len).is_some();
+            Item {
+                strips: gate.strips(),
+                cost: s.len + DECODE_TOKENS,
+                // One token reads several strips at once.
+                most: match (tiles, s.len) {
+                    (true, _) => MAX_STRIPS,
+                    (false, 1) => 2 * FF_STRIPS,
+                    (false, _) => FF_STRIPS,
+                },
+                least: FF_STRIPS,
+            }
+        };
+        segments.iter().map(item).collect()
+    }
+
+    /// Has threads ask for the experts' gates that they begin with.
+    fn ahead_of_gates(&self, gate: &Weights, segments: &[Segment]) {
+        let threads = self.pool.threads();
+        let items = self.gate_up_items(gate, segments);
+        let first = runs(&items, threads).take(threads).enumerate();
+        self.pool.ahead(first.flat_map(|(thread, run)| {
+            let part = Part {
+                w: gate,
+                expert: segments[run.item].expert,
+                first: run.first,
+                count: run.count,
+            };
+            pieces(part, run.count).map(move |piece| (thread, piece))
+        }));
     }
 
     /// Gate, up and SwiGLU of every segment; `shared` says that all segments are the one
-    /// token of `x`.
+    /// token of `x`. The caller runs `beside` while other threads multiply.
     #[allow(clippy::too_many_arguments)]
     fn gate_up_segments(
         &self,
@@ -238,6 +275,7 @@ impl Compute {
         up: &Weights,
         down: &Weights,
         hidden: &ActsWriter<'_>,
+        beside: impl FnOnce(),
     ) {
         let n_ff = gate.n();
         assert_eq!((up.n(), up.k(), gate.k()), (n_ff, x.k(), x.k()));
@@ -257,23 +295,9 @@ impl Compute {
         }
         let lows = &self.lower([gate, up], x, segments, shared);
         let (kernels, float) = (&self.table.matmul, &self.table.float);
-        let item = |s: &Segment| {
-            let tiles = kernels.tiles_for(gate, s.len).is_some();
-            Item {
-                strips: gate.strips(),
-                cost: s.len + DECODE_TOKENS,
-                // One token reads several strips at once.
-                most: match (tiles, s.len) {
-                    (true, _) => MAX_STRIPS,
-                    (false, 1) => 2 * FF_STRIPS,
-                    (false, _) => FF_STRIPS,
-                },
-                least: FF_STRIPS,
-            }
-        };
-        let items: Vec<Item> = segments.iter().map(item).collect();
-        let tasks = runs(&items, self.pool.threads());
-        self.pool.run(tasks.len(), &|task| {
+        let items = self.gate_up_items(gate, segments);
+        let tasks: Vec<Run> = runs(&items, self.pool.threads()).collect();
+        let multiply = |task: usize| {
             let Run { item, first, count } = tasks[task];
             let segment = segments[item];
             let Segment { expert, start, len } = segment;
@@ -338,7 +362,8 @@ impl Compute {
                     }
                 }
             });
-        });
+        };
+        self.pool.run_beside(tasks.len(), &multiply, beside);
     }
 
     /// A mixture-of-experts feed-forward: adds to every token's row of `out`, `[m][down.n()]`,
@@ -361,6 +386,25 @@ impl Compute {
         scratch: &mut MoeScratch,
         out: &mut [f32],
     ) {
+        self.moe_ffn_beside(x, routing, gate, up, down, scratch, out, || {});
+    }
+
+    /// The same; the caller runs `beside` while other threads have begun with the last dispatch.
+    ///
+    /// # Panics
+    /// As [`Compute::moe_ffn`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn moe_ffn_beside(
+        &self,
+        x: &[f32],
+        routing: &Routing,
+        gate: &Weights,
+        up: &Weights,
+        down: &Weights,
+        scratch: &mut MoeScratch,
+        out: &mut [f32],
+        beside: impl FnOnce(),
+    ) {
         let _span = self.profile.span(Op::Experts);
         let (k, used, n) = (gate.k(), routing.used, down.n());
         let m = x.len() / k;
@@ -371,12 +415,16 @@ impl Compute {
         );
         assert_eq!(out.len(), m * n);
         if m == 0 || used == 0 {
-            return;
+            return beside();
         }
         let groups = Groups::new(routing, m, gate.experts());
         let assigned = groups.tokens.len();
         if assigned == 0 {
-            return;
+            return beside();
+        }
+        let told = m <= TOLD_TOKENS;
+        if told {
+            self.ahead_of_gates(gate, &groups.segments);
         }
         let kernels = &self.table.matmul;
         // A single token serves all its experts as it is.
@@ -405,9 +453,32 @@ impl Compute {
                 }
             });
         }
-        let gathered = &scratch.gathered;
         let writer = scratch.hidden.begin(assigned, gate.n(), all(&[down]));
-        self.gate_up_segments(gathered, &groups.segments, shared, gate, up, down, &writer);
+        let tiles = |m| kernels.tiles_for(down, m).is_some();
+        // With tiles strips are multiplied in pairs, and one token reads two at once.
+        let run = if shared || tiles(m) { 2 } else { 1 };
+        let tasks = down.strips().div_ceil(run);
+        let part_of = |task: usize, s: &Segment| Part {
+            w: down,
+            expert: s.expert,
+            first: task * run,
+            count: run.min(down.strips() - task * run),
+        };
+        let ahead_of_downs = || {
+            let threads = self.pool.threads().min(tasks);
+            self.pool.ahead((0..threads).flat_map(|thread| {
+                let segments = groups.segments.iter().take(PIECES / run);
+                segments
+                    .flat_map(move |s| pieces(part_of(thread, s), PIECES))
+                    .map(move |piece| (thread, piece))
+            }));
+        };
+        let (gathered, segments) = (&scratch.gathered, &groups.segments[..]);
+        self.gate_up_segments(gathered, segments, shared, gate, up, down, &writer, || {
+            if told {
+                ahead_of_downs();
+            }
+        });
 
         let hidden = &scratch.hidden;
         for s in &groups.segments {
@@ -415,7 +486,6 @@ impl Compute {
         }
         let lows = &self.lower([down], hidden, &groups.segments, false);
         let y = DisjointMut::new(out);
-        let tiles = |m| kernels.tiles_for(down, m).is_some();
         // The block of tokens, first and count, that each assignment is multiplied in.
         let mut blocks = Vec::with_capacity(assigned);
         for &Segment { start, len, .. } in &groups.segments {
@@ -423,9 +493,7 @@ impl Compute {
                 blocks.extend(std::iter::repeat_n((start + first, count), count));
             }
         }
-        // With tiles strips are multiplied in pairs, and one token reads two at once.
-        let run = if shared || tiles(m) { 2 } else { 1 };
-        self.pool.run(down.strips().div_ceil(run), &|task| {
+        let multiply = |task: usize| {
             let first_strip = task * run;
             let strips = run.min(down.strips() - first_strip);
             let row = first_strip * ROWS;
@@ -433,12 +501,7 @@ impl Compute {
             with_scratch(|scratch| {
                 let values = assigned * strips * ROWS;
                 scratch.tile.fit(values + lows.spare(values));
-                let part = |s: &Segment| Part {
-                    w: down,
-                    expert: s.expert,
-                    first: first_strip,
-                    count: strips,
-                };
+                let part = |s: &Segment| part_of(task, s);
                 for (i, s) in groups.segments.iter().enumerate() {
                     // An expert's strips are short: the next ones' beginnings come meanwhile.
                     let next = groups.segments.get(i + 1).map(part);
@@ -476,7 +539,8 @@ impl Compute {
                     dst.iter_mut().zip(sums).for_each(|(y, s)| *y += s);
                 }
             });
-        });
+        };
+        self.pool.run_beside(tasks, &multiply, beside);
     }
 }
 
