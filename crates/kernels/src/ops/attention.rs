@@ -203,6 +203,8 @@ struct Call<'a> {
     q: &'a [f32],
     heads: usize,
     scale: f32,
+    /// Tasks that the query heads of a KV head are shared out to.
+    parts: usize,
 }
 
 impl Compute {
@@ -332,7 +334,7 @@ impl Compute {
         if tokens.is_empty() {
             return;
         }
-        let call = Call {
+        let mut call = Call {
             compute: self,
             cache,
             layer,
@@ -341,14 +343,22 @@ impl Compute {
             q,
             heads,
             scale,
+            parts: 1,
         };
         let group = heads / kv_heads;
         if let Some(tiles) = self.table.attn.tiles_for(dim, tokens.len()) {
             return self.on_tiles(&call, tiles, &out);
         }
         let blocks = call.blocks((TASK_ROWS / group).max(1));
-        let units = blocks.len() * kv_heads;
         let longest = blocks.iter().map(Block::spans).max().unwrap_or(0);
+        if longest == 1 {
+            // Few positions are read quickly, by several threads too.
+            let mut parts = (1..=group).filter(|parts| group.is_multiple_of(*parts));
+            let enough = |parts: &usize| blocks.len() * kv_heads * parts >= self.pool.threads();
+            call.parts = parts.find(enough).unwrap_or(group);
+        }
+        let call = call;
+        let (group, units) = (call.group(), blocks.len() * kv_heads * call.parts);
         if longest == 1 || units >= 2 * self.pool.threads() {
             self.pool.run(units, &|unit| {
                 let (block, head) = call.unit(&blocks, unit);
@@ -498,17 +508,18 @@ impl Call<'_> {
         blocks(self.tokens, limit, |a, b| !prunes || page(a) == page(b))
     }
 
+    /// Query heads that a task takes together.
     fn group(&self) -> usize {
-        self.heads / self.cache.shape().heads
+        self.heads / self.cache.shape().heads / self.parts
     }
 
-    /// A unit of the work: every block meets every KV head.
+    /// A unit of the work: every block meets every group of query heads.
     fn unit(&self, blocks: &[Block], unit: usize) -> (Block, usize) {
-        let kv_heads = self.cache.shape().heads;
-        (blocks[unit / kv_heads], unit % kv_heads)
+        let groups = self.cache.shape().heads * self.parts;
+        (blocks[unit / groups], unit % groups)
     }
 
-    /// Query heads of a KV head.
+    /// Query heads of a group.
     fn heads_of(&self, head: usize) -> Range<usize> {
         head * self.group()..(head + 1) * self.group()
     }
@@ -628,7 +639,7 @@ impl Call<'_> {
     ) -> (Pages<'_>, usize, usize) {
         let Token { sequence, position } = self.tokens[block.first];
         let table = self.tables[sequence];
-        let first = chunk * size / KV_PAGE;
+        let (head, first) = (head / self.parts, chunk * size / KV_PAGE);
         let mut last = (first + size / KV_PAGE).min(table.pages().len());
         let mut packed = 0;
         if self.cache.halves().is_some() {
