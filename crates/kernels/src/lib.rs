@@ -2,6 +2,7 @@
 //! they work on. Engine code names operations and formats; only this crate knows ISAs.
 
 pub mod acts;
+pub mod ahead;
 pub mod amx;
 pub mod attn;
 mod avx2;

@@ -14,19 +14,15 @@
 //!
 //! Results never depend on which thread runs a task.
 
-use crate::{
-    mem::{self, LINE},
-    numa::nodes,
-};
+use crate::{ahead::Told, numa::nodes};
 use std::{
     any::Any,
-    arch::x86_64::_MM_HINT_T1,
     cell::{Cell, UnsafeCell},
     iter::repeat_with,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -108,17 +104,6 @@ struct Signals {
     /// Counts what [`Pool::ahead`] has told.
     told: AtomicU32,
 }
-
-/// Pieces of memory that a thread can be told of.
-pub const PIECES: usize = 8;
-
-/// Lines of a piece that are asked for before the next piece's.
-const LINES: usize = 2;
-
-/// What a thread's first task will read: pieces up to the first without bytes. A thread may see
-/// parts of two tellings, and addresses that nobody has any more: it only asks for them.
-#[derive(Default)]
-struct Told([(AtomicPtr<u8>, AtomicUsize); PIECES]);
 
 struct Shared {
     signals: Padded<Signals>,
@@ -261,6 +246,25 @@ impl Pool {
         lock(&self.running).dispatched
     }
 
+    /// Tells threads what their first tasks of the next job will read: up to [`PIECES`] pieces each,
+    /// by ascending numbers of threads, which are those of the tasks. To be called beside the job
+    /// before that one, or between both: whoever has no task asks for it, until the next job begins.
+    ///
+    /// [`PIECES`]: crate::ahead::PIECES
+    pub fn ahead<'m>(&self, pieces: impl IntoIterator<Item = (usize, &'m [u8])>) {
+        if self.workers.is_empty() {
+            return;
+        }
+        let mut pieces = pieces.into_iter().peekable();
+        for (thread, told) in self.shared.told.iter().enumerate() {
+            told.0.tell(|| {
+                let own = pieces.next_if(|(of, _)| *of == thread);
+                own.map(|(_, piece)| piece)
+            });
+        }
+        self.shared.signals.0.told.fetch_add(1, Ordering::Release);
+    }
+
     /// Runs `task(0)` … `task(count - 1)`, each once, in no particular order, and returns
     /// when all are done. Jobs from several threads run one after the other.
     ///
@@ -321,27 +325,6 @@ impl Pool {
     }
 }
 
-impl Pool {
-    /// Tells threads what their first tasks of the next job will read, by ascending numbers of
-    /// threads, which are the tasks', and up to [`PIECES`] pieces each. To be called beside the job before that one:
-    /// whoever has no task then asks for it, until the next job begins.
-    pub fn ahead<'m>(&self, pieces: impl IntoIterator<Item = (usize, &'m [u8])>) {
-        let mut pieces = pieces.into_iter().peekable();
-        for (thread, told) in self.shared.told.iter().enumerate() {
-            for (at, bytes) in &told.0.0 {
-                let piece = pieces.next_if(|(of, _)| *of == thread);
-                let (_, piece) = piece.unwrap_or_default();
-                at.store(piece.as_ptr().cast_mut(), Ordering::Relaxed);
-                bytes.store(piece.len(), Ordering::Relaxed);
-                if piece.is_empty() {
-                    break;
-                }
-            }
-        }
-        self.shared.signals.0.told.fetch_add(1, Ordering::Release);
-    }
-}
-
 impl Shared {
     /// Asks for what thread `me` was told of, if it is something new, until `ready`.
     fn ask(&self, me: usize, seen: &mut u32, ready: impl Fn() -> bool) {
@@ -350,23 +333,7 @@ impl Shared {
             return;
         }
         *seen = told;
-        let told = &self.told[me].0.0;
-        let pieces = told.each_ref().map(|(at, bytes)| {
-            let at = at.load(Ordering::Relaxed).cast_const();
-            (at, bytes.load(Ordering::Relaxed))
-        });
-        let some = pieces.iter().take_while(|(_, bytes)| *bytes > 0);
-        let longest = some.clone().map(|(_, bytes)| *bytes).max().unwrap_or(0);
-        for line in (0..longest).step_by(LINES * LINE) {
-            for (at, bytes) in some.clone() {
-                for line in (line..*bytes).step_by(LINE).take(LINES) {
-                    mem::ask::<_MM_HINT_T1>(at.wrapping_add(line));
-                }
-            }
-            if ready() {
-                return;
-            }
-        }
+        self.told[me].0.ask(ready);
     }
 
     /// Begins an epoch, and wakes the workers that sleep.
@@ -594,6 +561,7 @@ pub(crate) fn pin(cpus: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ahead::asked;
     use std::sync::{Barrier, atomic::AtomicUsize, mpsc};
 
     #[test]
@@ -689,6 +657,47 @@ mod tests {
             let barrier = Barrier::new(4);
             pool.run(4, &|_| {
                 barrier.wait();
+            });
+        }
+    }
+
+    #[test]
+    fn threads_begin_with_their_own_task() {
+        let pool = Pool::new(PoolConfig::new(4));
+        let mut owners: [_; 4] = std::array::from_fn(|_| None);
+        for _ in 0..50 {
+            let barrier = Barrier::new(4);
+            let ran: [_; 4] = std::array::from_fn(|_| Mutex::new(None));
+            pool.run(4, &|i| {
+                // Nobody takes a second task before all have one.
+                barrier.wait();
+                *lock(&ran[i]) = Some(thread::current().id());
+            });
+            let ran = ran.map(|id| *lock(&id));
+            assert!(owners == [None; 4] || owners == ran);
+            owners = ran;
+        }
+        assert_eq!(owners[0], Some(thread::current().id()));
+    }
+
+    #[test]
+    fn threads_ask_for_what_they_are_told_of() {
+        let pool = Pool::new(PoolConfig {
+            spin: Duration::from_secs(60),
+            ..PoolConfig::new(3)
+        });
+        let memory = vec![0u8; 3 * 64];
+        let of = |thread: usize| &memory[thread * 64..(thread + 1) * 64];
+        // The caller sees it when it waits for a job's end.
+        for waits in [0, 1, 1, 1] {
+            pool.ahead((0..3).map(|thread| (thread, of(thread))));
+            thread::sleep(Duration::from_millis(10 * waits));
+            let barrier = Barrier::new(3);
+            pool.run(3, &|i| {
+                barrier.wait();
+                if waits > 0 && i > 0 {
+                    assert_eq!(asked(of(i).as_ptr()), 64);
+                }
             });
         }
     }

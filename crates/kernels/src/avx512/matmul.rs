@@ -6,7 +6,8 @@ use tegula_gguf::GgmlType;
 
 use crate::{
     acts::{Forms, GROUP, Q8Dest},
-    generic::matmul as generic,
+    generic::matmul::{self as generic, OneStrip},
+    mem::{self, LINE},
     scalar::matmul::q8_scale,
     strip::{
         ROWS,
@@ -62,10 +63,22 @@ unsafe fn mul_strips<const BF16_DOTS: bool>(args: &StripArgs<'_>) {
 unsafe fn bf16(args: &StripArgs<'_>) {
     let acts = &args.acts;
     let pairs = args.k.div_ceil(2);
+    if acts.m == 1 {
+        return generic::streams(args.strips.len(), 4, |first, count| {
+            // SAFETY: the caller's.
+            unsafe {
+                match count {
+                    4 => bf16_token::<4>(args, first, pairs),
+                    2 => bf16_token::<2>(args, first, pairs),
+                    _ => bf16_token::<1>(args, first, pairs),
+                }
+            }
+        });
+    }
     let panel = if acts.m < 8 { PANEL_K / 2 } else { BATCH_PAIRS };
     let mut some = |first: usize, count: usize| {
         let at = |s: usize| first + s.min(count - 1);
-        let tiles: [_; 4] = std::array::from_fn(|s| args.tile_of(at(s)));
+        let tiles: [_; 2] = std::array::from_fn(|s| args.tile_of(at(s)));
         // SAFETY: the caller's; pairs and tokens are inside the strips and the view.
         unsafe {
             for tile in &tiles[..count] {
@@ -73,17 +86,15 @@ unsafe fn bf16(args: &StripArgs<'_>) {
             }
             for i in (0..pairs).step_by(panel) {
                 let len = panel.min(pairs - i);
-                let w: [_; 4] = std::array::from_fn(|s| args.strips[at(s)].add(i * 64));
+                let w: [_; 2] = std::array::from_fn(|s| args.strips[at(s)].add(i * 64));
                 generic::token_runs(acts.m, (GROUP, 8), |base, stride, at, run| {
                     let x = acts.pairs.add(base * pairs + i * stride + at);
                     let to = tiles.map(|tile| tile.add((base + at) * ROWS));
-                    let (w2, to2) = ([w[0], w[1]], [to[0], to[1]]);
                     match (count, run) {
-                        (4, _) => bf16_pairs::<4, 1>(w, len, x, stride, to),
-                        (2, 8) => bf16_pairs::<2, 8>(w2, len, x, stride, to2),
-                        (2, 4) => bf16_pairs::<2, 4>(w2, len, x, stride, to2),
-                        (2, 2) => bf16_pairs::<2, 2>(w2, len, x, stride, to2),
-                        (2, _) => bf16_pairs::<2, 1>(w2, len, x, stride, to2),
+                        (2, 8) => bf16_pairs::<2, 8>(w, len, x, stride, to),
+                        (2, 4) => bf16_pairs::<2, 4>(w, len, x, stride, to),
+                        (2, 2) => bf16_pairs::<2, 2>(w, len, x, stride, to),
+                        (2, _) => bf16_pairs::<2, 1>(w, len, x, stride, to),
                         (_, 8) => bf16_pairs::<1, 8>([w[0]], len, x, stride, [to[0]]),
                         (_, 4) => bf16_pairs::<1, 4>([w[0]], len, x, stride, [to[0]]),
                         (_, 2) => bf16_pairs::<1, 2>([w[0]], len, x, stride, [to[0]]),
@@ -93,9 +104,43 @@ unsafe fn bf16(args: &StripArgs<'_>) {
             }
         }
     };
-    // One token waits for memory, which wants several streams; many for L1 and L2.
-    let together = if acts.m == 1 { 4 } else { 2 };
-    generic::streams(args.strips.len(), together, &mut some);
+    generic::streams(args.strips.len(), 2, &mut some);
+}
+
+/// Strips `first .. first + S` times one token: memory is waited for, which wants several streams.
+///
+/// # Safety
+/// As [`bf16`]; there are so many strips, of so many pairs of inputs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn bf16_token<const S: usize>(args: &StripArgs<'_>, first: usize, pairs: usize) {
+    let bytes = pairs * LINE;
+    let strips: [OneStrip; S] = generic::one_strips(args, first, bytes);
+    let ahead = strips[0].ahead.min(bytes);
+    let own = (bytes - ahead) / LINE;
+    let mut acc = [_mm512_setzero_ps(); S];
+    // Towards the end the next strip is asked for, whose first line has its turn at the line `own`.
+    for (lines, asks) in [
+        (0..own, strips.map(|s| s.strip.wrapping_add(ahead))),
+        (own..pairs, strips.map(|s| s.next.wrapping_sub(own * LINE))),
+    ] {
+        for i in lines {
+            // SAFETY: the caller's; both bf16 vectors are 512 plain bits.
+            unsafe {
+                let x = _mm512_set1_epi32(*args.acts.pairs.add(i) as i32);
+                let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                for ((acc, strip), ask) in acc.iter_mut().zip(strips).zip(asks) {
+                    mem::ask::<_MM_HINT_T1>(ask.wrapping_add(i * LINE));
+                    let w = _mm512_loadu_si512(strip.strip.add(i * LINE).cast());
+                    let w = std::mem::transmute::<__m512i, __m512bh>(w);
+                    *acc = _mm512_dpbf16_ps(*acc, w, x);
+                }
+            }
+        }
+    }
+    for (acc, strip) in acc.into_iter().zip(strips) {
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_ps(strip.tile, acc) };
+    }
 }
 
 /// Adds the products of `len` pairs of inputs of `S` strips with `T` tokens to their sums

@@ -184,11 +184,14 @@ pub(crate) trait Machine {
 /// A strip that meets one token.
 #[derive(Clone, Copy)]
 pub(crate) struct OneStrip {
-    strip: *const u8,
+    pub strip: *const u8,
     /// What is asked for towards its end, which need not be valid memory.
-    next: *const u8,
+    pub next: *const u8,
     /// Its sums are written there.
-    tile: *mut f32,
+    pub tile: *mut f32,
+    /// How far ahead of the reading memory is asked for: what of its beginning was, and at least
+    /// [`AHEAD`].
+    pub ahead: usize,
 }
 
 /// How strips become panels, and panels meet several tokens.
@@ -413,7 +416,7 @@ pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
 }
 
 /// Groups `g` and `g + 1`, if there is one, of a strip's block `b` times one token, asking for as
-/// much [`AHEAD`] of them, or at the next strip behind the strip's `bytes`.
+/// much ahead of them, or at the next strip behind the strip's `bytes`.
 #[inline(always)]
 unsafe fn two_groups<L: Lanes, F: Format>(
     acc: &mut [L::Floats; 1],
@@ -424,8 +427,8 @@ unsafe fn two_groups<L: Lanes, F: Format>(
 ) {
     let at = b * F::BYTES;
     let block = from.strip.wrapping_add(at);
-    let later = match (at + AHEAD).checked_sub(bytes) {
-        None => block.wrapping_add(AHEAD),
+    let later = match (at + from.ahead).checked_sub(bytes) {
+        None => block.wrapping_add(from.ahead),
         Some(beyond) => from.next.wrapping_add(beyond),
     };
     let together = F::GROUPS.min(2);
@@ -450,7 +453,6 @@ pub(crate) unsafe fn one_token<L: Lanes, F: Format, const S: usize>(
     let bytes = blocks * F::BYTES;
     // Copies of its own need not be read again behind fences.
     let (strips, tokens) = (&{ *strips }, &{ *tokens });
-    ask_beginnings(strips.iter().map(|s| (s.strip, bytes)), AHEAD);
     unsafe {
         let mut acc = [[L::fsplat(0.0)]; S];
         for b in 0..blocks {
@@ -740,6 +742,30 @@ pub(crate) fn streams(strips: usize, most: usize, mut f: impl FnMut(usize, usize
     }
 }
 
+/// Strips `first .. first + S`, of `bytes` bytes each, for one token; their beginnings are asked
+/// for.
+pub(crate) fn one_strips<const S: usize>(
+    args: &StripArgs<'_>,
+    first: usize,
+    bytes: usize,
+) -> [OneStrip; S] {
+    let strips = std::array::from_fn(|s| {
+        let strip = args.strips[first + s];
+        let next = args.strips.get(first + S + s).or(args.next.get(s));
+        OneStrip {
+            strip,
+            // If it is not known, what is there already.
+            next: next.copied().unwrap_or(strip),
+            tile: args.tile_of(first + s),
+            ahead: args.asked.max(AHEAD),
+        }
+    });
+    if args.asked < AHEAD {
+        ask_beginnings(strips.iter().map(|s| (s.strip, bytes)), AHEAD);
+    }
+    strips
+}
+
 /// Strips `first .. first + S` times the one token.
 ///
 /// # Safety
@@ -750,16 +776,7 @@ unsafe fn one_run<M: Machine, F: Format, const S: usize>(
     blocks: usize,
     tokens: &Tokens,
 ) {
-    let strips = std::array::from_fn(|s| {
-        let strip = args.strips[first + s];
-        let next = args.strips.get(first + S + s).or(args.next.get(s));
-        OneStrip {
-            strip,
-            // If it is not known, what is there already.
-            next: next.copied().unwrap_or(strip),
-            tile: args.tile_of(first + s),
-        }
-    });
+    let strips = one_strips(args, first, blocks * F::BYTES);
     // SAFETY: the caller's.
     unsafe { M::one_token::<F, S>(&strips, blocks, tokens) };
 }

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     acts::{Acts, ActsView, Forms, GROUP},
+    ahead,
     disjoint::DisjointMut,
     mem::{self, AlignedVec},
     profile::Op,
@@ -120,6 +121,7 @@ impl Scratch {
             strips: &strips[..count],
             bytes: &bytes[..count],
             next: &after[..next.map_or(0, |n| n.count)],
+            asked: ahead::asked(strips[0]),
             acts: acts.only(kernels.form(w, total)),
             tile: self.tile[at..at + len].as_mut_ptr(),
             panel: self.panel.as_mut_ptr(),
@@ -127,6 +129,7 @@ impl Scratch {
         // SAFETY: strips are whole strips of the type and k; the view holds the form; the
         // tile is `[count][m][16]`; the table's tier was checked when it was made.
         unsafe { (tiles.map_or(kernels.mul_strips, |t| t.mul_strips))(&args) };
+        ahead::set_asked(after[0], args.asked);
         if let Some(factor) = w.factors().get(expert) {
             let tile = &mut self.tile[at..at + len];
             tile.iter_mut().for_each(|sum| *sum *= factor);
@@ -204,23 +207,20 @@ pub(crate) fn runs(items: &[Item], threads: usize) -> impl Iterator<Item = Run> 
     })
 }
 
-/// Bytes of each of a run's strips that are asked for ahead, by the strips of a run: 64 KiB in all,
-/// of a second-level cache of at least 512.
-const fn bytes_ahead(strips: usize) -> usize {
-    (64 << 10) / strips
-}
+/// Bytes that a thread is told of ahead, of a second-level cache of at least 512 KiB.
+const TOLD_BYTES: usize = 128 << 10;
 
 /// The largest batch of which products are told ahead: reading is what counts there.
 pub(super) const TOLD_TOKENS: usize = 8;
 
-/// The strips of a part, as far as they are asked for ahead when a thread begins with `strips` of
-/// them.
+/// The strips of a part, as far as a thread is told of them that begins with `strips` of them.
+/// Sparse ones gained nothing, and raw ones are not read as strips.
 pub(super) fn pieces(part: Part<'_>, strips: usize) -> impl Iterator<Item = &[u8]> {
-    let packed = part.w.encoding() != Encoding::Raw;
+    let packed = part.w.encoding() == Encoding::Strip16;
     let strips_of = (part.first..part.first + part.count).take_while(move |_| packed);
     strips_of.map(move |s| {
         let strip = part.w.strip(part.expert, s, &mut []);
-        &strip[..strip.len().min(bytes_ahead(strips))]
+        &strip[..strip.len().min(TOLD_BYTES / strips)]
     })
 }
 
@@ -324,7 +324,9 @@ impl Compute {
             return;
         }
         let weights: Vec<&Weights> = weights.into_iter().collect();
-        let items: Vec<Item> = weights.iter().map(|w| Item::product(w, false)).collect();
+        let tiles = |w: &Weights| self.table.matmul.form(w, m).has(Forms::TILES);
+        let items = weights.iter().map(|w| Item::product(w, tiles(w)));
+        let items: Vec<Item> = items.collect();
         let threads = self.pool.threads();
         let first = runs(&items, threads).take(threads).enumerate();
         self.pool.ahead(first.flat_map(|(thread, run)| {

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     acts::{Acts, ActsWriter, Forms, GROUP, TILE_GROUP},
+    ahead::PIECES,
     disjoint::DisjointMut,
-    pool::PIECES,
     profile::Op,
     strip::{ROWS, kernels::MAX_STRIPS},
     weights::Weights,

@@ -37,6 +37,9 @@ pub struct StripArgs<'a> {
     /// As many strips that this thread multiplies after these, if it knows: their first bytes
     /// may be asked for.
     pub next: &'a [*const u8],
+    /// How many bytes of the beginning of each strip memory has been asked for, and is to be asked
+    /// for of `next`.
+    pub asked: usize,
     /// Activations with the form [`MatmulKernels::form`]`(ty)` and, for tiles, no other.
     pub acts: ActsView<'a>,
     /// Receives `[strips][tokens][16]` products.

@@ -193,6 +193,7 @@ pub fn with_guarded_strips(
         strips: &strips,
         bytes: &bytes,
         next: &strips,
+        asked: 0,
         acts: guarded_acts.view(acts),
         tile: tile.as_mut_ptr(),
         panel: panel.as_mut_ptr(),
