@@ -54,7 +54,7 @@ pub(crate) fn multiply(
 ) -> Result<()> {
     let ahead = || compute.ahead(next.iter().copied(), acts.m());
     let Some(Sharing { lane, rows }) = sharing else {
-        compute.matmul_beside(products, acts, adds, || ahead());
+        compute.matmul_beside(products, acts, adds, ahead);
         return Ok(());
     };
     let (mut here, mut there) = (Vec::with_capacity(3), Vec::with_capacity(3));
