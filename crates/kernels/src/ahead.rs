@@ -87,7 +87,7 @@ mod tests {
     fn asking_ends_when_there_is_a_task() {
         let told = Told::default();
         told.ask(|| panic!("nothing was told"));
-        let memory = vec![0u8; 1000];
+        let memory = [0u8; 1000];
         let pieces = || [&memory[..300], &memory[300..1000]].into_iter();
         let mut left = pieces();
         told.tell(|| left.next());

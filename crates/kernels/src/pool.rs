@@ -686,7 +686,7 @@ mod tests {
             spin: Duration::from_secs(60),
             ..PoolConfig::new(3)
         });
-        let memory = vec![0u8; 3 * 64];
+        let memory = [0u8; 3 * 64];
         let of = |thread: usize| &memory[thread * 64..(thread + 1) * 64];
         // The caller sees it when it waits for a job's end.
         for waits in [0, 1, 1, 1] {
