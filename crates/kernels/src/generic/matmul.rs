@@ -305,12 +305,13 @@ pub(crate) struct Kind {
 }
 
 /// Adds one group of 32 to `T` sums. `scale` and `min` are those of the group, or of its two
-/// halves.
+/// halves. `IN_PLACE` says that some codes may be sixteenfold: where none are, a choice of sums
+/// that the compiler can't see through would keep all of them in memory.
 ///
 /// # Safety
 /// `t` points at the group's first token.
 #[inline(always)]
-pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
+pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize, const IN_PLACE: bool>(
     acc: &mut [L::Floats; T],
     codes: impl Fn(usize) -> L,
     scales: [(L::Floats, L::Floats); 2],
@@ -348,7 +349,7 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             for e in first..(h + 1) * dwords {
                 let c = codes(e);
-                let sums = match kind.sixteenfold[e / 4] {
+                let sums = match IN_PLACE && kind.sixteenfold[e / 4] {
                     true => &mut sixteenfold,
                     false => &mut sums,
                 };
@@ -363,7 +364,7 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize>(
             }
             let (scale, min) = scales[h];
             for t in 0..T {
-                if kind.sixteenfold != [false; 2] {
+                if IN_PLACE && kind.sixteenfold != [false; 2] {
                     sums[t] = sums[t].add(sixteenfold[t].sar(4));
                 }
                 let scale = L::fmul(scale, L::fbroadcast(d.add(t)));
@@ -403,7 +404,7 @@ pub(crate) unsafe fn add_strip_group<L: Lanes, F: Format, const T: usize>(
         } else {
             [F::scale::<L>(block, g); 2]
         };
-        add_group::<L, F::Shape, T>(
+        add_group::<L, F::Shape, T, true>(
             acc,
             #[inline(always)]
             |e| codes[e],
@@ -552,7 +553,7 @@ unsafe fn product_of<L: Lanes, S: Shape, const T: usize>(panel: &Panel, small: b
                     scales[h].1 = L::fload(panel.mins.add(at));
                 }
             }
-            add_group::<L, S, T>(
+            add_group::<L, S, T, false>(
                 &mut acc,
                 #[inline(always)]
                 |e| L::load(codes.add(64 * e)),
