@@ -361,6 +361,11 @@ pub(crate) unsafe fn add_group<L: Lanes, S: Shape, const T: usize, const IN_PLAC
                         sums[t].dot(c, q)
                     };
                 }
+                // Here the compiler would put the products of one token behind each other, each of
+                // which waits for the one before; elsewhere it does what is best.
+                if T > 1 && !S::MIN && !S::HALVES {
+                    compiler_fence(SeqCst);
+                }
             }
             let (scale, min) = scales[h];
             for t in 0..T {
