@@ -244,8 +244,8 @@ fn placement(record: &BenchRecord, row: &Row) -> String {
     format!("`{}`", said.join(" "))
 }
 
-/// Our best beside the best of the others, for the README: of each machine, model, placement and
-/// test the newest run in which engines took turns, of those from which something is claimed if
+/// Our best beside the best of the others, for the README: of each machine, model, placement, test
+/// and instruction set the newest run in which engines took turns, of those from which something is claimed if
 /// there are any.
 ///
 /// # Errors
@@ -283,7 +283,7 @@ pub fn summary(root: &Path) -> Result<String, String> {
             let ours = best.ours;
             let weights = (ours.arch.clone(), ours.params, ours.file_type.clone());
             let claimed = no_claim.is_none();
-            match lines.entry((placement, weights, ours.test.clone())) {
+            match lines.entry((placement, weights, ours.test.clone(), ours.isa.clone())) {
                 Entry::Occupied(older) if older.get().0 && !claimed => {}
                 entry => _ = entry.insert_entry((claimed, line)),
             }
@@ -457,5 +457,15 @@ mod tests {
             .write(&dir.path().join(RECORDS).join("2026-11-28-host"))
             .unwrap();
         assert_eq!(summary(dir.path()).unwrap(), short);
+        // What runs without tiles says nothing about them.
+        newer.rows.remove(1);
+        newer
+            .write(&dir.path().join(RECORDS).join("2026-11-29-host"))
+            .unwrap();
+        let both = summary(dir.path()).unwrap();
+        assert!(
+            both.contains("| 20.5 (avx512) |") && both.contains("| 40.0 (avx512, amx) |"),
+            "{both}"
+        );
     }
 }

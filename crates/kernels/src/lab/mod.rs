@@ -29,7 +29,12 @@ pub use tiles::{ByteInputs, ByteMatrix, multiply_bytes};
 
 use crate::{
     acts::{Acts, ActsView, Forms},
+    avx512::matmul::Avx512,
     disjoint::DisjointMut,
+    generic::{
+        format::{self, Shape},
+        matmul::{Machine, Panel, Tokens},
+    },
     mem::AlignedBuf,
     pool::Pool,
     strip::{self, ROWS, pack_strip},
@@ -286,6 +291,16 @@ pub fn code_address(way: Way, tier: Tier, ty: GgmlType) -> Option<usize> {
         Way::InterleavedFloats => interleaved::floats_address(tier, ty),
         Way::InterleavedEach | Way::Interleaved => interleaved::address(tier, ty, way.tokens()),
     }
+}
+
+/// Where the engine's products of AVX-512 with decoded weights lie, for disassembly: of formats
+/// without a minimum, by how their codes stand for weights.
+pub fn panel_addresses() -> [usize; 2] {
+    fn of<S: Shape>() -> usize {
+        let product: unsafe fn(&Panel, &Tokens) = <Avx512 as Machine>::product::<S, 8>;
+        product as usize
+    }
+    [of::<format::Plain>(), of::<format::Full>()]
 }
 
 #[cfg(test)]
